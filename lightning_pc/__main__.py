@@ -1,0 +1,5 @@
+"""The command line."""
+
+from lightning_pc.cli import main
+
+main()

@@ -1,0 +1,96 @@
+"""Callbacks: watching the energies, and resuming to the bit."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_pc.strategy import PCStrategy
+
+
+class EnergyMonitor(pl.Callback):
+    """Logs what inference did in each batch, to whatever logger the Trainer has.
+
+    ``pc/energy`` is the energy of all nodes at the last inference step, per loss term; it also
+    stands in the progress bar. ``pc/gamma`` is the inference rate in use, ``pc/steps`` the number
+    of inference steps.
+
+    Args:
+        per_node: Log ``pc/energy/<node>`` as well.
+
+    Raises:
+        MisconfigurationException: The Trainer's strategy is no `PCStrategy`.
+    """
+
+    def __init__(self, per_node: bool = False) -> None:
+        self.per_node = per_node
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks the strategy."""
+        if stage == "fit" and not isinstance(trainer.strategy, PCStrategy):
+            raise MisconfigurationException(
+                f"EnergyMonitor watches a PCStrategy, the Trainer uses "
+                f"{type(trainer.strategy).__name__}: remove one of the two."
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Logs the last step's report."""
+        assert isinstance(trainer.strategy, PCStrategy)
+        report = trainer.strategy.report
+        if report is None:
+            return
+        last = report.energies[-1] / report.loss_terms
+        log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
+        log("pc/energy", last.sum(), prog_bar=True)
+        log("pc/gamma", report.gamma)
+        log("pc/steps", float(report.steps))
+        if self.per_node:
+            for name, energy in zip(report.nodes, last, strict=True):
+                log(f"pc/energy/{name}", energy)
+
+
+class RandomState(pl.Callback):
+    """Saves the random generators with every checkpoint, so that a resumed run is exact.
+
+    Plain Lightning resumes with whatever state the generators happen to have. With this callback
+    dropout masks and shuffles of the resumed run are those of the run that was never interrupted.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of torch's, numpy's and Python's generators, in plain types."""
+        name, keys, *rest = np.random.get_state(legacy=True)
+        state = {
+            "torch": torch.get_rng_state(),
+            "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+            "python": random.getstate(),
+        }
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            state["cuda"] = torch.cuda.get_rng_state_all()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the states until training starts."""
+        self._pending = state_dict
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sets the generators, after the sanity check and before the first batch."""
+        state, self._pending = self._pending, None
+        if state is None:
+            return
+        torch.set_rng_state(state["torch"].cpu())
+        name, keys, *rest = state["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        random.setstate(state["python"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state_all(state["cuda"])

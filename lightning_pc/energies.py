@@ -1,0 +1,130 @@
+"""Node energies: how far a value is from its prediction, and the two gradients of that distance.
+
+Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its prediction, both
+[B, *].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_pc.errors import ConfigError
+
+
+class Energy(ABC):
+    """One kind of node energy E(x, mu); a variant is a subclass and a row of `ENERGIES`."""
+
+    name: str
+
+    @abstractmethod
+    def value(self, x: Tensor, mu: Tensor) -> Tensor:
+        """Energy of each sample, [B]."""
+
+    @abstractmethod
+    def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """``(dE/dx, dE/dmu)`` of the energy summed over samples, each [B, *]."""
+
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        """``(dE/dx, scale * dE/dmu, E summed over samples)``; override where they share work."""
+        dx, dmu = self.grads(x, mu)
+        return dx, dmu.mul_(scale), self.value(x, mu).sum()
+
+
+def _per_sample(energy: Tensor) -> Tensor:
+    return energy.reshape(energy.shape[0], -1).sum(1)
+
+
+class Gaussian(Energy):
+    """``0.5 * ||x - mu||^2``: Eq. 5 of Salvatori et al. 2024 with the usual factor 1/2."""
+
+    name = "gaussian"
+
+    @override
+    def value(self, x: Tensor, mu: Tensor) -> Tensor:
+        return _per_sample(0.5 * self._error(x, mu).square())
+
+    @override
+    def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        error = self._error(x, mu)
+        return error, -error
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        error = self._error(x, mu)
+        return error, error * -scale, torch.linalg.vector_norm(error).square().mul_(0.5)
+
+    def _error(self, x: Tensor, mu: Tensor) -> Tensor:
+        return x - mu
+
+
+class MaskedGaussian(Gaussian):
+    """The Gaussian energy of attention logits: where both are the mask's -inf there is no error."""
+
+    name = "gaussian_logits"
+
+    def _error(self, x: Tensor, mu: Tensor) -> Tensor:
+        return torch.where(x == mu, 0.0, x - mu)
+
+
+class Categorical(Energy):
+    """``KL(softmax(x) || softmax(mu))`` of logits: the F_KL of Pinchetti et al. 2022.
+
+    Logits at -inf, or at half the dtype's minimum and below, are masked: they carry no
+    probability, no energy and no gradient.
+
+    Args:
+        dim: The axis of the softmax; all other axes but the first are summed.
+    """
+
+    name = "categorical"
+
+    def __init__(self, dim: int = -1) -> None:
+        self.dim = dim
+
+    @override
+    def value(self, x: Tensor, mu: Tensor) -> Tensor:
+        p, _, log_ratio = self._distributions(x, mu)
+        return _per_sample(p * log_ratio)
+
+    @override
+    def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        return self.evaluate(x, mu, 1.0)[:2]
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+        p, q, log_ratio = self._distributions(x, mu)
+        divergence = (p * log_ratio).sum(self.dim, keepdim=True)
+        dmu = q.sub_(p).mul_(scale)
+        return p * log_ratio.sub_(divergence), dmu, divergence.sum()
+
+    def _distributions(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """softmax(x), softmax(mu) and the logarithm of their ratio, zero where masked."""
+        masked = mu <= torch.finfo(mu.dtype).min / 2
+        log_p = torch.log_softmax(x, self.dim)
+        log_q = torch.log_softmax(mu.to(x.dtype), self.dim)
+        p, q = log_p.exp().masked_fill(masked, 0.0), log_q.exp().masked_fill(masked, 0.0)
+        return p, q, (log_p - log_q).masked_fill(masked, 0.0)
+
+
+ENERGIES: dict[str, type[Energy]] = {e.name: e for e in (Gaussian, MaskedGaussian, Categorical)}
+
+
+def softmax_energy(name: str, dim: int) -> Energy:
+    """The energy of a node at the logits of a softmax over ``dim``.
+
+    Args:
+        name: ``"categorical"`` (F_KL) or ``"gaussian"``.
+        dim: The axis of the softmax.
+
+    Raises:
+        ConfigError: For any other name.
+    """
+    if name == "categorical":
+        return Categorical(dim)
+    if name == "gaussian":
+        return MaskedGaussian()
+    raise ConfigError(f"softmax_energy={name!r}: expected 'categorical' or 'gaussian'.")

@@ -1,0 +1,150 @@
+"""What the torch functions mean to us: nonlinearities, softmaxes, and composites that hide one."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+
+SOFTMAXES = ("softmax", "log_softmax")
+# Functions whose input is what the field calls a pre-activation: a node stands there.
+ACTIVATIONS = (
+    *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu"),
+    *("mish", "glu", "tanh", "sigmoid", "logsigmoid", "softplus", "softsign", "tanhshrink"),
+    *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "threshold"),
+    *("clamp", "clamp_min", "sin", "cos", "expit"),
+)
+# Functions that by themselves make no node, but make the module that uses them a nonlinearity.
+INGREDIENTS = ("exp", "exp2", "expm1", "erf", "atan", "arctan", "sinh", "cosh", "log1p")
+
+
+def _named(names: Iterable[str]) -> dict[Function, str]:
+    """Every torch callable of these names, and its in-place twin, mapped to the bare name."""
+    spaces = (torch, F, torch.Tensor, torch._C._nn, torch.special)
+    return {
+        getattr(space, variant): name
+        for name in names
+        for variant in (name, name + "_")
+        for space in spaces
+        if hasattr(space, variant)
+    }
+
+
+#: Torch callable -> its bare name, for the functions at whose input a node may stand.
+NONLINEARITIES: dict[Function, str] = _named(ACTIVATIONS + SOFTMAXES)
+#: Torch callables that make a module without parameters count as a nonlinearity.
+NONLINEAR: frozenset[Function] = frozenset(_named(ACTIVATIONS + INGREDIENTS))
+
+
+def out_of_place(func: Function, kwargs: dict[str, Any]) -> tuple[Function, bool]:
+    """The variant of a nonlinearity that leaves its input alone.
+
+    Returns:
+        The function to call, and whether the original call would have written to its input.
+        ``kwargs`` loses a true ``inplace``.
+    """
+    if kwargs.get("inplace"):
+        kwargs["inplace"] = False
+        return func, True
+    name: str = getattr(func, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        space = torch.Tensor if getattr(torch.Tensor, name, None) is func else torch
+        return getattr(space, name[:-1], None) or getattr(F, name[:-1]), True
+    return func, False
+
+
+def rectifies(name: str, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a nonlinearity is one: a clamp is where it cuts at zero, as a ReLU does."""
+    if name not in ("clamp", "clamp_min"):
+        return True
+    bounds = [*rest, kwargs.get("min"), kwargs.get("max")]
+    return any(isinstance(b, (int, float)) and b == 0 for b in bounds)
+
+
+def softmax_dim(name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The axis of a softmax call, None where ``name`` is no softmax."""
+    if name not in SOFTMAXES:
+        return None
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if dim is None:  # torch's own (deprecated) guess
+        return 0 if x.dim() in (0, 1, 3) else 1
+    return int(dim)
+
+
+def _opened(func: types.FunctionType) -> Function:
+    """A copy of a torch composite that no longer hides what it calls from a TorchFunctionMode."""
+
+    def never(*_: Any) -> bool:
+        return False
+
+    space = {**func.__globals__, "has_torch_function": never, "has_torch_function_unary": never}
+    copy = types.FunctionType(func.__code__, space, func.__name__, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def attention(
+    logits_node: Callable[[Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` written out, so that its logits can be a value node.
+
+    Axis legend: N... leading axes, L queries, S keys, E features of a key, V of a value.
+
+    Args:
+        logits_node: Called with the masked, scaled logits [N..., L, S]; returns what stands there.
+        query: [N..., L, E].
+        key: [N..., S, E].
+        value: [N..., S, V].
+        attn_mask: Boolean (True takes part) or additive, broadcastable to [N..., L, S].
+        dropout_p: Dropout probability of the attention weights, 0 to 1.
+        is_causal: Query i attends to keys 0 to i alone.
+        scale: Factor of the logits, default 1 / sqrt(E).
+        enable_gqa: Key and value heads are repeated to the number of query heads.
+
+    Returns:
+        The attended values, [N..., L, V].
+    """
+    if enable_gqa:
+        groups = query.size(-3) // key.size(-3)
+        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+    factor = query.size(-1) ** -0.5 if scale is None else scale
+    logits = (query * factor) @ key.transpose(-2, -1)
+    if is_causal:
+        causal = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        logits = logits.masked_fill(~causal, float("-inf"))
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            logits = logits.masked_fill(~attn_mask, float("-inf"))
+        else:
+            logits = logits + attn_mask
+    x = logits_node(logits)
+    if attn_mask is None:
+        weights = F.softmax(x, -1)
+    else:  # a query that may see no key at all gets zeros, as in torch's own
+        blind = (logits.detach() == float("-inf")).all(-1, keepdim=True)
+        weights = F.softmax(x.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+    if dropout_p > 0.0:
+        weights = F.dropout(weights, dropout_p)
+    return weights @ value
+
+
+SDPA: Function = F.scaled_dot_product_attention
+#: Composites that hide a softmax from the mode -> a copy that shows it.
+COMPOSITES: dict[Function, Function] = {
+    f: _opened(cast(types.FunctionType, f))
+    for f in (F.multi_head_attention_forward, F.gumbel_softmax, F.softmin)
+}

@@ -1,0 +1,231 @@
+"""The graph of nodes, read off the autograd graph of the first forward.
+
+A stage is the piece of the module between the nodes it reads and the node (or the loss) it
+predicts. Nothing is asked of the user and nothing is kept: the graph is read anew for each batch,
+in one pass over the autograd functions, so that a changed control flow or an unfrozen layer is
+seen at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_pc.errors import ChainError, UnsupportedError
+from lightning_pc.forwards import Discovery
+from lightning_pc.losses import LossCall
+from lightning_pc.nodes import FROZEN, Node, Site, stand_of
+
+OUTPUT = "an output: no weight between it and the loss"
+UNREAD = "not read by the loss"
+
+
+@dataclass
+class Graph:
+    """Nodes, stages and depths of one batch.
+
+    Attributes:
+        nodes: The value nodes in call order.
+        sites: Every place that was met, those without a node (and why) included.
+        loss_parents: The nodes that the loss reads.
+        loss_parameters: Trainable parameters of the loss's own stage.
+        losses: The calls of loss functions on which the loss depends.
+        depths: Trainable parameter -> smallest depth of a stage that holds it; the loss's own
+            stage has depth 0.
+        depth: The deepest node's depth.
+    """
+
+    nodes: list[Node]
+    sites: list[Site]
+    loss_parents: list[Node]
+    loss_parameters: list[nn.Parameter]
+    losses: list[LossCall]
+    depths: dict[nn.Parameter, int]
+    depth: int
+
+    def readers(self, node: Node) -> list[str]:
+        """Names of the stages that read ``node``."""
+        names = [other.name for other in self.nodes if node in other.parents]
+        return (["the loss"] if node in self.loss_parents else []) + names
+
+
+def _upstream(root: Any) -> list[Any]:
+    """Autograd functions from ``root`` upwards, each before all that it was computed from."""
+    order: list[Any] = []
+    seen = {root}
+    stack: list[tuple[Any, Iterator[Any]]] = [(root, iter(_above(root)))]
+    while stack:
+        function, rest = stack[-1]
+        for following in rest:
+            if following not in seen:
+                seen.add(following)
+                stack.append((following, iter(_above(following))))
+                break
+        else:
+            order.append(function)
+            stack.pop()
+    order.reverse()
+    return order
+
+
+def _above(function: Any) -> list[Any]:
+    """What ``function`` was computed from; of a stand, its prediction alone."""
+    following = function.next_functions
+    if stand_of(function) is not None:
+        following = following[:1]
+    return [f for f, _ in following if f is not None]
+
+
+def discover(loss: Tensor, found: Discovery) -> Graph:
+    """Reads nodes, parents, stages and depths off the graph of ``loss``.
+
+    Args:
+        loss: The scalar that the first forward returned.
+        found: What that forward met.
+    """
+    order = _upstream(loss.grad_fn)
+    _drop_outputs(order, found.weighted)
+    bits: dict[Any, int] = {}  # one bit per node and parameter that a function reads
+    node_bits: list[Node] = []
+    parameter_bits: list[nn.Parameter] = []
+    index: dict[object, int] = {}
+
+    def bit(thing: Any, things: list[Any]) -> int:
+        if thing not in index:
+            index[thing] = len(things)
+            things.append(thing)
+        return 1 << (2 * index[thing] + (things is parameter_bits))
+
+    reads: dict[Node, int] = {}
+    for function in reversed(order):
+        read = 0
+        for above in _above(function):
+            read |= bits[above]
+        node = stand_of(function)
+        variable = getattr(function, "variable", None)
+        if node is not None and not node.passes:
+            reads[node] = read
+            if read:
+                read = bit(node, node_bits)
+            else:
+                node.passes = FROZEN
+        elif isinstance(variable, nn.Parameter):
+            read |= bit(variable, parameter_bits)
+        elif "CheckpointFunction" in type(function).__name__:
+            raise UnsupportedError(
+                "A reentrant gradient checkpoint hides its value nodes: switch gradient "
+                "checkpointing off, or use use_reentrant=False and place nodes at the outputs of "
+                "the checkpointed modules (value_nodes=...)."
+            )
+        bits[function] = read
+
+    def split(read: int) -> tuple[list[Node], list[nn.Parameter]]:
+        nodes, parameters = [], []
+        while read:
+            low = read & -read
+            read ^= low
+            place, is_parameter = divmod(low.bit_length() - 1, 2)
+            if is_parameter:
+                parameters.append(parameter_bits[place])
+            else:
+                nodes.append(node_bits[place])
+        return nodes, parameters
+
+    for site in found.sites:
+        if site.node is not None:
+            site.node.depth = 0
+    for node, read in reads.items():
+        node.parents, node.parameters = split(read)
+    loss_parents, loss_parameters = split(bits[order[0]])
+    depths = _depths(loss_parents, loss_parameters)
+    for site in found.sites:
+        if site.node is None:
+            continue
+        site.why = site.node.passes or ("" if site.node.depth else UNREAD)
+        if site.why:
+            site.node = None
+    nodes = [site.node for site in found.sites if site.node is not None]
+    depth = max((node.depth for node in nodes), default=0)
+    losses = [call for call in found.losses if call.function in bits]
+    return Graph(nodes, found.sites, loss_parents, loss_parameters, losses, depths, depth)
+
+
+def _drop_outputs(order: list[Any], weighted: set[object]) -> None:
+    """A place with no weight between itself and the loss is an output, not a node."""
+    below: set[Any] = set()  # functions with a weight between themselves and the loss
+    for function in order:
+        node = stand_of(function)
+        has_weight = function in below
+        if node is not None and not has_weight:
+            node.passes = OUTPUT
+        if has_weight or function in weighted:
+            below.update(_above(function))
+
+
+def _depths(parents: list[Node], parameters: list[nn.Parameter]) -> dict[nn.Parameter, int]:
+    """Breadth first from the loss: sets ``Node.depth``, returns the parameters' depths."""
+    depths = dict.fromkeys(parameters, 0)
+    frontier, depth = parents, 0
+    while frontier:
+        depth += 1
+        frontier = [node for node in frontier if node.depth == 0]
+        for node in frontier:
+            node.depth = depth
+        for node in frontier:
+            for parameter in node.parameters:
+                depths.setdefault(parameter, depth)
+        frontier = list(dict.fromkeys(p for node in frontier for p in node.parents))
+    return depths
+
+
+def require_chain(graph: Graph, remedy: Callable[[], str]) -> None:
+    """Z-IL equals backprop only where each node is read by exactly one stage.
+
+    Args:
+        graph: The batch's graph.
+        remedy: Called for the placements that would work, for the message.
+
+    Raises:
+        ChainError: Some node is read by several stages: a skip connection runs around a node.
+    """
+    for node in graph.nodes:
+        readers = graph.readers(node)
+        if len(readers) > 1:
+            raise ChainError(
+                f"Z-IL needs value nodes that form a chain, but '{node.name}' is read by "
+                f"{' and '.join(readers[:3])}: a connection runs around the node between them. "
+                f"{remedy()}"
+            )
+
+
+def chain_points(graph: Graph) -> list[str]:
+    """Names of nodes that every path from the loss to what lies above them runs through.
+
+    Meant for a graph with a node at the output of every module: any subset of these points is a
+    chain on which Z-IL is exact.
+    """
+    paths: dict[Node, int] = dict.fromkeys(graph.nodes, 0)  # from the loss
+    for node in graph.loss_parents:
+        paths[node] += 1
+    lower_first = list(reversed(graph.nodes))
+    for node in lower_first:
+        for parent in node.parents:
+            paths[parent] += paths[node]
+    points: dict[Node, str] = {}
+    for node in graph.nodes:
+        through = dict.fromkeys(graph.nodes, 0)
+        through[node] = paths[node]
+        for lower in lower_first:
+            for parent in lower.parents:
+                if parent is not node:
+                    through[parent] += through[lower]
+        above = [n for n in graph.nodes if n is not node and through[n]]
+        if all(through[n] == paths[n] for n in above):
+            points[node] = node.name
+    for node in list(points):  # an outer module that only hands on an inner one's output
+        if not node.parameters and len(node.parents) == 1:
+            points.pop(node.parents[0], None)
+    return [name for name in points.values() if not set(name) & set("#[")]

@@ -1,0 +1,168 @@
+"""``describe``: which value nodes a module gets, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_pc.errors import ClosureError
+from lightning_pc.placement import ValueNodes
+from lightning_pc.replay import LOGGING, nothing, shadowed
+from lightning_pc.settings import Settings
+from lightning_pc.step import Learner
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One line of `describe`.
+
+    Attributes:
+        name: Dotted name of the place.
+        shape: [B, *].
+        energy: Name of its node energy, "" where no node stands.
+        parents: Nodes from which it is predicted.
+        depth: Fewest stages to the loss, 0 where no node stands.
+        parameters: Number of trainable weights of its stage.
+        why: Why no node stands there, "" where one does.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    energy: str = ""
+    parents: tuple[str, ...] = ()
+    depth: int = 0
+    parameters: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Description:
+    """What `describe` found.
+
+    Attributes:
+        rows: The nodes, in call order.
+        passed_over: Places of the same kind that hold no node, and why.
+        depth: Depth of the module.
+        T: Inference steps it would get.
+        loss_parameters: Number of trainable weights of the loss's own stage.
+    """
+
+    rows: list[NodeRow]
+    passed_over: list[NodeRow]
+    depth: int
+    T: int
+    loss_parameters: int
+
+    def __repr__(self) -> str:
+        return f"Description(nodes={len(self.rows)}, depth={self.depth}, T={self.T})"
+
+    def __rich__(self) -> Table:
+        table = Table(
+            title=f"{len(self.rows)} value nodes, depth {self.depth}, T = {self.T}",
+            caption=f"stage of the loss: {self.loss_parameters:,} parameters",
+        )
+        table.add_column("value node", overflow="fold")
+        for title in ("shape", "energy", "parents"):
+            table.add_column(title, overflow="fold")
+        table.add_column("depth", justify="right")
+        table.add_column("parameters", justify="right")
+        for row in self.rows:
+            parents = ", ".join(row.parents[:3]) + (
+                f" and {len(row.parents) - 3} more" if len(row.parents) > 3 else ""
+            )
+            shape = "x".join(map(str, row.shape))
+            numbers = (str(row.depth), f"{row.parameters:,}")
+            table.add_row(row.name, shape, row.energy, parents or "(input)", *numbers)
+        for row in self.passed_over:
+            table.add_row(row.name, "x".join(map(str, row.shape)), row.why, style="dim")
+        return table
+
+
+def describe(
+    model: nn.Module,
+    batch_or_closure: Any,
+    *,
+    value_nodes: ValueNodes = "auto",
+    algorithm: Literal["ipc", "pc", "zil"] = "ipc",
+    T: int | None = None,
+    print_table: bool = True,
+) -> Description:
+    """Prints the value nodes that a module gets on a batch; nothing is trained or changed.
+
+    Args:
+        model: The module; a LightningModule's ``training_step`` is run, another module is called.
+        batch_or_closure: A batch (for a LightningModule what ``training_step`` takes; for another
+            module its input: a tensor, a tuple of arguments or a mapping of keyword arguments),
+            or a callable that returns the loss.
+        value_nodes: Where nodes stand, as for `lightning_pc.PCStrategy`.
+        algorithm: ``"ipc"``, ``"pc"`` or ``"zil"``.
+        T: Inference steps, None for the algorithm's default.
+        print_table: Print the table; False to get the `Description` alone.
+
+    Returns:
+        The nodes, and the places that hold none.
+
+    Raises:
+        PCError: The nodes cannot stand there.
+    """
+    learner = Learner(model, Settings(algorithm=algorithm, T=T, value_nodes=value_nodes))
+    with torch.enable_grad():
+        graph, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
+    rows = [
+        NodeRow(
+            name=node.name,
+            shape=tuple(node.x.shape),
+            energy=node.energy.name,
+            parents=tuple(parent.name for parent in node.parents),
+            depth=node.depth,
+            parameters=sum(p.numel() for p in node.parameters),
+        )
+        for node in graph.nodes
+    ]
+    passed = [NodeRow(s.name, s.shape, why=s.why) for s in graph.sites if s.node is None]
+    own = sum(p.numel() for p in graph.loss_parameters)
+    description = Description(rows, passed, graph.depth, steps, own)
+    if print_table:
+        Console().print(description)
+    return description
+
+
+def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:
+    if callable(given) and not isinstance(given, nn.Module):
+        closure: Callable[[], Any] = given
+        return closure
+    step = getattr(model, "training_step", None)
+    if callable(step):
+        silent = {(model, name): nothing for name in LOGGING}
+
+        def silent_step() -> Any:
+            with shadowed(silent):
+                return step(given, 0)
+
+        return silent_step
+    if isinstance(given, Mapping):
+        return lambda: model(**given)
+    if isinstance(given, (tuple, list)):
+        return lambda: model(*given)
+    return lambda: model(given)
+
+
+def _any_loss(output: Any) -> Tensor:
+    """The loss in an output; of a module that returns none, a stand-in that reads all outputs."""
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
+    if not leaves:
+        raise ClosureError(
+            "The module's output holds no tensor with a gradient: pass a closure that returns the "
+            "loss, e.g. describe(model, lambda: loss_fn(model(x), y))."
+        )
+    return torch.stack([leaf.float().sum() for leaf in leaves]).sum()

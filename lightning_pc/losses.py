@@ -1,0 +1,124 @@
+"""Loss calls: by how many terms a loss was divided, M in the scaling of the parameter gradients.
+
+The free energy F is a sum over terms (samples, tokens); the user's loss is usually their mean.
+Value gradients are taken of the sum F and parameter gradients of F / M, so M must be known. It is
+read off the calls of torch's loss functions on which the returned loss depends.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+_BY_CLASS = (F.cross_entropy, F.nll_loss)
+_BY_ELEMENT = (
+    *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.kl_div),
+    *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.gaussian_nll_loss),
+    *(F.soft_margin_loss, F.hinge_embedding_loss),
+)
+_BY_SAMPLE = (
+    *(F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.ctc_loss),
+    *(F.cosine_embedding_loss, F.margin_ranking_loss, F.triplet_margin_loss),
+    F.triplet_margin_with_distance_loss,
+)
+_SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_SAMPLE)}
+
+
+@dataclass
+class LossCall:
+    """One call of a loss function.
+
+    Attributes:
+        output: What it returned.
+        function: The autograd function of that.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        batch: Size of dimension 0 of its target (or input, where there is none).
+        divisor: What a mean was divided by; None for the other reductions.
+        gradient: d loss / d output, seen in the first backward, [].
+    """
+
+    output: Tensor
+    function: Any
+    reduction: str
+    batch: int
+    divisor: float | None = None
+    gradient: Tensor | None = None
+
+    def watch(self, seed: float) -> None:
+        """Asks the coming backward, which starts from ``seed``, for d loss / d output."""
+        if self.reduction != "sum":
+            return
+
+        def keep(gradient: Tensor) -> None:
+            self.gradient = gradient / seed
+
+        self.output.register_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def _class_divisor(call: dict[str, Any]) -> float:
+    target: Tensor = call["target"]
+    scores: Tensor = call["input"]
+    if target.is_floating_point() and target.shape == scores.shape:  # class probabilities
+        return scores.numel() / scores.shape[1 if scores.dim() > 1 else 0]
+    counted = target != call["ignore_index"]
+    weight: Tensor | None = call["weight"]
+    if weight is None:
+        return float(counted.sum())
+    return float(weight[target[counted]].sum())
+
+
+def read_loss_call(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> LossCall | None:
+    """The call as a `LossCall`, None where ``func`` is no loss function of torch's."""
+    signature = _SIGNATURES.get(func)
+    if signature is None or not isinstance(output, Tensor) or output.grad_fn is None:
+        return None
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    tensors = [v for v in call.values() if isinstance(v, Tensor)]
+    target = call.get("target", tensors[0])
+    batch = target.shape[0] if target.dim() else 1
+    reduction = call["reduction"]
+    if call.get("reduce") is False:  # the names of torch before 0.4
+        reduction = "none"
+    elif call.get("size_average") is False:
+        reduction = "sum"
+    divisor = None
+    if reduction == "batchmean":
+        reduction, divisor = "mean", float(tensors[0].shape[0])
+    elif reduction == "mean" and func in _BY_CLASS:
+        divisor = _class_divisor(call)
+    elif reduction == "mean" and func in _BY_ELEMENT:
+        shape = np.broadcast_shapes(tensors[0].shape, target.shape)
+        divisor = float(math.prod(shape))
+    elif reduction == "mean":
+        divisor = float(batch)
+    return LossCall(output, output.grad_fn, reduction, batch, divisor)
+
+
+def loss_terms(calls: list[LossCall]) -> float | None:
+    """M on which the calls agree, None where they do not or where there is none.
+
+    A sum counts the terms by which the user divided it afterwards, 1 / (d loss / d call), and so
+    needs the first backward behind it.
+    """
+    terms = []
+    for call in calls:
+        if call.reduction == "mean":
+            terms.append(call.divisor)
+        elif call.reduction == "sum" and call.gradient is not None and call.gradient.any():
+            terms.append(1.0 / float(call.gradient.abs()))
+        else:
+            return None
+    if not terms or any(m is None or abs(m - (terms[0] or 0.0)) > 1e-6 * m for m in terms):
+        return None
+    return terms[0]

@@ -1,0 +1,148 @@
+"""THE IDEA: value nodes stand inside an untouched module for the length of a ``with``.
+
+A `_Stand` takes the place of an activation. Forwards it swaps the prediction ``mu`` for the value
+``x``; backwards it swaps the gradient that comes from below for the node's own prediction error.
+So one ordinary ``loss.backward()`` yields dF/dx of every node and dF/dtheta of every stage, and
+nothing travels further than to the next node.
+
+Who puts stands there is `lightning_pc.watch`, a `TorchFunctionMode` that sees every nonlinearity
+that the module calls. Outside its ``with`` there is no hook, no attribute and no changed method on
+the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from lightning_pc.energies import Energy
+from lightning_pc.errors import ClosureError
+
+FROZEN = "frozen above: its prediction depends on no trainable parameter"
+
+
+@dataclass(eq=False)
+class Node:
+    """One value node.
+
+    Attributes:
+        name: Dotted name of its place; a second call of the same place is ``name#2``.
+        x: The value, float32 or wider, [B, *].
+        energy: Its node energy.
+        depth: Fewest stages on any path to the loss; a node that the loss reads has 1.
+        parents: The nodes from which its prediction is computed.
+        parameters: The trainable parameters of its stage.
+        passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
+    """
+
+    name: str
+    x: Tensor
+    energy: Energy
+    depth: int = 0
+    parents: list[Node] = field(default_factory=list)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    passes: str = ""
+    # Of the current evaluation: dE/dx, dE/dmu as it enters the parameter gradients, E, the
+    # gradient that comes from below, and where mu was computed.
+    dx: Tensor | None = None
+    dmu: Tensor | None = None
+    total: Tensor | None = None
+    below: Tensor | None = None
+    edge: GradientEdge | None = None
+
+    @torch.no_grad()
+    def evaluate(self, mu: Tensor, scale: float) -> None:
+        """Takes in this evaluation's prediction.
+
+        Args:
+            mu: The prediction, [B, *].
+            scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
+        """
+        self.dx, self.dmu, self.total = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale)
+
+    def forget(self) -> None:
+        """Drops what belongs to one evaluation."""
+        self.dx = self.dmu = self.total = self.below = self.edge = None
+
+
+@dataclass(eq=False)
+class Site:
+    """A place that was met in call order; ``node`` is None where no node stands, for ``why``."""
+
+    key: object
+    name: str
+    shape: tuple[int, ...]
+    node: Node | None = None
+    why: str = ""
+
+
+class Gate:
+    """Says whether it is us who differentiate; every stand asks it."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.sealed = False  # stands stop every gradient: one stage is differentiated alone
+
+    @contextmanager
+    def opened(self, sealed: bool = False) -> Iterator[None]:
+        """For the length of one backward of ours."""
+        self.open, self.sealed = True, sealed
+        try:
+            yield
+        finally:
+            self.open = self.sealed = False
+
+
+class _Stand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mu: Tensor, x: Tensor, node: Node, gate: Gate) -> Tensor:
+        ctx.node, ctx.gate = node, gate
+        ctx.set_materialize_grads(False)
+        return x.to(mu.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        node: Node = ctx.node
+        if not ctx.gate.open or torch.is_grad_enabled():
+            raise ClosureError(
+                f"Something other than lightning_pc differentiated through value node "
+                f"'{node.name}': a closure given to a predictive coding optimizer must return "
+                "the loss and not call .backward() (under Lightning use "
+                "Trainer(strategy=PCStrategy(...)) around a plain optimizer), and gradients "
+                "taken inside a training step (create_graph=True penalties) are not supported."
+            )
+        if node.passes:
+            return grads[0], None, None, None
+        if ctx.gate.sealed:
+            return None, None, None, None
+        node.below = grads[0] if grads[0] is None else grads[0].to(node.x.dtype)
+        error, node.dmu = node.dmu, None
+        return error, None, None, None
+
+
+def stand(mu: Tensor, node: Node, gate: Gate) -> Tensor:
+    """Puts ``node`` in the place of its prediction.
+
+    Args:
+        mu: The prediction, [B, *].
+        node: Who stands there.
+        gate: Open while we differentiate.
+
+    Returns:
+        The node's value in the prediction's dtype, [B, *].
+    """
+    node.edge = get_gradient_edge(mu)
+    value: Tensor = _Stand.apply(mu, node.x, node, gate)  # type: ignore[no-untyped-call]
+    return value
+
+
+def stand_of(function: object) -> Node | None:
+    """The node whose stand recorded this autograd function, if any."""
+    node = getattr(function, "node", None)
+    return node if isinstance(node, Node) else None

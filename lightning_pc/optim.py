@@ -1,0 +1,227 @@
+"""Predictive coding for plain PyTorch and Fabric: optimizers around the user's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_pc.errors import ClosureError, ConfigError
+from lightning_pc.placement import ValueNodes
+from lightning_pc.report import StepReport
+from lightning_pc.settings import Settings
+from lightning_pc.step import Learner
+
+
+class PredictiveCodingOptimizer(Optimizer):
+    """Base of `PC`, `IPC` and `ZIL`: a real optimizer that owns nothing but the schedule.
+
+    ``param_groups``, ``state`` and ``state_dict`` are the wrapped optimizer's own, so learning
+    rate schedulers, checkpoints and Fabric work as with that optimizer alone.
+
+    Args:
+        optimizer: The user's optimizer over the parameters of ``model``.
+        model: The module that is trained, as it is.
+        T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil: depth + 1).
+        gamma: Inference rate, > 0; None for 0.1 (zil: 1).
+        gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
+            within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
+        value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
+            ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
+            module type, a callable ``(name, module) -> bool``, or a list of these.
+        reset: ``"batch"`` makes values anew for each call; ``"never"`` keeps them from call to
+            call, for full-batch training.
+        loss_terms: The number of terms M that the loss is a mean of, or a callable that gives it;
+            None to read it off the loss functions that the closure calls.
+        softmax_energy: Energy at the logits of a softmax: ``"categorical"`` (F_KL) or
+            ``"gaussian"``; zil is Gaussian throughout.
+
+    Raises:
+        ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
+    """
+
+    algorithm: str
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        T: int | None = None,
+        gamma: float | None = None,
+        gamma_decay: float = 0.9,
+        value_nodes: ValueNodes = "auto",
+        reset: Literal["batch", "never"] = "batch",
+        loss_terms: float | Callable[[], float] | None = None,
+        softmax_energy: Literal["categorical", "gaussian"] = "categorical",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(
+                f"{type(self).__name__}(optimizer, model): expected the nn.Module that is trained, "
+                f"got {type(model).__name__}."
+            )
+        refuse_optimizer(optimizer)
+        self._learner = Learner(
+            model,
+            Settings(
+                algorithm=self.algorithm,
+                T=T,
+                gamma=gamma,
+                gamma_decay=gamma_decay,
+                value_nodes=value_nodes,
+                reset=reset,
+                loss_terms=loss_terms,
+                softmax_energy=softmax_energy,
+            ),
+        )
+        self._learner.check()
+        self.optimizer = optimizer
+        self._adopting = True  # super() sets param_groups and state, which the wrapped one owns
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._adopting = False
+
+    @property
+    def report(self) -> StepReport | None:
+        """What the last step did; None before the first."""
+        return self._learner.report
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Node name -> value of the last batch, [B, *]."""
+        return self._learner.values
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether the closure runs once more for a batch that it has already seen."""
+        return self._learner.is_replay
+
+    def step(self, closure: Callable[[], Tensor | None] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Trains on one batch.
+
+        Args:
+            closure: Computes the scalar loss, from the forward on; it neither calls
+                ``.backward()`` nor ``zero_grad()``. It runs once per inference step.
+
+        Returns:
+            The loss of the first, ordinary forward, detached; None where the closure gave None.
+
+        Raises:
+            ClosureError: No closure, or it differentiated the loss itself.
+            DivergenceError: Loss or an energy is not finite.
+            PCError: The module or its nodes cannot be trained.
+        """
+        if closure is None:
+            raise ClosureError(
+                f"{type(self).__name__}.step needs a closure that returns the loss: "
+                "optimizer.step(lambda: loss_fn(model(x), y)). (Precision plugins with a gradient "
+                "scaler call step without one: use bf16 instead.)"
+            )
+        with torch.enable_grad():
+            self._learner.begin(closure, lambda loss: loss)
+            self.zero_grad()
+            loss = self._learner.infer(1.0, self._update)
+        if loss is not None:
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        torch.clear_autocast_cache()  # or the next forward sees the old weights' bf16 copies
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer's."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, which loads into that optimizer alone as well."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the wrapped optimizer's."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped optimizer's."""
+        if not self._adopting:
+            self.optimizer.add_param_group(param_group)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if not self._adopting:
+            self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if not self._adopting:
+            self.optimizer.state = state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r})"
+
+
+class IPC(PredictiveCodingOptimizer):
+    """Incremental predictive coding: values and weights move at every inference step (Alg. 1).
+
+    ``step`` takes T steps of the wrapped optimizer; its learning rate, weight decay and clipping
+    act at each. Arguments as in `PredictiveCodingOptimizer`.
+    """
+
+    algorithm = "ipc"
+
+
+class PC(PredictiveCodingOptimizer):
+    """Predictive coding: values move first, then weights once (Alg. 2).
+
+    Arguments as in `PredictiveCodingOptimizer`.
+    """
+
+    algorithm = "pc"
+
+
+class ZIL(PredictiveCodingOptimizer):
+    """Zero-divergence inference learning: backprop's update, found by local errors (Alg. 3).
+
+    The value nodes must form a chain. Arguments as in `PredictiveCodingOptimizer`.
+    """
+
+    algorithm = "zil"
+
+
+def refuse_optimizer(optimizer: object) -> None:
+    """Refuses what cannot take a predictive coding step.
+
+    Raises:
+        ConfigError: Naming the optimizer and what to do.
+    """
+    name = type(optimizer).__name__
+    if isinstance(optimizer, PredictiveCodingOptimizer):
+        raise ConfigError(
+            f"{name} would do predictive coding twice: give the plain optimizer that it wraps."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ConfigError(
+            "LBFGS evaluates its closure several times a step, each of which would be a whole "
+            "inference: use SGD, Adam(W) or another optimizer of one gradient a step."
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"Expected a torch optimizer, got {name}.")
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not isinstance(parameter, nn.Parameter):
+                raise ConfigError(
+                    f"{name} holds a tensor of shape {tuple(parameter.shape)} that is no "
+                    "nn.Parameter: predictive coding trains the parameters of a module."
+                )

@@ -1,0 +1,172 @@
+"""Where value nodes are asked to stand: from the user's ``value_nodes`` to modules of the model."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from lightning_pc.errors import ConfigError, PlacementError
+
+#: One entry of ``value_nodes``: a preset, a module name or regex, a module type, or a callable
+#: ``(name, module) -> bool``.
+Entry = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+ValueNodes = Entry | Sequence[Entry]
+
+_LINEAR = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A resolved ``value_nodes``.
+
+    Attributes:
+        nonlinearities: Nodes stand at the inputs of nonlinearities.
+        outputs: Modules at whose outputs nodes stand, with their dotted names.
+        entries: For each entry that the user wrote out (no preset), the modules it matched.
+        exact: The entries that are the name of one module.
+        lenient: Modules whose output cannot be a node are passed over.
+    """
+
+    nonlinearities: bool
+    outputs: dict[nn.Module, str]
+    entries: dict[str, list[nn.Module]] = field(default_factory=dict)
+    exact: frozenset[str] = frozenset()
+    lenient: bool = False
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _leaves(model: nn.Module) -> Iterable[nn.Module]:
+    """Leaf modules that hold parameters."""
+    return (m for m in model.modules() if _is_leaf(m) and _holds_parameters(m))
+
+
+def _linear_maps(model: nn.Module) -> Iterable[nn.Module]:
+    """Linear and convolution modules, transformers' transposed ``Conv1D`` among them."""
+    return (m for m in _leaves(model) if isinstance(m, _LINEAR) or type(m).__name__ == "Conv1D")
+
+
+def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+    """The outermost repeated blocks: what a ModuleList holds, or a Sequential holds twice.
+
+    Members of a Sequential count where they have children of their own (a residual block does, a
+    Linear does not).
+    """
+
+    def repeated(container: nn.Module) -> list[nn.Module]:
+        members = [m for m in container.children() if _holds_parameters(m)]
+        if isinstance(container, nn.Sequential):
+            members = [m for m in members if not _is_leaf(m)]
+            types = [type(m) for m in members if type(m) is not nn.Sequential]
+            return [m for m in members if types.count(type(m)) > 1]
+        return members if isinstance(container, nn.ModuleList) else []
+
+    def outermost(module: nn.Module) -> Iterable[nn.Module]:
+        found = repeated(module)
+        yield from found
+        for child in module.children():
+            if child not in found:
+                yield from outermost(child)
+
+    return outermost(model)
+
+
+#: Preset name -> the modules at whose outputs it puts nodes.
+PRESETS: dict[str, Callable[[nn.Module], Iterable[nn.Module]]] = {
+    "auto": lambda model: (),
+    "nonlinearities": lambda model: (),
+    "modules": _leaves,
+    "linear": _linear_maps,
+    "blocks": _blocks,
+}
+
+
+def _match(entry: Entry, named: dict[str, nn.Module]) -> list[str]:
+    """Names of the modules that one written-out entry matches."""
+    if isinstance(entry, str):
+        if entry in named:
+            return [entry]
+        try:
+            pattern = re.compile(entry)
+        except re.error as error:
+            raise ConfigError(
+                f"value_nodes entry {entry!r} is neither a module's name nor a valid regular "
+                f"expression ({error})."
+            ) from error
+        return [name for name in named if name and pattern.fullmatch(name)]
+    if isinstance(entry, type) and issubclass(entry, nn.Module):
+        return [name for name, module in named.items() if name and isinstance(module, entry)]
+    if callable(entry) and not isinstance(entry, (type, nn.Module)):
+        return [name for name, module in named.items() if name and entry(name, module)]
+    raise ConfigError(
+        f"value_nodes entry {entry!r}: expected a preset ({', '.join(PRESETS)}), a module name "
+        "or regular expression, a module type, or a callable (name, module) -> bool."
+    )
+
+
+def _near_misses(entry: Entry, named: dict[str, nn.Module]) -> str:
+    if isinstance(entry, str):
+        names = [*PRESETS, *(name for name in named if name)]
+        close = difflib.get_close_matches(entry, names, n=4, cutoff=0.5)
+        close = close or [name for name in names if entry in name][:4] or names[len(PRESETS) :][:6]
+    else:
+        close = sorted({type(m).__name__ for name, m in named.items() if name})[:8]
+    return ", ".join(map(repr, close)) or "nothing: the model has no submodules"
+
+
+def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
+    """Finds the modules that ``value_nodes`` names.
+
+    Args:
+        value_nodes: A preset, a module name or regular expression (which must match the whole
+            name), a module type, a callable ``(name, module) -> bool``, or a list of these.
+        model: The module that is trained.
+
+    Raises:
+        ConfigError: An entry is of no known kind.
+        PlacementError: An entry matches no module; the message lists near misses.
+    """
+    entries: list[Entry]
+    if isinstance(value_nodes, Sequence) and not isinstance(value_nodes, str):
+        entries = list(value_nodes)
+    else:
+        entries = [value_nodes]
+    if not entries:
+        raise ConfigError("value_nodes is empty: expected 'auto' or at least one entry.")
+    named = dict(model.named_modules())
+    names = {module: name for name, module in named.items()}
+    outputs: dict[nn.Module, str] = {}
+    written: dict[str, list[nn.Module]] = {}
+    for entry in entries:
+        if isinstance(entry, str) and entry in PRESETS:
+            found = list(PRESETS[entry](model))
+            if not found and entry not in ("auto", "nonlinearities"):
+                raise PlacementError(
+                    f"value_nodes={entry!r} finds no place in {type(model).__name__}: try 'auto', "
+                    "'linear', 'modules', or name modules."
+                )
+        else:
+            found = [named[name] for name in _match(entry, named)]
+            if not found:
+                raise PlacementError(
+                    f"value_nodes entry {entry!r} matches no module of {type(model).__name__}. "
+                    f"Near misses: {_near_misses(entry, named)}."
+                )
+            written[entry if isinstance(entry, str) else getattr(entry, "__name__", "?")] = found
+        outputs.update((module, names[module]) for module in found)
+    return Placement(
+        nonlinearities=any(entry in ("auto", "nonlinearities") for entry in entries),
+        outputs=outputs,
+        entries=written,
+        exact=frozenset(entry for entry in written if entry in named),
+    )

@@ -1,0 +1,347 @@
+"""Purity: a batch runs the user's forward up to T times, and the user must not notice.
+
+What a forward changes (random generators, buffers, attributes, the lists, dicts and sets in them,
+metrics, the batch's own containers) is brought back before each replay to what the first forward
+met, and afterwards to what it left.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import UserDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_pc.errors import ReplayError
+
+# Of a module's __dict__: parameters move by the optimizer alone, the rest is torch's bookkeeping.
+_SKIPPED = frozenset(vars(nn.Module())) - {"_buffers", "training"} | {"_current_fx_name"}
+_CONTAINERS = (dict, list, set, deque)
+_MISSING = object()
+
+Generators = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+#: (object, attribute) -> what stands in its place while a batch is replayed.
+Shadows = Mapping[tuple[Any, str], Callable[..., Any]]
+
+
+def _state(generator: Generators) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state()
+
+
+def _set_state(generator: Generators, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def _global_states() -> list[Any]:
+    states: list[Any] = [torch.get_rng_state(), np.random.get_state(), random.getstate()]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states.append(torch.cuda.get_rng_state_all())
+    elif torch.backends.mps.is_available():
+        states.append(torch.mps.get_rng_state())
+    return states
+
+
+def _set_global_state(index: int, state: Any) -> None:
+    if index == 3 and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.set_rng_state_all(state)
+    else:
+        setters: list[Callable[[Any], Any]] = [torch.set_rng_state, np.random.set_state]
+        setters += [random.setstate, torch.mps.set_rng_state]
+        setters[index](state)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and not isinstance(a[-1], int):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b)
+
+
+class _Container:
+    """One dict, list, set or deque and what was in it."""
+
+    def __init__(self, live: Any, skipped: frozenset[str] = frozenset()) -> None:
+        self.live, self.skipped = live, skipped
+        self.saved = self._content()
+
+    def _content(self) -> Any:
+        if not isinstance(self.live, dict):
+            return list(self.live) if not isinstance(self.live, set) else set(self.live)
+        if not self.skipped:
+            return dict(self.live)
+        return {k: v for k, v in self.live.items() if k not in self.skipped}
+
+    def children(self) -> Iterator[tuple[Any, Any]]:
+        if isinstance(self.live, dict):
+            yield from self.saved.items()
+        elif not isinstance(self.live, set):
+            yield from enumerate(self.saved)
+
+    def changed(self) -> bool:
+        now = self._content()
+        if isinstance(now, set):
+            return bool(now != self.saved)
+        if len(now) != len(self.saved):
+            return True
+        if isinstance(now, dict):
+            return any(self.saved.get(k, _MISSING) is not v for k, v in now.items())
+        return any(a is not b for a, b in zip(now, self.saved, strict=True))
+
+    def restore(self) -> None:
+        if not self.changed():
+            return
+        if not isinstance(self.live, dict):
+            self.live.clear()
+            (self.live.update if isinstance(self.live, set) else self.live.extend)(self.saved)
+            return
+        for key in [k for k in self.live if k not in self.saved and k not in self.skipped]:
+            del self.live[key]
+        for key, value in self.saved.items():
+            if self.live.get(key, _MISSING) is not value:
+                self.live[key] = value
+
+
+class _Snapshot:
+    """What modules and a batch held at one moment.
+
+    Args:
+        modules: Their attributes, buffers and the containers in them are taken.
+        batch: The arguments of the forward.
+        copied: Says of a tensor's path whether its data is taken as well, or None for all.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], batch: Any, copied: set[Any] | None) -> None:
+        self.containers: list[_Container] = []
+        self.tensors: dict[Any, tuple[Tensor, int, Tensor | None]] = {}
+        self.generators: list[tuple[Generators, Any]] = []
+        self.random = _global_states()
+        seen: set[int] = set()
+        todo: list[tuple[Any, Any]] = [((id(m),), vars(m)) for m in modules]
+        for _, attributes in todo:
+            seen.add(id(attributes))
+            self.containers.append(_Container(attributes, _SKIPPED))
+        pending = list(zip((path for path, _ in todo), self.containers, strict=True))
+        pending.append((("batch",), _Container([batch])))  # never restored itself
+        while pending:
+            path, container = pending.pop()
+            for key, value in container.children():
+                self._take((*path, key), value, seen, pending, copied)
+
+    def _take(
+        self, path: Any, value: Any, seen: set[int], pending: list[Any], copied: set[Any] | None
+    ) -> None:
+        if isinstance(value, Tensor):
+            if isinstance(value, nn.Parameter) or value.is_inference():
+                return
+            data = value.detach().clone() if copied is None or path in copied else None
+            self.tensors[path] = (value, value._version, data)
+        elif isinstance(value, UserDict):
+            self._take(path, value.data, seen, pending, copied)
+        elif isinstance(value, _CONTAINERS):
+            if id(value) not in seen:
+                seen.add(id(value))
+                container = _Container(value)
+                self.containers.append(container)
+                pending.append((path, container))
+        elif isinstance(value, tuple):
+            for i, item in enumerate(value):
+                self._take((*path, i), item, seen, pending, copied)
+        elif isinstance(value, Generators):
+            self.generators.append((value, _state(value)))
+
+    def written(self) -> set[Any]:
+        """Paths of the tensors that were written to since."""
+        return {p for p, (tensor, version, _) in self.tensors.items() if tensor._version != version}
+
+    @torch.no_grad()
+    def restore_tensors(self, paths: set[Any]) -> None:
+        for path in paths:
+            tensor, _, data = self.tensors[path]
+            if data is not None:
+                tensor.copy_(data)
+
+    def restore_random(self, globally: Sequence[int] | None = None, own: bool = True) -> None:
+        for index in range(len(self.random)) if globally is None else globally:
+            _set_global_state(index, self.random[index])
+        for generator, state in self.generators if own else ():
+            _set_state(generator, state)
+
+    def drawn(self, other: _Snapshot) -> tuple[list[int], bool]:
+        """Which of the global generators, and whether any other, stand not as in ``other``."""
+        pairs = zip(self.random, other.random, strict=True)
+        states = [[s for _, s in snapshot.generators] for snapshot in (self, other)]
+        own = not all(map(_equal, *states))
+        return [i for i, (a, b) in enumerate(pairs) if not _equal(a, b)], own
+
+
+class _Records:
+    """Metrics run in the first forward alone; replays get what it returned."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.metrics = [m for m in modules if isinstance(m, (Metric, MetricCollection))]
+        self._returned: dict[nn.Module, list[Any]] = {m: [] for m in self.metrics}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        def recorder(metric: nn.Module) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = type(metric).forward(metric, *args, **kwargs)
+                self._returned[metric].append(output)
+                return output
+
+            return forward
+
+        with shadowed({(m, "forward"): recorder(m) for m in self.metrics}):
+            yield
+
+    def shadows(self) -> dict[tuple[Any, str], Callable[..., Any]]:
+        def teller(metric: nn.Module) -> Callable[..., Any]:
+            returned = iter(self._returned[metric])
+            return lambda *args, **kwargs: next(returned, None)
+
+        told = {(m, "forward"): teller(m) for m in self.metrics}
+        return {**told, **{(m, name): nothing for m in self.metrics for name in _WRITERS}}
+
+
+_WRITERS = ("update", "reset")
+
+
+#: Methods of a LightningModule that report to the outside.
+LOGGING = ("log", "log_dict", "print")
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands in place of a method that must not act."""
+
+
+@contextmanager
+def shadowed(shadows: Shadows) -> Iterator[None]:
+    """Instance attributes that hide methods for the length of a ``with``."""
+    before = [(obj, name, vars(obj).get(name, _MISSING)) for obj, name in shadows]
+    for (obj, name), stand_in in shadows.items():
+        obj.__dict__[name] = stand_in
+    try:
+        yield
+    finally:
+        for obj, name, old in before:
+            if old is _MISSING:
+                obj.__dict__.pop(name, None)
+            else:
+                obj.__dict__[name] = old
+
+
+class Purity:
+    """Keeps the replays of one batch from showing.
+
+    Args:
+        modules: All modules of the model.
+        batch: The forward's arguments.
+        written: Paths of tensors that forwards are known to write to; learned from batch to batch.
+        shadows: Methods that do something else in replays.
+        draws: An earlier batch, whose random draws every forward sees again; the generators are
+            then left alone.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        batch: Any,
+        written: set[Any] | None,
+        shadows: Shadows,
+        draws: Purity | None = None,
+    ) -> None:
+        self._modules, self._batch, self._shadows = modules, batch, shadows
+        self._start = _Snapshot(modules, batch, written)
+        self._records = _Records(modules)
+        self._draws = draws
+        self._end: _Snapshot | None = None
+        self._restless: list[_Container] = []
+        self._drawn: tuple[list[int], bool] = ([], False)
+        self.written: set[Any] = set() if written is None else set(written)
+        self.replaying = False
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Around the first forward."""
+        if self._draws is not None:
+            self._draws._start.restore_random()
+        with self._records.recording():
+            yield
+
+    def ready(self) -> None:
+        """The first forward and the hooks behind it have run; replays come now."""
+        written = self._start.written()
+        self._refuse_lost_batch(written)
+        self.written |= written
+        self._end = _Snapshot(self._modules, self._batch, self.written)
+        self._restless = [c for c in self._start.containers if c.changed()]
+        if self._draws is not None:  # replays draw as that batch did, then all is as it was
+            start, drawn = self._start, self._draws._start
+            self._end.random, start.random = start.random, drawn.random
+            self._end.generators, start.generators = start.generators, drawn.generators
+        self._drawn = self._start.drawn(self._end)
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Around one later forward."""
+        self._to_start()
+        self.replaying = True
+        try:
+            with shadowed({**self._shadows, **self._records.shadows()}):
+                yield
+        finally:
+            self.replaying = False
+
+    def finish(self) -> None:
+        """Everything stands as the first forward (and the hooks behind it) left it."""
+        if self._end is None:
+            return
+        for container in self._end.containers:
+            container.restore()
+        self._end.restore_tensors(self._end.written())
+        self._end.restore_random(*self._drawn)
+
+    def undo(self) -> None:
+        """Everything stands as before the first forward."""
+        for container in self._start.containers:
+            container.restore()
+        self._start.restore_tensors(self._start.written())
+        self._start.restore_random()
+
+    def _to_start(self) -> None:
+        for container in self._restless:
+            container.restore()
+        self._start.restore_tensors(self.written & self._start.tensors.keys())
+        self._start.restore_random(*self._drawn)
+
+    def _refuse_lost_batch(self, written: set[Any]) -> None:
+        lost = [p for p in written if p[0] == "batch" and self._start.tensors[p][2] is None]
+        if lost:
+            raise ReplayError(
+                "The forward wrote to a tensor of its batch in place, which it did not do on the "
+                "first batch: replays cannot see the batch as it was. Clone the tensor first."
+            )

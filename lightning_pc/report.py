@@ -1,0 +1,65 @@
+"""What one step did: the record that lets anybody check that inference really ran."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(eq=False)
+class StepReport:
+    """What ran in one predictive coding step.
+
+    Axis legend: t inference steps, n nodes in call order.
+
+    Attributes:
+        algorithm: ``"ipc"``, ``"pc"`` or ``"zil"``.
+        steps: Evaluations run, T.
+        depth: Depth of the module: its deepest node's.
+        nodes: Node names, in call order.
+        loss: The user's loss at each evaluation, [t].
+        loss_terms: M, the number of terms that the loss is a mean of.
+        gamma: Inference rate at the end of the batch.
+        energies: Each node's energy, summed over the batch, [t, n], on the device.
+    """
+
+    algorithm: str
+    steps: int
+    depth: int
+    nodes: list[str]
+    loss: Tensor
+    loss_terms: float
+    gamma: float
+    energies: Tensor
+    _depths: Mapping[nn.Parameter, int] = field(repr=False, default_factory=dict)
+    _names: Mapping[nn.Parameter, str] = field(repr=False, default_factory=dict)
+    _learned_at: tuple[int, ...] = field(repr=False, default=())
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """Each node's energy, summed over the batch, [t, n], on the CPU."""
+        return self.energies.detach().cpu()
+
+    @cached_property
+    def peak_energy(self) -> dict[str, float]:
+        """Node name -> the largest energy it had; zero means that it never inferred anything."""
+        peaks = self.energy.amax(0) if len(self.energy) else torch.zeros(len(self.nodes))
+        return dict(zip(self.nodes, peaks.tolist(), strict=True))
+
+    @cached_property
+    def free_energy(self) -> Tensor:
+        """F at each evaluation: the loss terms' sum plus all node energies, [t], on the CPU."""
+        return self.loss.detach().cpu() * self.loss_terms + self.energy.sum(1)
+
+    @cached_property
+    def learned(self) -> dict[str, int]:
+        """Parameter name -> number of updates it took part in."""
+        return {name: self._updates(parameter) for parameter, name in self._names.items()}
+
+    def _updates(self, parameter: nn.Parameter) -> int:
+        depth = self._depths.get(parameter)
+        return 0 if depth is None else sum(t >= depth for t in self._learned_at)

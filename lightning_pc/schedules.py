@@ -1,0 +1,104 @@
+"""Who moves when. A schedule is one small class and a row of `SCHEDULES`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from typing_extensions import override
+
+from lightning_pc.errors import ConfigError
+
+
+class Schedule(ABC):
+    """When values move, when parameters get gradients and when the optimizer steps.
+
+    Inference steps are counted t = 0 .. T-1; depths are those of `lightning_pc.nodes.Node`.
+    """
+
+    name: str
+    paper: str
+    #: The only gamma it allows, None for any.
+    fixed_gamma: float | None = None
+    #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
+    stagewise = False
+
+    def steps(self, depth: int, T: int | None) -> int:
+        """Evaluations per batch; the default is ``max(8, depth + 1)``."""
+        return max(8, depth + 1) if T is None else T
+
+    def moves(self, t: int, T: int) -> bool:
+        """Whether values move at t."""
+        return True
+
+    @abstractmethod
+    def learns(self, t: int, T: int) -> bool:
+        """Whether parameters get gradients at t."""
+
+    def updates(self, t: int, T: int) -> bool:
+        """Whether the optimizer steps at t."""
+        return self.learns(t, T)
+
+
+class IPC(Schedule):
+    """Values and parameters move at every t."""
+
+    name, paper = "ipc", "Salvatori et al. 2024, Algorithm 1"
+
+    @override
+    def learns(self, t: int, T: int) -> bool:
+        return True
+
+
+class PC(Schedule):
+    """Values move at t < T-1, parameters once at t = T-1."""
+
+    name, paper = "pc", "Salvatori et al. 2024, Algorithm 2"
+
+    @override
+    def moves(self, t: int, T: int) -> bool:
+        return t < T - 1
+
+    @override
+    def learns(self, t: int, T: int) -> bool:
+        return t == T - 1
+
+
+class ZIL(Schedule):
+    """Values move by their whole gradient; stage d adds its gradient at t = d, once."""
+
+    name, paper = "zil", "Salvatori et al. 2024, Algorithm 3; Song et al. 2020"
+    fixed_gamma = 1.0
+    stagewise = True
+
+    @override
+    def steps(self, depth: int, T: int | None) -> int:
+        if T is not None:
+            raise ConfigError(f"T={T}: zil always takes depth + 1 evaluations, leave T at None.")
+        return depth + 1
+
+    @override
+    def moves(self, t: int, T: int) -> bool:
+        return t < T - 1
+
+    @override
+    def learns(self, t: int, T: int) -> bool:
+        return True
+
+    @override
+    def updates(self, t: int, T: int) -> bool:
+        return t == T - 1
+
+
+SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL)}
+
+
+def schedule(algorithm: str) -> Schedule:
+    """The schedule of an algorithm's name.
+
+    Raises:
+        ConfigError: The name is none of `SCHEDULES`.
+    """
+    if algorithm not in SCHEDULES:
+        known = ", ".join(map(repr, SCHEDULES))
+        raise ConfigError(f"algorithm={algorithm!r} is unknown: expected one of {known}.")
+    return SCHEDULES[algorithm]()

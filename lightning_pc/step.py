@@ -1,0 +1,371 @@
+"""One batch: find the nodes, infer their values, learn the parameters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pc.checks import check_model, check_nodes, checked_loss, divergence
+from lightning_pc.errors import ClosureError, ConfigError, PCError
+from lightning_pc.forwards import Discovery, Replay
+from lightning_pc.graph import Graph, chain_points, discover, require_chain
+from lightning_pc.inference import Inference
+from lightning_pc.losses import loss_terms
+from lightning_pc.nodes import Gate, Site
+from lightning_pc.placement import Placement, resolve
+from lightning_pc.replay import Purity, Shadows
+from lightning_pc.report import StepReport
+from lightning_pc.schedules import Schedule, schedule
+from lightning_pc.settings import Settings
+from lightning_pc.watch import Verdicts
+
+Output = TypeVar("Output")
+
+
+@dataclass
+class _Batch:
+    """The batch in hand, between its first forward and its inference."""
+
+    forward: Callable[[], Tensor | None]
+    purity: Purity
+    loss: Tensor
+    graph: Graph
+    placement: Placement
+    T: int
+    terms: Callable[[], float]
+
+
+class Learner:
+    """Trains one module batch by batch; both doors, optimizer and strategy, stand before it.
+
+    Args:
+        model: The module, as its user wrote it.
+        settings: The engine's knobs.
+
+    Attributes:
+        report: What the last step did.
+        values: Node name -> value of the last batch, [B, *].
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.schedule: Schedule = schedule(settings.algorithm)
+        self.report: StepReport | None = None
+        self.values: dict[str, Tensor] = {}
+        self._gate, self._verdicts = Gate(), Verdicts()
+        self._modules: tuple[nn.Module, ...] = ()
+        self._names: dict[nn.Module, str] = {}
+        self._placement: Placement | None = None
+        self._written: set[Any] | None = None
+        self._batch: _Batch | None = None
+        self._warned: set[str] = set()
+        # reset="never": the places with their values, steps taken, and whose draws they saw.
+        self._kept: list[Site] | None = None
+        self._age, self._kept_scale = 0, 1.0
+        self._draws: Purity | None = None
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether the forward that runs now is a re-run of a batch."""
+        return self._batch is not None and self._batch.purity.replaying
+
+    def check(self) -> None:
+        """Refuses models and placements that can never work, before any batch.
+
+        Raises:
+            PCError: Naming the module and what to do.
+        """
+        self._look_at_model()
+
+    def begin(
+        self,
+        forward: Callable[[], Output],
+        loss_of: Callable[[Output], Tensor | None],
+        batch: Any = (),
+        shadows: Shadows | None = None,
+        batch_size: Callable[[], float | None] = lambda: None,
+    ) -> Output:
+        """Runs the first forward (t = 0): the user's own, with the nodes in place.
+
+        Args:
+            forward: The user's forward, which computes the loss anew at each call.
+            loss_of: The scalar loss in what ``forward`` returns, None to skip the batch.
+            batch: What ``forward`` is given, for ``loss_terms`` and to undo changes to it.
+            shadows: Methods that must do something else in replays.
+            batch_size: Asked where no call of a loss function tells the number of terms.
+
+        Returns:
+            What ``forward`` returned.
+
+        Raises:
+            PCError: The nodes cannot stand there; model and generators are as before.
+        """
+        self._batch = None
+        placement = self._look_at_model()
+        settings = self.settings
+        purity = Purity(self._modules, batch, self._written, shadows or {}, self._draws)
+        softmax = "gaussian" if self.schedule.stagewise else settings.softmax_energy
+        kept = (self._kept, self._kept_scale)
+        found = Discovery(placement, self._verdicts, self._gate, softmax, self._names, *kept)
+        try:
+            with purity.first(), found.watching():
+                output = forward()
+            loss = loss_of(output)
+            if loss is None:
+                return output
+            found.number_calls()
+            graph = discover(checked_loss(loss), found)
+            check_nodes(placement, graph, self.model)
+            if self.schedule.stagewise:
+                require_chain(graph, lambda: self._remedy(purity, forward, loss_of))
+        except PCError:
+            purity.undo()
+            raise
+
+        def again() -> Tensor | None:
+            return loss_of(forward())
+
+        def terms() -> float:
+            return self._terms(graph, batch, batch_size)
+
+        T = self.schedule.steps(graph.depth, settings.T)
+        self._batch = _Batch(again, purity, loss, graph, placement, T, terms)
+        self._warn_unreached(graph, T)
+        return output
+
+    def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:
+        """Infers and learns: adds the parameter gradients of the last step to ``.grad``.
+
+        Args:
+            seed: Factor of the loss in parameter gradients (1 / accumulated batches).
+            update: One optimizer step on the gradients so far, for every update but the last,
+                which is the caller's.
+
+        Returns:
+            The loss of the first forward, None where the batch is skipped.
+
+        Raises:
+            DivergenceError: Loss or an energy is not finite; no weight has moved on it.
+        """
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return None
+        self._batch = batch  # for is_replay
+        try:
+            batch.purity.ready()
+            return self._infer(batch, seed, update)
+        finally:
+            batch.purity.finish()
+            self._written = batch.purity.written
+            self._batch = None
+            for node in batch.graph.nodes:
+                node.forget()
+
+    def describe(
+        self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
+    ) -> tuple[Graph, int]:
+        """The graph that a batch gives and the T it would get; everything is put back after."""
+        self.begin(forward, loss_of)
+        if self._batch is None:
+            raise ClosureError("The forward returned no loss, so there is no graph to describe.")
+        graph, T = self._batch.graph, self._batch.T
+        self._batch.purity.undo()
+        self._batch = None
+        return graph, T
+
+    def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
+        graph, T, start = batch.graph, batch.T, self._age
+        inference = Inference(self.settings.start_gamma, self.settings.gamma_decay)
+        if self.schedule.fixed_gamma:
+            inference.gamma_decay = 1.0
+        for call in graph.losses:
+            call.watch(seed)
+        self.values = {node.name: node.x for node in graph.nodes}
+        parameters = list(graph.depths)
+        loss, terms = batch.loss, math.nan
+        losses: list[Tensor] = []
+        energies: list[Tensor] = []
+        learned_at: list[int] = []
+        for step in range(T):
+            t = start + step
+            if step:
+                loss = self._replay(batch, t, seed / terms)
+            moves, learns = self.schedule.moves(step, T), self.schedule.learns(step, T)
+            losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)))
+            energies.append(_energies(graph, losses[0]))
+            total = energies[-1].sum()
+            if learns and not math.isfinite(losses[-1] + total):
+                raise divergence(graph, losses, energies, start)
+            self._backward(graph, loss, t, moves, learns, seed)
+            if not step:
+                terms = batch.terms()
+            if moves:
+                inference.observe(torch.add(total, losses[-1], alpha=terms))
+                inference.move(graph.nodes, terms / seed)
+            if self.schedule.updates(step, T):
+                learned_at.append(t)
+                if step < T - 1:
+                    update()
+                    torch.clear_autocast_cache()
+                    for parameter in parameters:
+                        parameter.grad = None
+            for node in graph.nodes:
+                node.forget()
+        if self.settings.reset == "never":
+            self._kept, self._age, self._kept_scale = graph.sites, start + T, seed / terms
+            self._draws = self._draws or batch.purity
+        self.report = StepReport(
+            algorithm=self.settings.algorithm,
+            steps=T,
+            depth=graph.depth,
+            nodes=[node.name for node in graph.nodes],
+            loss=torch.stack(losses),
+            loss_terms=terms,
+            gamma=float(inference.gamma),
+            energies=torch.stack(energies),
+            _depths=graph.depths,
+            _names={p: n for n, p in self.model.named_parameters() if p.requires_grad},
+            _learned_at=tuple(learned_at),
+        )
+        return losses[0]
+
+    def _replay(self, batch: _Batch, t: int, scale: float) -> Tensor:
+        """The forward again, with the values where they are now."""
+        softmax = self.settings.softmax_energy
+        sites = batch.graph.sites
+        watch = Replay(
+            batch.placement, self._verdicts, self._gate, softmax, self._names, sites, t, scale
+        )
+        with batch.purity.replay(), torch.enable_grad(), watch.watching():
+            loss = batch.forward()
+        watch.finished()
+        if loss is None:
+            raise ClosureError(
+                f"The forward returned no loss at inference step t = {t}, though it did at t = 0."
+            )
+        return loss
+
+    def _backward(
+        self,
+        graph: Graph,
+        loss: Tensor,
+        t: int,
+        moves: bool,
+        learns: bool,
+        seed: float,
+    ) -> None:
+        """One backward: dF/dx into the nodes, seed * dF/dtheta / M into ``.grad``.
+
+        Value steps ask for no weight gradient. Nodes and stages that no error has reached yet
+        are not asked either, so their ``.grad`` stays None.
+        """
+        erring = [node for node in graph.nodes if node.dmu is not None]
+        values = [node.x for node in graph.nodes if node.depth <= t + 1] if moves else []
+        root = torch.full_like(loss, seed)
+        if not self.schedule.stagewise:
+            reached = [p for p, depth in graph.depths.items() if depth <= t] if learns else []
+            if values or reached:
+                with self._gate.opened():
+                    torch.autograd.backward(loss, root, inputs=[*values, *reached])
+            return
+        stage = [node for node in erring if node.depth == t]
+        roots: list[Any] = [(node.edge, node.dmu) for node in stage] if t else [(loss, root)]
+        stages = [node.parameters for node in stage] if t else [graph.loss_parameters]
+        parameters = list(dict.fromkeys(p for stage in stages for p in stage))
+        if values:
+            with self._gate.opened():
+                torch.autograd.backward(loss, root, inputs=values, retain_graph=True)
+        if parameters:
+            with self._gate.opened(sealed=True):
+                torch.autograd.backward(
+                    [edge for edge, _ in roots], [error for _, error in roots], inputs=parameters
+                )
+
+    def _terms(self, graph: Graph, batch: Any, batch_size: Callable[[], float | None]) -> float:
+        given = self.settings.loss_terms
+        if given is not None:
+            terms = float(given(*batch)) if callable(given) else float(given)
+            if not (math.isfinite(terms) and terms > 0):
+                raise ConfigError(f"loss_terms gave {terms}: expected a positive number.")
+            return terms
+        terms_or_none = loss_terms(graph.losses)
+        if terms_or_none is not None:
+            return terms_or_none
+        if graph.losses:
+            guess: float | None = graph.losses[0].batch
+            why = "the loss functions it calls do not agree on it"
+        else:
+            guess, why = batch_size(), "it calls no loss function of torch's"
+        if guess is None:
+            guess = graph.nodes[0].x.shape[0]
+        self._warn(
+            "loss_terms",
+            f"Cannot read off the training loss how many terms it is a mean of ({why}); the batch "
+            f"size, {guess:g}, is taken. Set loss_terms= to a number or a callable of the batch.",
+        )
+        return float(guess)
+
+    def _look_at_model(self) -> Placement:
+        """Names, placement and what we know of modules, anew when the model has changed."""
+        modules = tuple(self.model.modules())
+        if self._placement is None or modules != self._modules:
+            check_model(self.model)
+            self._placement = resolve(self.settings.value_nodes, self.model)
+            self._modules = modules
+            self._names = {module: name for name, module in self.model.named_modules()}
+        return self._placement
+
+    def _remedy(
+        self,
+        purity: Purity,
+        forward: Callable[[], Output],
+        loss_of: Callable[[Output], Tensor | None],
+    ) -> str:
+        """Placements on which Z-IL is exact, found by a node at the output of every module."""
+        everywhere = {m: n for m, n in self._names.items() if n}
+        placement = Placement(False, everywhere, lenient=True)
+        found = Discovery(placement, self._verdicts, self._gate, "gaussian", self._names)
+        purity.undo()
+        with purity.replay(), torch.enable_grad(), found.watching():
+            loss = loss_of(forward())
+        found.number_calls()
+        points = [] if loss is None else chain_points(discover(loss, found))
+        if not points:
+            return "No placement at module outputs makes a chain here: use 'pc' or 'ipc'."
+        return f"This placement works: value_nodes={points}."
+
+    def _warn_unreached(self, graph: Graph, T: int) -> None:
+        if self.settings.reset == "never":
+            return
+        deepest = max(graph.depths.values(), default=0)
+        names = {p: n for n, p in self.model.named_parameters()}
+        if deepest < T:
+            return
+        unreached = [names.get(p, "?") for p, depth in graph.depths.items() if depth >= T]
+        listed = ", ".join(unreached[:20]) + (
+            f" and {len(unreached) - 20} more" * (len(unreached) > 20)
+        )
+        self._warn(
+            "unreached",
+            f"T={T} inference steps never reach {len(unreached)} parameters, which do not learn: "
+            f"{listed}. T={deepest + 1} reaches all of them.",
+        )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _energies(graph: Graph, like: Tensor) -> Tensor:
+    """Each node's energy of this evaluation, [n]; zero where no error has arrived."""
+    if all(node.total is None for node in graph.nodes):
+        return like.new_zeros(len(graph.nodes))
+    zero = like.new_zeros(())
+    return torch.stack([zero if n.total is None else n.total.to(like.dtype) for n in graph.nodes])

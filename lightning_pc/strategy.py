@@ -1,0 +1,310 @@
+"""Predictive coding for the Lightning Trainer: ``Trainer(strategy=PCStrategy("ipc"))``.
+
+Two seams: `PCStrategy.training_step` runs the first forward with the nodes in place, and
+`PCStrategy.backward` infers and learns. Accumulation, clipping, hooks and schedulers keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import (
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pc.errors import PCError
+from lightning_pc.optim import refuse_optimizer
+from lightning_pc.replay import LOGGING, nothing
+from lightning_pc.report import StepReport
+from lightning_pc.schedules import SCHEDULES
+from lightning_pc.settings import Settings
+from lightning_pc.step import Learner
+
+
+@contextmanager
+def _at_the_door() -> Iterator[None]:
+    """What is wrong with the set-up is Lightning's MisconfigurationException here."""
+    try:
+        yield
+    except PCError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+class PCStrategy(SingleDeviceStrategy):
+    """Trains a LightningModule with predictive coding on one device.
+
+    Args:
+        algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
+            first, then weights once) or ``"zil"`` (backprop's update by local errors).
+        T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil: depth + 1.
+        gamma: Inference rate, positive. Default: 0.1; zil: 1.
+        gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
+            within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
+        value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
+            "linear", "blocks", a module name or regular expression, or a list of these; in
+            Python also a module type or a callable (name, module) -> bool.
+        reset: "batch" makes values anew for each batch, "never" keeps them for full-batch
+            training.
+        loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
+            training_step's arguments. Default: read off the loss functions that are called.
+        softmax_energy: Energy at attention logits: "categorical" (F_KL, Pinchetti et al. 2022)
+            or "gaussian".
+        device: Device to train on; the Trainer's accelerator and devices decide otherwise.
+        accelerator: Filled in by the Trainer.
+        checkpoint_io: How checkpoints are written.
+        precision_plugin: Filled in by the Trainer.
+
+    Raises:
+        MisconfigurationException: An argument, or later the model or the Trainer, does not fit.
+    """
+
+    strategy_name = "pc"
+
+    def __init__(
+        self,
+        algorithm: Literal["ipc", "pc", "zil"] = "ipc",
+        *,
+        T: int | None = None,
+        gamma: float | None = None,
+        gamma_decay: float = 0.9,
+        value_nodes: str
+        | type[nn.Module]
+        | Callable[[str, nn.Module], bool]
+        | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]] = "auto",
+        reset: Literal["batch", "never"] = "batch",
+        loss_terms: float | Callable[..., float] | None = None,
+        softmax_energy: Literal["categorical", "gaussian"] = "categorical",
+        device: str | torch.device = "cpu",
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(
+            device=device,
+            accelerator=accelerator,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        with _at_the_door():
+            self.settings = Settings(
+                algorithm=algorithm,
+                T=T,
+                gamma=gamma,
+                gamma_decay=gamma_decay,
+                value_nodes=value_nodes,
+                reset=reset,
+                loss_terms=loss_terms,
+                softmax_energy=softmax_energy,
+            )
+        self._parallel_devices: list[torch.device] | None = None
+        self._learner: Learner | None = None
+
+    @property
+    def report(self) -> StepReport | None:
+        """What the last step did; None before the first."""
+        return None if self._learner is None else self._learner.report
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Node name -> value of the last batch, [B, *]."""
+        return {} if self._learner is None else self._learner.values
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether training_step runs once more for a batch that it has already seen."""
+        return self._learner is not None and self._learner.is_replay
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The devices that the Trainer chose; the Trainer sets them."""
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices and len(devices) > 1:
+            raise MisconfigurationException(
+                f"PCStrategy trains on one device, the Trainer was given {len(devices)}: set "
+                "devices=1 (several come with PCDDPStrategy)."
+            )
+        self._parallel_devices = devices
+        if devices:
+            self._root_device = devices[0]
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Checks what can be checked before the first batch, and makes ready to learn."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            super().setup(trainer)
+            return
+        self._refuse_precision()
+        self._refuse_module(trainer)
+        super().setup(trainer)
+        self._refuse_optimizers()
+        with _at_the_door():
+            self._learner = Learner(self._module, self.settings)
+            self._learner.check()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The user's training_step, with the value nodes in place (t = 0)."""
+        step = super().training_step
+
+        def batch_size() -> float | None:
+            try:
+                return extract_batch_size(args[0])
+            except (MisconfigurationException, IndexError):
+                return None
+
+        silent = {(self._module, name): nothing for name in LOGGING}
+        return self._require_learner().begin(
+            lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size
+        )
+
+    def backward(
+        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Inference and learning, between the hooks that surround an ordinary backward."""
+        trainer, precision = self._module.trainer, self.precision_plugin
+        self.pre_backward(closure_loss)
+        closure_loss = precision.pre_backward(closure_loss, self._module)
+        accumulated = trainer.accumulate_grad_batches
+        if self.settings.algorithm == "ipc" and accumulated > 1:
+            self._refuse_accumulation(accumulated)
+
+        def update() -> None:
+            assert optimizer is not None
+            self._module.configure_gradient_clipping(
+                optimizer,
+                gradient_clip_val=trainer.gradient_clip_val,
+                gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+            )
+            optimizer.step()
+
+        self._require_learner().infer(1.0 / accumulated, update)
+        closure_loss = precision.post_backward(closure_loss, self._module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The last optimizer step of the batch, around the closure that infers."""
+        called = False
+
+        def once() -> Any:
+            nonlocal called
+            if called:
+                raise MisconfigurationException(
+                    f"{type(optimizer).__name__} evaluates its closure more than once a step, each "
+                    "of which would be a whole inference: use an optimizer of one gradient a step."
+                )
+            called = True
+            return closure()
+
+        result = super().optimizer_step(optimizer, once, model, **kwargs)
+        torch.clear_autocast_cache()
+        return result
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers ``strategy="ipc"``, ``"pc"`` and ``"zil"``."""
+        for name, schedule in SCHEDULES.items():
+            if name not in strategy_registry:
+                strategy_registry.register(
+                    name, cls, description=f"{name}: {schedule.paper}", algorithm=name
+                )
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _require_learner(self) -> Learner:
+        assert self._learner is not None, "setup() has not run"
+        return self._learner
+
+    def _refuse_precision(self) -> None:
+        plugin = self.precision_plugin
+        if isinstance(plugin, (FSDPPrecision, DeepSpeedPrecision)):
+            raise MisconfigurationException(
+                f"PCStrategy trains on one device and cannot use {type(plugin).__name__}."
+            )
+        half = isinstance(plugin, (MixedPrecision, HalfPrecision)) and plugin.precision.startswith(
+            "16"
+        )
+        if half:
+            raise MisconfigurationException(
+                "PCStrategy does not train in float16: prediction errors fall below its range, "
+                "and a gradient scaler would skip single updates within a batch. Use "
+                "precision='bf16-mixed', 'bf16-true' or '32-true'."
+            )
+
+    def _refuse_module(self, trainer: pl.Trainer) -> None:
+        module, name = self._module, type(self._module).__name__
+        if not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{name} uses manual optimization, but PCStrategy decides when values and weights "
+                "move: remove automatic_optimization = False, or use lightning_pc.optim in your "
+                "own loop."
+            )
+        if is_overridden("backward", module, pl.LightningModule):
+            raise MisconfigurationException(
+                f"{name} overrides `backward`, which PCStrategy replaces: remove the override."
+            )
+        if getattr(module, "_compiler_ctx", None) is not None:
+            raise MisconfigurationException(
+                f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
+                "nodes: give the Trainer the module itself."
+            )
+        if self.settings.algorithm != "ipc":
+            return
+        if is_overridden("optimizer_step", module, pl.LightningModule):
+            raise MisconfigurationException(
+                f"{name} overrides `optimizer_step`, but ipc steps T times a batch and only the "
+                "last of these would go through it: remove the override, or use 'pc'."
+            )
+        if trainer.accumulate_grad_batches > 1:
+            self._refuse_accumulation(trainer.accumulate_grad_batches)
+
+    def _refuse_accumulation(self, batches: int) -> None:
+        raise MisconfigurationException(
+            f"accumulate_grad_batches={batches}: ipc moves the weights at every inference step, so "
+            "there is nothing to accumulate. Use a larger batch, or 'pc'."
+        )
+
+    def _refuse_optimizers(self) -> None:
+        if len(self.optimizers) != 1 or not isinstance(self.optimizers[0], Optimizer):
+            raise MisconfigurationException(
+                f"PCStrategy needs exactly one optimizer, {type(self._module).__name__}."
+                f"configure_optimizers gave {len(self.optimizers)}."
+            )
+        with _at_the_door():
+            refuse_optimizer(self.optimizers[0])
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    if isinstance(output, Mapping):
+        return output.get("loss")
+    return output if isinstance(output, Tensor) else None
+
+
+PCStrategy.register_strategies(StrategyRegistry)
