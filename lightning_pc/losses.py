@@ -51,16 +51,6 @@ class LossCall:
     divisor: float | None = None
     gradient: Tensor | None = None
 
-    def watch(self, seed: float) -> None:
-        """Asks the coming backward, which starts from ``seed``, for d loss / d output."""
-        if self.reduction != "sum":
-            return
-
-        def keep(gradient: Tensor) -> None:
-            self.gradient = gradient / seed
-
-        self.output.register_hook(keep)  # type: ignore[no-untyped-call]
-
 
 def _class_divisor(call: dict[str, Any]) -> float:
     target: Tensor = call["target"]
@@ -103,6 +93,20 @@ def read_loss_call(
     elif reduction == "mean":
         divisor = float(batch)
     return LossCall(output, output.grad_fn, reduction, batch, divisor)
+
+
+def watch(calls: list[LossCall], seed: float) -> None:
+    """Asks the coming backward, which starts from ``seed``, for d loss / d output of sums."""
+
+    def keeper(call: LossCall) -> Callable[[Tensor], None]:
+        def keep(gradient: Tensor) -> None:
+            call.gradient = gradient / seed
+
+        return keep
+
+    for call in calls:
+        if call.reduction == "sum":
+            call.output.register_hook(keeper(call))  # type: ignore[no-untyped-call]
 
 
 def loss_terms(calls: list[LossCall]) -> float | None:

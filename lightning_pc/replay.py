@@ -8,9 +8,12 @@ met, and afterwards to what it left.
 from __future__ import annotations
 
 import random
+import sys
+import sysconfig
 from collections import UserDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_pc.errors import ReplayError
-
 # Of a module's __dict__: parameters move by the optimizer alone, the rest is torch's bookkeeping.
 _SKIPPED = frozenset(vars(nn.Module())) - {"_buffers", "training"} | {"_current_fx_name"}
 _CONTAINERS = (dict, list, set, deque)
 _MISSING = object()
+# Longer containers and larger arrays [bytes] hold data, not counts: their items are left alone.
+_LONG, _LARGE = 1000, 1 << 20
 
 Generators = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 #: (object, attribute) -> what stands in its place while a batch is replayed.
@@ -81,6 +84,16 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+@cache
+def _own(kind: type) -> bool:
+    """Whether a type is of the user's own code; objects of installed packages are left alone."""
+    if kind.__module__ == "__main__":
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+    return file is not None and not any(file.startswith(path) for path in installed)
+
+
 class _Container:
     """One dict, list, set or deque and what was in it."""
 
@@ -96,6 +109,8 @@ class _Container:
         return {k: v for k, v in self.live.items() if k not in self.skipped}
 
     def children(self) -> Iterator[tuple[Any, Any]]:
+        if len(self.saved) > _LONG:
+            return
         if isinstance(self.live, dict):
             yield from self.saved.items()
         elif not isinstance(self.live, set):
@@ -138,14 +153,12 @@ class _Snapshot:
         self.containers: list[_Container] = []
         self.tensors: dict[Any, tuple[Tensor, int, Tensor | None]] = {}
         self.generators: list[tuple[Generators, Any]] = []
+        self.arrays: list[tuple[np.ndarray[Any, Any], Any]] = []
         self.random = _global_states()
         seen: set[int] = set()
-        todo: list[tuple[Any, Any]] = [((id(m),), vars(m)) for m in modules]
-        for _, attributes in todo:
-            seen.add(id(attributes))
-            self.containers.append(_Container(attributes, _SKIPPED))
-        pending = list(zip((path for path, _ in todo), self.containers, strict=True))
-        pending.append((("batch",), _Container([batch])))  # never restored itself
+        pending: list[tuple[Any, _Container]] = [(("batch",), _Container([batch]))]
+        for module in modules:
+            self._take_attributes((id(module),), module, seen, pending, copied)
         while pending:
             path, container = pending.pop()
             for key, value in container.children():
@@ -155,10 +168,10 @@ class _Snapshot:
         self, path: Any, value: Any, seen: set[int], pending: list[Any], copied: set[Any] | None
     ) -> None:
         if isinstance(value, Tensor):
-            if isinstance(value, nn.Parameter) or value.is_inference():
-                return
-            data = value.detach().clone() if copied is None or path in copied else None
-            self.tensors[path] = (value, value._version, data)
+            if not (isinstance(value, nn.Parameter) or value.is_inference()):
+                always = copied is None or path[0] == "batch"
+                data = value.detach().clone() if always or path in copied else None
+                self.tensors[path] = (value, value._version, data)
         elif isinstance(value, UserDict):
             self._take(path, value.data, seen, pending, copied)
         elif isinstance(value, _CONTAINERS):
@@ -172,6 +185,32 @@ class _Snapshot:
                 self._take((*path, i), item, seen, pending, copied)
         elif isinstance(value, Generators):
             self.generators.append((value, _state(value)))
+        elif isinstance(value, np.ndarray):
+            if value.nbytes <= _LARGE and value.flags.writeable:
+                self.arrays.append((value, value.copy()))
+        elif isinstance(value, nn.Module):  # one that is no submodule
+            for module in value.modules():
+                self._take_attributes((id(module),), module, seen, pending, copied)
+        elif hasattr(value, "__dict__") and (path[0] == "batch" or _own(type(value))):
+            self._take_attributes(path, value, seen, pending, copied)
+
+    def _take_attributes(
+        self, path: Any, value: Any, seen: set[int], pending: list[Any], copied: set[Any] | None
+    ) -> None:
+        attributes = vars(value)
+        if id(attributes) in seen or isinstance(value, type):
+            return
+        seen.add(id(attributes))
+        is_module = isinstance(value, nn.Module)
+        container = _Container(attributes, _SKIPPED if is_module else frozenset())
+        self.containers.append(container)
+        pending.append((path, container))
+        # Frozen parameters move too: a teacher's, averaged within training_step.
+        for name, parameter in value._parameters.items() if is_module else ():
+            if parameter is not None and not parameter.requires_grad:
+                key = (*path, name)
+                data = parameter.detach().clone() if key in (copied or ()) else None
+                self.tensors[key] = (parameter, parameter._version, data)
 
     def written(self) -> set[Any]:
         """Paths of the tensors that were written to since."""
@@ -190,6 +229,10 @@ class _Snapshot:
         for generator, state in self.generators if own else ():
             _set_state(generator, state)
 
+    def restore_arrays(self) -> None:
+        for array, saved in self.arrays:
+            array[...] = saved
+
     def drawn(self, other: _Snapshot) -> tuple[list[int], bool]:
         """Which of the global generators, and whether any other, stand not as in ``other``."""
         pairs = zip(self.random, other.random, strict=True)
@@ -203,14 +246,15 @@ class _Records:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.metrics = [m for m in modules if isinstance(m, (Metric, MetricCollection))]
-        self._returned: dict[nn.Module, list[Any]] = {m: [] for m in self.metrics}
+        # By id: a metric's hash changes with its state.
+        self._returned: dict[int, list[Any]] = {id(m): [] for m in self.metrics}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         def recorder(metric: nn.Module) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 output = type(metric).forward(metric, *args, **kwargs)
-                self._returned[metric].append(output)
+                self._returned[id(metric)].append(output)
                 return output
 
             return forward
@@ -220,7 +264,7 @@ class _Records:
 
     def shadows(self) -> dict[tuple[Any, str], Callable[..., Any]]:
         def teller(metric: nn.Module) -> Callable[..., Any]:
-            returned = iter(self._returned[metric])
+            returned = iter(self._returned[id(metric)])
             return lambda *args, **kwargs: next(returned, None)
 
         told = {(m, "forward"): teller(m) for m in self.metrics}
@@ -294,9 +338,7 @@ class Purity:
 
     def ready(self) -> None:
         """The first forward and the hooks behind it have run; replays come now."""
-        written = self._start.written()
-        self._refuse_lost_batch(written)
-        self.written |= written
+        self.written |= self._start.written()
         self._end = _Snapshot(self._modules, self._batch, self.written)
         self._restless = [c for c in self._start.containers if c.changed()]
         if self._draws is not None:  # replays draw as that batch did, then all is as it was
@@ -323,6 +365,7 @@ class Purity:
         for container in self._end.containers:
             container.restore()
         self._end.restore_tensors(self._end.written())
+        self._end.restore_arrays()
         self._end.restore_random(*self._drawn)
 
     def undo(self) -> None:
@@ -330,18 +373,12 @@ class Purity:
         for container in self._start.containers:
             container.restore()
         self._start.restore_tensors(self._start.written())
+        self._start.restore_arrays()
         self._start.restore_random()
 
     def _to_start(self) -> None:
         for container in self._restless:
             container.restore()
         self._start.restore_tensors(self.written & self._start.tensors.keys())
+        self._start.restore_arrays()
         self._start.restore_random(*self._drawn)
-
-    def _refuse_lost_batch(self, written: set[Any]) -> None:
-        lost = [p for p in written if p[0] == "batch" and self._start.tensors[p][2] is None]
-        if lost:
-            raise ReplayError(
-                "The forward wrote to a tensor of its batch in place, which it did not do on the "
-                "first batch: replays cannot see the batch as it was. Clone the tensor first."
-            )

@@ -16,7 +16,7 @@ from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
 from lightning_pc.inference import Inference
-from lightning_pc.losses import loss_terms
+from lightning_pc.losses import loss_terms, watch
 from lightning_pc.nodes import Gate, Site
 from lightning_pc.placement import Placement, resolve
 from lightning_pc.replay import Purity, Shadows
@@ -34,7 +34,7 @@ class _Batch:
 
     forward: Callable[[], Tensor | None]
     purity: Purity
-    loss: Tensor
+    loss: Tensor | None
     graph: Graph
     placement: Placement
     T: int
@@ -106,7 +106,7 @@ class Learner:
         Raises:
             PCError: The nodes cannot stand there; model and generators are as before.
         """
-        self._batch = None
+        self._batch, self.values = None, {}  # the last batch's values make room
         placement = self._look_at_model()
         settings = self.settings
         purity = Purity(self._modules, batch, self._written, shadows or {}, self._draws)
@@ -184,11 +184,10 @@ class Learner:
         inference = Inference(self.settings.start_gamma, self.settings.gamma_decay)
         if self.schedule.fixed_gamma:
             inference.gamma_decay = 1.0
-        for call in graph.losses:
-            call.watch(seed)
+        watch(graph.losses, seed)
         self.values = {node.name: node.x for node in graph.nodes}
         parameters = list(graph.depths)
-        loss, terms = batch.loss, math.nan
+        loss, batch.loss, terms = batch.loss, None, math.nan
         losses: list[Tensor] = []
         energies: list[Tensor] = []
         learned_at: list[int] = []
@@ -196,6 +195,7 @@ class Learner:
             t = start + step
             if step:
                 loss = self._replay(batch, t, seed / terms)
+            assert loss is not None
             moves, learns = self.schedule.moves(step, T), self.schedule.learns(step, T)
             losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)))
             energies.append(_energies(graph, losses[0]))
@@ -203,8 +203,10 @@ class Learner:
             if learns and not math.isfinite(losses[-1] + total):
                 raise divergence(graph, losses, energies, start)
             self._backward(graph, loss, t, moves, learns, seed)
+            loss = None  # what the backward did not visit holds memory
             if not step:
                 terms = batch.terms()
+                graph.losses.clear()
             if moves:
                 inference.observe(torch.add(total, losses[-1], alpha=terms))
                 inference.move(graph.nodes, terms / seed)
@@ -239,12 +241,12 @@ class Learner:
         """The forward again, with the values where they are now."""
         softmax = self.settings.softmax_energy
         sites = batch.graph.sites
-        watch = Replay(
+        forward = Replay(
             batch.placement, self._verdicts, self._gate, softmax, self._names, sites, t, scale
         )
-        with batch.purity.replay(), torch.enable_grad(), watch.watching():
+        with batch.purity.replay(), torch.enable_grad(), forward.watching():
             loss = batch.forward()
-        watch.finished()
+        forward.finished()
         if loss is None:
             raise ClosureError(
                 f"The forward returned no loss at inference step t = {t}, though it did at t = 0."

@@ -171,9 +171,10 @@ class PCStrategy(SingleDeviceStrategy):
                 return None
 
         silent = {(self._module, name): nothing for name in LOGGING}
-        return self._require_learner().begin(
+        output = self._require_learner().begin(
             lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size
         )
+        return _without_graph(output)
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
@@ -305,6 +306,15 @@ def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         return output.get("loss")
     return output if isinstance(output, Tensor) else None
+
+
+def _without_graph(output: Any) -> Any:
+    """The output for Lightning to hold while values move: the learner owns the loss's graph."""
+    loss = _loss_of(output)
+    if loss is None:
+        return output
+    leaf = loss.detach().requires_grad_()
+    return {**output, "loss": leaf} if isinstance(output, Mapping) else leaf
 
 
 PCStrategy.register_strategies(StrategyRegistry)

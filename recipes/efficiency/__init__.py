@@ -1,0 +1,1 @@
+"""What predictive coding costs: time per step and memory, against backprop."""

@@ -1,0 +1,213 @@
+"""Time and memory of one inference step against one backprop step of the same Trainer.
+
+    python -m recipes.efficiency.benchmark --write recipes/efficiency/results.json
+
+Backprop, iPC and PC run in turn within one process, round after round, so that a busy machine
+slows all of them alike; the table gives ratios of medians. A PC value step is the difference
+between batches of PC with many and with two inference steps, divided by the steps between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_pc import PCStrategy
+
+T = 8
+
+
+def mlp() -> nn.Module:
+    """784-256-256-256-10."""
+    layers: list[nn.Module] = [nn.Linear(784, 256), nn.LeakyReLU()]
+    for _ in range(2):
+        layers += [nn.Linear(256, 256), nn.LeakyReLU()]
+    return nn.Sequential(*layers, nn.Linear(256, 10))
+
+
+def cnn() -> nn.Module:
+    """Conv 3x3 64-128-64 with max-pools, then fully connected 256 and 10, on 3x32x32."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 64), (64, 128), (128, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.LeakyReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 256), nn.LeakyReLU(), nn.Linear(256, 10)
+    )
+
+
+#: Name -> (network, input shape, batch size, batches per round).
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int]] = {
+    "mlp": (mlp, (784,), 128, 12),
+    "cnn": (cnn, (3, 32, 32), 64, 3),
+}
+
+
+class Classifier(L.LightningModule):
+    """Cross-entropy and Adam around a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The loss."""
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam."""
+        return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+
+class Stopwatch(L.Callback):
+    """Seconds from the start to the end of each batch."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Starts the watch."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stops it."""
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def strategies() -> dict[str, str | PCStrategy]:
+    """What is compared; PC with two inference steps is there to be subtracted."""
+    return {
+        "bp": "auto",
+        "ipc": PCStrategy("ipc", T=T),
+        "pc": PCStrategy("pc", T=T + 2),
+        "pc, T=2": PCStrategy("pc", T=2),
+    }
+
+
+def fit(network: str, strategy: str | PCStrategy, batches: int) -> list[float]:
+    """Seconds of each batch of a short run, the first left out."""
+    make, shape, size, _ = NETWORKS[network]
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(size, *shape), torch.randint(0, 10, (size,)))
+    watch = Stopwatch()
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        max_epochs=batches + 1,
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Classifier(make()), DataLoader(data, size))
+    return watch.seconds[1:]
+
+
+def time_steps(network: str, rounds: int) -> dict[str, float]:
+    """Ratios to a backprop step, and its own milliseconds."""
+    batches = NETWORKS[network][3]
+    seconds: dict[str, list[float]] = {name: [] for name in strategies()}
+    for _ in track(range(rounds), f"{network}: time", transient=True):
+        for name, strategy in strategies().items():
+            seconds[name] += fit(network, strategy, batches * (T if name == "bp" else 1))
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    return {
+        "bp_step_ms": 1e3 * median["bp"],
+        "ipc_step": median["ipc"] / T / median["bp"],
+        "pc_value_step": (median["pc"] - median["pc, T=2"]) / T / median["bp"],
+    }
+
+
+def peak_bytes(network: str, strategy: str | PCStrategy) -> int:
+    """Most tensor bytes alive at once during two batches, beyond those alive before."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        fit(network, strategy, 1)
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    alive = peak = 0
+    for _, change in sorted(changes):
+        alive += change
+        peak = max(peak, alive)
+    return peak
+
+
+def measure_memory(network: str) -> dict[str, float]:
+    """Peak bytes of backprop and iPC, and what the nodes themselves take."""
+    strategy = PCStrategy("ipc", T=T)
+    peaks = {name: peak_bytes(network, s) for name, s in (("bp", "auto"), ("ipc", strategy))}
+    nodes = sum(x.numel() * x.element_size() for x in strategy.values.values())
+    return {
+        "bp_peak_mib": peaks["bp"] / 2**20,
+        "ipc_peak_mib": peaks["ipc"] / 2**20,
+        "nodes_mib": nodes / 2**20,
+        "ipc_allowed_mib": (peaks["bp"] + 3 * nodes) * 1.1 / 2**20,
+    }
+
+
+def table(results: dict[str, dict[str, float]]) -> Table:
+    """The ratios, a row per network."""
+    shown = Table(title="one step against one backprop step of the same Trainer")
+    shown.add_column("network")
+    for title in ("backprop step, ms", "iPC step", "PC value step", "peak MiB: BP", "iPC", "nodes"):
+        shown.add_column(title, justify="right")
+    for network, row in results.items():
+        shown.add_row(
+            network,
+            f"{row['bp_step_ms']:.2f}",
+            f"{row['ipc_step']:.2f} x",
+            f"{row['pc_value_step']:.2f} x",
+            *(f"{row[key]:.1f}" for key in ("bp_peak_mib", "ipc_peak_mib", "nodes_mib")),
+        )
+    return shown
+
+
+def main() -> None:
+    """Measures, prints the table, writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--write", type=Path, help="JSON file for the figures")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    results = {
+        network: {**time_steps(network, options.rounds), **measure_memory(network)}
+        for network in options.networks
+    }
+    Console().print(table(results))
+    if options.write:
+        record = {
+            "command": "python -m recipes.efficiency.benchmark " + " ".join(sys.argv[1:]),
+            "machine": f"CPU, {options.threads} threads, {platform.machine()}",
+            "torch": torch.__version__,
+            "T": T,
+            "results": results,
+        }
+        options.write.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
