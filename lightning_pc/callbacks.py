@@ -80,11 +80,11 @@ class RandomState(pl.Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the states until training starts."""
+        """Keeps the states until the fit starts."""
         self._pending = state_dict
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sets the generators, after the sanity check and before the first batch."""
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Sets the generators, before the loaders draw; the sanity check does not touch them."""
         state, self._pending = self._pending, None
         if state is None:
             return

@@ -158,7 +158,7 @@ class Discovery(Watch):
             raise UnsupportedError(
                 f"Value node '{site.name}' stands inside a gradient checkpoint, which would run "
                 "its forward once more without the node: switch gradient checkpointing off, or "
-                "place nodes at the outputs of the checkpointed modules (value_nodes=...)."
+                "place nodes outside of the checkpointed modules (value_nodes=...)."
             )
 
 
@@ -182,7 +182,7 @@ class Replay(Watch):
 
     Args:
         sites: The places of the `Discovery`.
-        t: Inference step; nodes deeper than t still equal their predictions.
+        t: Inference step; nodes that arrive later still equal their predictions.
         scale: Factor from an energy's gradient to the parameters'.
     """
 
@@ -212,7 +212,7 @@ class Replay(Watch):
             return None
         if mu.shape != node.x.shape:
             raise self._moved(site, f"has shape {tuple(mu.shape)} now and {site.shape} at t = 0")
-        if node.depth <= self.t:
+        if node.arrival <= self.t:
             node.evaluate(mu, self.scale)
         return stand(mu, node, self.gate)
 
@@ -252,10 +252,18 @@ class Replay(Watch):
 
     def _moved(self, site: Site | None, what: str) -> ReplayError:
         where = "" if site is None else f"Value node '{site.name}' "
-        outside = "" if site is None or "." not in site.name else site.name.rpartition(".")[0]
+        outside = "" if site is None else self._outside(site.name)
         return ReplayError(
             f"{where}{what} (inference step t = {self.t}): the module's control flow or its "
             "indexing depends on the values (routing, boolean masks, counters that training_step "
             "cannot undo). Place nodes outside of it, "
             f"e.g. value_nodes=['{outside or 'a.module.outside'}'] for the output of that module."
         )
+
+    def _outside(self, name: str) -> str:
+        """The module around a place; where that is one of a list (of experts), the list's owner."""
+        around = [name[:i] for i, letter in enumerate(name) if letter == "."]
+        modules = {n: module for module, n in self.names.items()}
+        lists = (nn.ModuleList, nn.ModuleDict)
+        owners = [a.rpartition(".")[0] for a in around if isinstance(modules.get(a), lists)]
+        return (owners or around or [""])[-1]

@@ -8,11 +8,13 @@ seen at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from lightning_pc.errors import ChainError, UnsupportedError
 from lightning_pc.forwards import Discovery
@@ -33,8 +35,8 @@ class Graph:
         loss_parents: The nodes that the loss reads.
         loss_parameters: Trainable parameters of the loss's own stage.
         losses: The calls of loss functions on which the loss depends.
-        depths: Trainable parameter -> smallest depth of a stage that holds it; the loss's own
-            stage has depth 0.
+        depths: Trainable parameter -> first inference step at which an error reaches it: the
+            smallest arrival of a stage that holds it; the loss's own stage has 0.
         depth: The deepest node's depth.
     """
 
@@ -72,19 +74,26 @@ def _upstream(root: Any) -> list[Any]:
 
 
 def _above(function: Any) -> list[Any]:
-    """What ``function`` was computed from; of a stand, its prediction alone."""
+    """What ``function`` was computed from; of a stand, its prediction alone.
+
+    A tensor that was overwritten whole (an in-place activation at a node) owes nothing to what
+    it held before.
+    """
     following = function.next_functions
     if stand_of(function) is not None:
         following = following[:1]
+    elif function.name() == "torch::autograd::CopyBackwards":
+        following = following[1:]
     return [f for f, _ in following if f is not None]
 
 
-def discover(loss: Tensor, found: Discovery) -> Graph:
+def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph:
     """Reads nodes, parents, stages and depths off the graph of ``loss``.
 
     Args:
         loss: The scalar that the first forward returned.
         found: What that forward met.
+        incremental: Weights move while values do.
     """
     order = _upstream(loss.grad_fn)
     _drop_outputs(order, found.weighted)
@@ -117,8 +126,8 @@ def discover(loss: Tensor, found: Discovery) -> Graph:
         elif "CheckpointFunction" in type(function).__name__:
             raise UnsupportedError(
                 "A reentrant gradient checkpoint hides its value nodes: switch gradient "
-                "checkpointing off, or use use_reentrant=False and place nodes at the outputs of "
-                "the checkpointed modules (value_nodes=...)."
+                "checkpointing off, or use use_reentrant=False and place nodes outside of the "
+                "checkpointed modules (value_nodes=...)."
             )
         bits[function] = read
 
@@ -141,6 +150,8 @@ def discover(loss: Tensor, found: Discovery) -> Graph:
         node.parents, node.parameters = split(read)
     loss_parents, loss_parameters = split(bits[order[0]])
     depths = _depths(loss_parents, loss_parameters)
+    if incremental:
+        _hasten([node for node in reads if node.depth], depths)
     for site in found.sites:
         if site.node is None:
             continue
@@ -161,8 +172,16 @@ def _drop_outputs(order: list[Any], weighted: set[object]) -> None:
         has_weight = function in below
         if node is not None and not has_weight:
             node.passes = OUTPUT
-        if has_weight or function in weighted:
+        if has_weight or function in weighted or _is_fused_layer(function):
             below.update(_above(function))
+
+
+def _is_fused_layer(function: Any) -> bool:
+    """Whether an ``autograd.Function`` of the user's mixes a weight in, which no mode sees."""
+    if not isinstance(function, BackwardCFunction):
+        return False
+    weights = [isinstance(getattr(f, "variable", None), nn.Parameter) for f in _above(function)]
+    return any(weights) and not all(weights)
 
 
 def _depths(parents: list[Node], parameters: list[nn.Parameter]) -> dict[nn.Parameter, int]:
@@ -173,12 +192,36 @@ def _depths(parents: list[Node], parameters: list[nn.Parameter]) -> dict[nn.Para
         depth += 1
         frontier = [node for node in frontier if node.depth == 0]
         for node in frontier:
-            node.depth = depth
+            node.depth = node.arrival = depth
         for node in frontier:
             for parameter in node.parameters:
                 depths.setdefault(parameter, depth)
         frontier = list(dict.fromkeys(p for node in frontier for p in node.parents))
     return depths
+
+
+def _hasten(nodes: list[Node], depths: dict[nn.Parameter, int]) -> None:
+    """Brings arrivals forward where stages of different depth share a weight.
+
+    The weight moves for the lower stage, so the upper one's prediction moves as well, and from
+    there an error spreads in both directions.
+    """
+    if all(node.depth <= depths[p] + 1 for node in nodes for p in node.parameters):
+        return
+    moves = {node: node.depth - 1 for node in nodes}  # first step at which its value moves
+    changed = True
+    while changed:
+        changed = False
+        for node in nodes:
+            causes = [moves[n] for n in (node, *node.parents)]
+            causes += [depths[p] for p in node.parameters]
+            arrival = 1 + min(causes)
+            if arrival < node.arrival:
+                node.arrival, changed = arrival, True
+            for parameter in node.parameters:
+                depths[parameter] = min(depths[parameter], node.arrival)
+            for n in (node, *node.parents):
+                moves[n] = min(moves[n], node.arrival)
 
 
 def require_chain(graph: Graph, remedy: Callable[[], str]) -> None:
@@ -201,11 +244,11 @@ def require_chain(graph: Graph, remedy: Callable[[], str]) -> None:
             )
 
 
-def chain_points(graph: Graph) -> list[str]:
-    """Names of nodes that every path from the loss to what lies above them runs through.
+def chain_points(graph: Graph) -> list[Node]:
+    """The nodes that every path from the loss to what lies above them runs through.
 
-    Meant for a graph with a node at the output of every module: any subset of these points is a
-    chain on which Z-IL is exact.
+    Meant for a graph with a node at the output of every module: Z-IL is exact on any subset of
+    these points.
     """
     paths: dict[Node, int] = dict.fromkeys(graph.nodes, 0)  # from the loss
     for node in graph.loss_parents:
@@ -214,7 +257,7 @@ def chain_points(graph: Graph) -> list[str]:
     for node in lower_first:
         for parent in node.parents:
             paths[parent] += paths[node]
-    points: dict[Node, str] = {}
+    points: list[Node] = []
     for node in graph.nodes:
         through = dict.fromkeys(graph.nodes, 0)
         through[node] = paths[node]
@@ -224,8 +267,11 @@ def chain_points(graph: Graph) -> list[str]:
                     through[parent] += through[lower]
         above = [n for n in graph.nodes if n is not node and through[n]]
         if all(through[n] == paths[n] for n in above):
-            points[node] = node.name
-    for node in list(points):  # an outer module that only hands on an inner one's output
-        if not node.parameters and len(node.parents) == 1:
-            points.pop(node.parents[0], None)
-    return [name for name in points.values() if not set(name) & set("#[")]
+            points.append(node)
+    # A name stands for every call and every output of its module.
+    spoilt = {_module_of(node) for node in graph.nodes if node not in points}
+    return [n for n in points if n.name == _module_of(n) and n.name not in spoilt]
+
+
+def _module_of(node: Node) -> str:
+    return re.split(r"[#\[]", node.name)[0]

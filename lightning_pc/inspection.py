@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,23 +67,38 @@ class Description:
     def __rich__(self) -> Table:
         table = Table(
             title=f"{len(self.rows)} value nodes, depth {self.depth}, T = {self.T}",
-            caption=f"stage of the loss: {self.loss_parameters:,} parameters",
+            caption=f"stage of the loss: {self.loss_parameters:,} weights",
         )
-        table.add_column("value node", overflow="fold")
-        for title in ("shape", "energy", "parents"):
-            table.add_column(title, overflow="fold")
+        table.add_column("#", justify="right")
+        table.add_column("value node", overflow="fold", min_width=16)
+        table.add_column("shape", no_wrap=True)
+        for title in ("energy", "parents"):
+            table.add_column(title)
         table.add_column("depth", justify="right")
-        table.add_column("parameters", justify="right")
-        for row in self.rows:
-            parents = ", ".join(row.parents[:3]) + (
-                f" and {len(row.parents) - 3} more" if len(row.parents) > 3 else ""
-            )
-            shape = "x".join(map(str, row.shape))
-            numbers = (str(row.depth), f"{row.parameters:,}")
-            table.add_row(row.name, shape, row.energy, parents or "(input)", *numbers)
+        table.add_column("weights", justify="right")
+        number = {row.name: i for i, row in enumerate(self.rows, 1)}
+        for i, row in enumerate(self.rows, 1):
+            parents = _ranges([number[name] for name in row.parents]) or "input"
+            cells = (row.name, _shape(row), row.energy, parents, str(row.depth))
+            table.add_row(str(i), *cells, f"{row.parameters:,}")
         for row in self.passed_over:
-            table.add_row(row.name, "x".join(map(str, row.shape)), row.why, style="dim")
+            table.add_row("", row.name, _shape(row), row.why, style="dim")
         return table
+
+
+def _shape(row: NodeRow) -> str:
+    return "x".join(map(str, row.shape))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3 and 5 as ``1-3, 5``."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1][1:] = [n]
+        else:
+            runs.append([n])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def describe(
@@ -141,10 +157,11 @@ def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:
     step = getattr(model, "training_step", None)
     if callable(step):
         silent = {(model, name): nothing for name in LOGGING}
+        arguments = (given, 0)[: len(inspect.signature(step).parameters)]  # batch_idx is optional
 
         def silent_step() -> Any:
             with shadowed(silent):
-                return step(given, 0)
+                return step(*arguments)
 
         return silent_step
     if isinstance(given, Mapping):

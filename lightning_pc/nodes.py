@@ -36,6 +36,8 @@ class Node:
         x: The value, float32 or wider, [B, *].
         energy: Its node energy.
         depth: Fewest stages on any path to the loss; a node that the loss reads has 1.
+        arrival: First inference step at which its error may not be zero: its depth, or sooner
+            where weights move within a batch and its stage shares one with a lower stage.
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
@@ -45,6 +47,7 @@ class Node:
     x: Tensor
     energy: Energy
     depth: int = 0
+    arrival: int = 0
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     passes: str = ""

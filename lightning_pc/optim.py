@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -63,25 +65,33 @@ class PredictiveCodingOptimizer(Optimizer):
                 f"{type(self).__name__}(optimizer, model): expected the nn.Module that is trained, "
                 f"got {type(model).__name__}."
             )
-        refuse_optimizer(optimizer)
-        self._learner = Learner(
-            model,
-            Settings(
-                algorithm=self.algorithm,
-                T=T,
-                gamma=gamma,
-                gamma_decay=gamma_decay,
-                value_nodes=value_nodes,
-                reset=reset,
-                loss_terms=loss_terms,
-                softmax_energy=softmax_energy,
-            ),
+        refuse_optimizer(optimizer, model)
+        settings = Settings(
+            algorithm=self.algorithm,
+            T=T,
+            gamma=gamma,
+            gamma_decay=gamma_decay,
+            value_nodes=value_nodes,
+            reset=reset,
+            loss_terms=loss_terms,
+            softmax_energy=softmax_energy,
         )
+        self._wrap(optimizer, model, settings)
+
+    def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
+        self._learner = Learner(model, settings)
         self._learner.check()
         self.optimizer = optimizer
         self._adopting = True  # super() sets param_groups and state, which the wrapped one owns
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._adopting = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        learner = self._learner
+        return {"optimizer": self.optimizer, "model": learner.model, "settings": learner.settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._wrap(**state)
 
     @property
     def report(self) -> StepReport | None:
@@ -122,13 +132,14 @@ class PredictiveCodingOptimizer(Optimizer):
         with torch.enable_grad():
             self._learner.begin(closure, lambda loss: loss)
             self.zero_grad()
-            loss = self._learner.infer(1.0, self._update)
+            with _fabric_agrees():
+                loss = self._learner.infer(1.0, self._update)
         if loss is not None:
             self._update()
         return loss
 
     def _update(self) -> None:
-        self.optimizer.step()
+        self.optimizer.step(once(lambda: None, self.optimizer))
         torch.clear_autocast_cache()  # or the next forward sees the old weights' bf16 copies
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -200,8 +211,40 @@ class ZIL(PredictiveCodingOptimizer):
     algorithm = "zil"
 
 
-def refuse_optimizer(optimizer: object) -> None:
-    """Refuses what cannot take a predictive coding step.
+@contextmanager
+def _fabric_agrees() -> Iterator[None]:
+    """Fabric's mixed precision raises on a backward that is not its own, where it is loaded."""
+    names = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
+    loaded: list[Any] = [sys.modules[name] for name in names if name in sys.modules]
+    before = [getattr(wrappers, "_in_fabric_backward", False) for wrappers in loaded]
+    for wrappers in loaded:
+        wrappers._in_fabric_backward = True
+    try:
+        yield
+    finally:
+        for wrappers, flag in zip(loaded, before, strict=True):
+            wrappers._in_fabric_backward = flag
+
+
+def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    """``closure``, for an optimizer that needs one; its second call is an error."""
+    called = False
+
+    def first() -> Any:
+        nonlocal called
+        if called:
+            raise ConfigError(
+                f"{type(optimizer).__name__} evaluates its closure more than once a step, each of "
+                "which would be a whole inference: use an optimizer of one gradient a step."
+            )
+        called = True
+        return closure()
+
+    return first
+
+
+def refuse_optimizer(optimizer: object, model: nn.Module) -> None:
+    """Refuses what cannot take a predictive coding step of ``model``.
 
     Raises:
         ConfigError: Naming the optimizer and what to do.
@@ -225,3 +268,9 @@ def refuse_optimizer(optimizer: object) -> None:
                     f"{name} holds a tensor of shape {tuple(parameter.shape)} that is no "
                     "nn.Parameter: predictive coding trains the parameters of a module."
                 )
+    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if theirs.isdisjoint(map(id, model.parameters())):
+        raise ConfigError(
+            f"The optimizer ({name}) holds no parameter of {type(model).__name__}, which would "
+            "learn nothing: make it from model.parameters(), after anything that replaces them."
+        )

@@ -21,6 +21,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
         The axes drawn on.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     if ax is None:
         ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
@@ -28,7 +29,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     per_term = report.energy / report.loss_terms
     colours = plt.get_cmap("viridis")
     for index, name in enumerate(report.nodes):
-        colour = colours(index / max(1, len(report.nodes) - 1))
+        colour = colours(0.85 * index / max(1, len(report.nodes) - 1))
         ax.plot(steps, per_term[:, index].tolist(), color=colour, marker="o", ms=3, label=name)
     ax.plot(
         steps,
@@ -39,6 +40,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     )
     ax.set(xlabel="inference step t", ylabel="energy per loss term")
     ax.set_title(f"{report.algorithm}: energy during one batch")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.spines[["top", "right"]].set_visible(False)
     if len(report.nodes) <= 12:
         ax.legend(frameon=False, fontsize="small")

@@ -7,6 +7,7 @@ met, and afterwards to what it left.
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric, MetricCollection
 
 # Of a module's __dict__: parameters move by the optimizer alone, the rest is torch's bookkeeping.
@@ -30,7 +32,7 @@ _LONG, _LARGE = 1000, 1 << 20
 
 Generators = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
 #: (object, attribute) -> what stands in its place while a batch is replayed.
-Shadows = Mapping[tuple[Any, str], Callable[..., Any]]
+Shadows = Mapping[tuple[Any, str], Any]
 
 
 def _state(generator: Generators) -> Any:
@@ -85,11 +87,11 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 @cache
-def _own(kind: type) -> bool:
-    """Whether a type is of the user's own code; objects of installed packages are left alone."""
-    if kind.__module__ == "__main__":
-        return True
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+def _own(package: str) -> bool:
+    """Whether a module is the user's own code; objects of installed packages are left alone."""
+    if package == "__main__" or package.startswith("lightning_pc"):
+        return package == "__main__"
+    file = getattr(sys.modules.get(package), "__file__", None)
     installed = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
     return file is not None and not any(file.startswith(path) for path in installed)
 
@@ -124,7 +126,7 @@ class _Container:
             return True
         if isinstance(now, dict):
             return any(self.saved.get(k, _MISSING) is not v for k, v in now.items())
-        return any(a is not b for a, b in zip(now, self.saved, strict=True))
+        return not all(map(operator.is_, now, self.saved))
 
     def restore(self) -> None:
         if not self.changed():
@@ -152,6 +154,8 @@ class _Snapshot:
     def __init__(self, modules: Sequence[nn.Module], batch: Any, copied: set[Any] | None) -> None:
         self.containers: list[_Container] = []
         self.tensors: dict[Any, tuple[Tensor, int, Tensor | None]] = {}
+        self.compares = copied is None
+        self.unversioned: set[Any] = set()
         self.generators: list[tuple[Generators, Any]] = []
         self.arrays: list[tuple[np.ndarray[Any, Any], Any]] = []
         self.random = _global_states()
@@ -169,8 +173,9 @@ class _Snapshot:
     ) -> None:
         if isinstance(value, Tensor):
             if not (isinstance(value, nn.Parameter) or value.is_inference()):
-                always = copied is None or path[0] == "batch"
-                data = value.detach().clone() if always or path in copied else None
+                copies = copied is None or path[0] == "batch" or path in copied
+                copies = copies or path in self.unversioned
+                data = value.detach().clone() if copies else None
                 self.tensors[path] = (value, value._version, data)
         elif isinstance(value, UserDict):
             self._take(path, value.data, seen, pending, copied)
@@ -191,7 +196,7 @@ class _Snapshot:
         elif isinstance(value, nn.Module):  # one that is no submodule
             for module in value.modules():
                 self._take_attributes((id(module),), module, seen, pending, copied)
-        elif hasattr(value, "__dict__") and (path[0] == "batch" or _own(type(value))):
+        elif hasattr(value, "__dict__") and (path[0] == "batch" or _own(type(value).__module__)):
             self._take_attributes(path, value, seen, pending, copied)
 
     def _take_attributes(
@@ -205,6 +210,8 @@ class _Snapshot:
         container = _Container(attributes, _SKIPPED if is_module else frozenset())
         self.containers.append(container)
         pending.append((path, container))
+        if isinstance(value, _NormBase) and value.training:
+            self.unversioned |= {(*path, "_buffers", name) for name in value._buffers}
         # Frozen parameters move too: a teacher's, averaged within training_step.
         for name, parameter in value._parameters.items() if is_module else ():
             if parameter is not None and not parameter.requires_grad:
@@ -213,8 +220,19 @@ class _Snapshot:
                 self.tensors[key] = (parameter, parameter._version, data)
 
     def written(self) -> set[Any]:
-        """Paths of the tensors that were written to since."""
-        return {p for p, (tensor, version, _) in self.tensors.items() if tensor._version != version}
+        """Paths of the tensors that were written to since.
+
+        `torch.batch_norm` moves its statistics without a new version: what norm modules hold
+        counts as written, and the first batch of all compares everything.
+        """
+        written = {p for p, (x, version, _) in self.tensors.items() if x._version != version}
+        if self.compares:
+            written |= {
+                path
+                for path, (x, _, data) in self.tensors.items()
+                if data is not None and x.layout == torch.strided and not torch.equal(x, data)
+            }
+        return written | (self.unversioned & self.tensors.keys())
 
     @torch.no_grad()
     def restore_tensors(self, paths: set[Any]) -> None:
@@ -241,37 +259,48 @@ class _Snapshot:
         return [i for i, (a, b) in enumerate(pairs) if not _equal(a, b)], own
 
 
+_READERS, _WRITERS = ("forward", "compute"), ("update", "reset")
+
+
 class _Records:
     """Metrics run in the first forward alone; replays get what it returned."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.metrics = [m for m in modules if isinstance(m, (Metric, MetricCollection))]
         # By id: a metric's hash changes with its state.
-        self._returned: dict[int, list[Any]] = {id(m): [] for m in self.metrics}
+        self._returned: dict[tuple[int, str], list[Any]] = {
+            (id(m), name): [] for m in self.metrics for name in _READERS
+        }
+        self._inside = False  # a metric asks others, itself included
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        def recorder(metric: nn.Module) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                output = type(metric).forward(metric, *args, **kwargs)
-                self._returned[id(metric)].append(output)
+        def recorder(metric: nn.Module, name: str) -> Callable[..., Any]:
+            method = getattr(metric, name)
+
+            def read(*args: Any, **kwargs: Any) -> Any:
+                if self._inside:
+                    return method(*args, **kwargs)
+                self._inside = True
+                try:
+                    output = method(*args, **kwargs)
+                finally:
+                    self._inside = False
+                self._returned[id(metric), name].append(output)
                 return output
 
-            return forward
+            return read
 
-        with shadowed({(m, "forward"): recorder(m) for m in self.metrics}):
+        with shadowed({(m, name): recorder(m, name) for m in self.metrics for name in _READERS}):
             yield
 
     def shadows(self) -> dict[tuple[Any, str], Callable[..., Any]]:
-        def teller(metric: nn.Module) -> Callable[..., Any]:
-            returned = iter(self._returned[id(metric)])
+        def teller(metric: nn.Module, name: str) -> Callable[..., Any]:
+            returned = iter(self._returned[id(metric), name])
             return lambda *args, **kwargs: next(returned, None)
 
-        told = {(m, "forward"): teller(m) for m in self.metrics}
+        told = {(m, name): teller(m, name) for m in self.metrics for name in _READERS}
         return {**told, **{(m, name): nothing for m in self.metrics for name in _WRITERS}}
-
-
-_WRITERS = ("update", "reset")
 
 
 #: Methods of a LightningModule that report to the outside.

@@ -19,6 +19,8 @@ class Schedule(ABC):
     paper: str
     #: The only gamma it allows, None for any.
     fixed_gamma: float | None = None
+    #: Weights move while values do.
+    incremental = False
     #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
     stagewise = False
 
@@ -43,6 +45,7 @@ class IPC(Schedule):
     """Values and parameters move at every t."""
 
     name, paper = "ipc", "Salvatori et al. 2024, Algorithm 1"
+    incremental = True
 
     @override
     def learns(self, t: int, T: int) -> bool:

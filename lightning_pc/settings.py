@@ -32,7 +32,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         fixed = schedule(self.algorithm).fixed_gamma
-        if self.T is not None and (not isinstance(self.T, int) or self.T < 1):
+        if self.T is not None and (type(self.T) is not int or self.T < 1):
             raise ConfigError(f"T={self.T!r}: expected a whole number of inference steps, >= 1.")
         schedule(self.algorithm).steps(1, self.T)
         if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):

@@ -18,7 +18,7 @@ from lightning_pc.graph import Graph, chain_points, discover, require_chain
 from lightning_pc.inference import Inference
 from lightning_pc.losses import loss_terms, watch
 from lightning_pc.nodes import Gate, Site
-from lightning_pc.placement import Placement, resolve
+from lightning_pc.placement import PRESETS, Placement, resolve
 from lightning_pc.replay import Purity, Shadows
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import Schedule, schedule
@@ -120,7 +120,7 @@ class Learner:
             if loss is None:
                 return output
             found.number_calls()
-            graph = discover(checked_loss(loss), found)
+            graph = discover(checked_loss(loss), found, self.schedule.incremental)
             check_nodes(placement, graph, self.model)
             if self.schedule.stagewise:
                 require_chain(graph, lambda: self._remedy(purity, forward, loss_of))
@@ -200,7 +200,7 @@ class Learner:
             losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)))
             energies.append(_energies(graph, losses[0]))
             total = energies[-1].sum()
-            if learns and not math.isfinite(losses[-1] + total):
+            if (learns or not step) and not math.isfinite(losses[-1] + total):
                 raise divergence(graph, losses, energies, start)
             self._backward(graph, loss, t, moves, learns, seed)
             loss = None  # what the backward did not visit holds memory
@@ -268,7 +268,7 @@ class Learner:
         are not asked either, so their ``.grad`` stays None.
         """
         erring = [node for node in graph.nodes if node.dmu is not None]
-        values = [node.x for node in graph.nodes if node.depth <= t + 1] if moves else []
+        values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
         root = torch.full_like(loss, seed)
         if not self.schedule.stagewise:
             reached = [p for p, depth in graph.depths.items() if depth <= t] if learns else []
@@ -292,7 +292,7 @@ class Learner:
     def _terms(self, graph: Graph, batch: Any, batch_size: Callable[[], float | None]) -> float:
         given = self.settings.loss_terms
         if given is not None:
-            terms = float(given(*batch)) if callable(given) else float(given)
+            terms = float(given(*batch[:1])) if callable(given) else float(given)
             if not (math.isfinite(terms) and terms > 0):
                 raise ConfigError(f"loss_terms gave {terms}: expected a positive number.")
             return terms
@@ -316,7 +316,8 @@ class Learner:
     def _look_at_model(self) -> Placement:
         """Names, placement and what we know of modules, anew when the model has changed."""
         modules = tuple(self.model.modules())
-        if self._placement is None or modules != self._modules:
+        compiled = any(module._compiled_call_impl is not None for module in modules)
+        if self._placement is None or modules != self._modules or compiled:
             check_model(self.model)
             self._placement = resolve(self.settings.value_nodes, self.model)
             self._modules = modules
@@ -338,9 +339,15 @@ class Learner:
             loss = loss_of(forward())
         found.number_calls()
         points = [] if loss is None else chain_points(discover(loss, found))
-        if not points:
+        names = [node.name for node in points]
+        blocks = [self._names[module] for module in PRESETS["blocks"](self.model)]
+        if not names:
             return "No placement at module outputs makes a chain here: use 'pc' or 'ipc'."
-        return f"This placement works: value_nodes={points}."
+        if blocks and set(blocks) <= set(names):
+            return "This placement works: value_nodes='blocks'."
+        # An outer module may only hand on an inner one's output: one of the two will do.
+        handed_on = {p.name for n in points if not n.parameters for p in n.parents[:1]}
+        return f"This placement works: value_nodes={[n for n in names if n not in handed_on]}."
 
     def _warn_unreached(self, graph: Graph, T: int) -> None:
         if self.settings.reset == "never":

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.plugins.precision import (
     DeepSpeedPrecision,
     FSDPPrecision,
@@ -26,11 +27,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.errors import PCError
-from lightning_pc.optim import refuse_optimizer
+from lightning_pc.errors import ConfigError, PCError
+from lightning_pc.optim import once, refuse_optimizer
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import SCHEDULES
@@ -63,7 +65,7 @@ class PCStrategy(SingleDeviceStrategy):
         reset: "batch" makes values anew for each batch, "never" keeps them for full-batch
             training.
         loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
-            training_step's arguments. Default: read off the loss functions that are called.
+            the batch. Default: read off the loss functions that are called.
         softmax_energy: Energy at attention logits: "categorical" (F_KL, Pinchetti et al. 2022)
             or "gaussian".
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
@@ -170,7 +172,9 @@ class PCStrategy(SingleDeviceStrategy):
             except (MisconfigurationException, IndexError):
                 return None
 
-        silent = {(self._module, name): nothing for name in LOGGING}
+        trainer = self._module.trainer
+        silent: dict[tuple[Any, str], Any] = {(self._module, name): nothing for name in LOGGING}
+        silent[trainer, "_loggers"] = [_SilentLogger(logger) for logger in trainer.loggers]
         output = self._require_learner().begin(
             lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size
         )
@@ -194,7 +198,7 @@ class PCStrategy(SingleDeviceStrategy):
                 gradient_clip_val=trainer.gradient_clip_val,
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             )
-            optimizer.step()
+            optimizer.step(once(lambda: closure_loss, optimizer))
 
         self._require_learner().infer(1.0 / accumulated, update)
         closure_loss = precision.post_backward(closure_loss, self._module)
@@ -209,19 +213,10 @@ class PCStrategy(SingleDeviceStrategy):
         **kwargs: Any,
     ) -> Any:
         """The last optimizer step of the batch, around the closure that infers."""
-        called = False
-
-        def once() -> Any:
-            nonlocal called
-            if called:
-                raise MisconfigurationException(
-                    f"{type(optimizer).__name__} evaluates its closure more than once a step, each "
-                    "of which would be a whole inference: use an optimizer of one gradient a step."
-                )
-            called = True
-            return closure()
-
-        result = super().optimizer_step(optimizer, once, model, **kwargs)
+        try:
+            result = super().optimizer_step(optimizer, once(closure, optimizer), model, **kwargs)
+        except ConfigError as error:
+            raise MisconfigurationException(str(error)) from error
         torch.clear_autocast_cache()
         return result
 
@@ -271,6 +266,11 @@ class PCStrategy(SingleDeviceStrategy):
             raise MisconfigurationException(
                 f"{name} overrides `backward`, which PCStrategy replaces: remove the override."
             )
+        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+            raise MisconfigurationException(
+                f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
+                "PCStrategy runs it several times on each batch: take (batch, batch_idx)."
+            )
         if getattr(module, "_compiler_ctx", None) is not None:
             raise MisconfigurationException(
                 f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
@@ -299,13 +299,38 @@ class PCStrategy(SingleDeviceStrategy):
                 f"configure_optimizers gave {len(self.optimizers)}."
             )
         with _at_the_door():
-            refuse_optimizer(self.optimizers[0])
+            refuse_optimizer(self.optimizers[0], self._module)
 
 
 def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         return output.get("loss")
     return output if isinstance(output, Tensor) else None
+
+
+class _SilentLogger(DummyLogger):
+    """Stands in place of a logger in replays: knows its folders, and logs nothing."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+        for name in ("root_dir", "log_dir"):
+            self.__dict__[name] = getattr(logger, name, None)
+
+    @property
+    def save_dir(self) -> str | None:
+        """The logger's."""
+        return self._logger.save_dir
+
+    @property
+    def name(self) -> str:
+        """The logger's."""
+        return self._logger.name or ""
+
+    @property
+    def version(self) -> str:
+        """The logger's."""
+        return str(self._logger.version)
 
 
 def _without_graph(output: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torchmetrics import Metric, MetricCollection
 
 from lightning_pc.energies import Energy, Gaussian, softmax_energy
 from lightning_pc.errors import PlacementError
@@ -201,6 +202,10 @@ class Watch(TorchFunctionMode):
             return None
         call = _Call(module)
         self._calls.append(call)
+        if isinstance(module, (Metric, MetricCollection)):  # replays do not run it
+            call.suppresses = True
+            self._suppressed += 1
+            return None
         if self._suppressed or not self.placement.nonlinearities or not torch.is_grad_enabled():
             return None
         if not _may_be_nonlinearity(module, args):
