@@ -1,0 +1,126 @@
+"""Trains what a YAML says, through LightningCLI, and keeps what tables and plots need."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
+
+from lightning_pc import PCStrategy, StepReport
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    Attributes:
+        config: The YAML.
+        seed: Decides initial weights and batch order.
+        epochs: Number of epochs.
+        val_accuracy: After each epoch, in percent.
+        test_accuracy: Of the final weights, in percent.
+        energy: Of all value nodes at the last inference step of a batch, per sample, the mean of
+            each epoch; empty for backprop.
+        first_report: What the last batch of the first epoch did; None for backprop.
+        seconds: Wall clock of ``Trainer.fit``, validation included.
+    """
+
+    config: Path
+    seed: int
+    epochs: int = 0
+    val_accuracy: list[float] = field(default_factory=list)
+    test_accuracy: float = 0.0
+    energy: list[float] = field(default_factory=list)
+    first_report: StepReport | None = None
+    seconds: float = 0.0
+
+
+def train(
+    config: Path,
+    seed: int,
+    overrides: Sequence[str] = (),
+    on_batch: Callable[[Run, float], None] = lambda run, share: None,
+) -> Run:
+    """Fits and tests what a YAML says.
+
+    Args:
+        config: The YAML, as for ``python -m lightning_pc fit -c``.
+        seed: Takes the place of the YAML's ``seed_everything``.
+        overrides: Further arguments of LightningCLI, like ``--trainer.max_epochs=1``.
+        on_batch: Called after each batch with the run so far and the share of it that is done.
+
+    Returns:
+        What came out.
+    """
+    run = Run(config, seed)
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    with _hushed():
+        cli = LightningCLI(
+            args=[f"--config={config}", f"--seed_everything={seed}", *overrides],
+            run=False,
+            save_config_callback=None,
+            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [_Record(run, on_batch)]},
+        )
+        start = time.perf_counter()
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        run.seconds = time.perf_counter() - start
+        results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+    run.test_accuracy = 100 * results[0]["test_accuracy"]
+    return run
+
+
+class _Record(L.Callback):
+    """Fills in a `Run`."""
+
+    def __init__(self, run: Run, on_batch: Callable[[Run, float], None]) -> None:
+        self.run, self.on_batch = run, on_batch
+        self._energies: list[Tensor] = []
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.run.epochs = trainer.max_epochs or 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        report = _report(trainer)
+        if report is not None:
+            self._energies.append(report.energies[-1].sum() / report.loss_terms)
+        batches = self.run.epochs * trainer.num_training_batches
+        self.on_batch(self.run, trainer.global_step / batches)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.run.val_accuracy.append(100 * float(trainer.callback_metrics["val_accuracy"]))
+        if self._energies:
+            self.run.energy.append(float(torch.stack(self._energies).mean()))
+            self._energies.clear()
+        self.run.first_report = self.run.first_report or _report(trainer)
+
+
+def _report(trainer: L.Trainer) -> StepReport | None:
+    return trainer.strategy.report if isinstance(trainer.strategy, PCStrategy) else None
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without Lightning's remarks on hardware, loggers and workers: a table needs none of them."""
+    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (".*does not have many workers", ".*args parameter is intended"):
+                warnings.filterwarnings("ignore", message=message)
+            warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,141 @@
+"""Predictive coding written out, slow and plain.
+
+`Oracle`: a multilayer perceptron in NumPy, gradients by hand, float64. `Explicit`: any graph whose
+free energy is written down with its values in it; gradients by autograd.
+
+Eq. 5-7 and 9-11 of Salvatori et al. 2024 with F = sum of losses + 1/2 sum ||eps||^2. Layers count
+from the input: v[0] is the input, mu[l] = f(v[l - 1]) @ W[l].T + b[l] (no f on the input),
+eps[l] = v[l] - mu[l], and the last mu is what the loss reads. Jacobi: values and weights of t + 1
+are made from those of t.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+F = {
+    "tanh": (np.tanh, lambda a: 1 - np.tanh(a) ** 2),
+    "relu": (lambda a: np.maximum(a, 0), lambda a: (a > 0).astype(a.dtype)),
+}
+
+
+def cross_entropy(output, target):
+    """Loss of each term, [B], and its gradient, [B, C]."""
+    shifted = output - output.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    hot = np.eye(output.shape[1])[target]
+    return -(hot * log_p).sum(1), np.exp(log_p) - hot
+
+
+def squared_error(output, target):
+    """Loss of each term, [B, D], and its gradient, [B, D]."""
+    return (output - target) ** 2, 2 * (output - target)
+
+
+@dataclass
+class Oracle:
+    """`layers[l]` says which weight layer l uses, so that layers may share one."""
+
+    weights: list
+    biases: list
+    f: str
+    loss: object
+    lr: float
+    gamma: float
+    T: int
+    incremental: bool
+    gamma_decay: float = 1.0
+    layers: list | None = None
+    used_gamma: float = 0.0
+    values: list = field(default_factory=list)
+    losses: list = field(default_factory=list)
+    energies: list = field(default_factory=list)
+
+    def predictions(self, v, layers):
+        f = F[self.f][0]
+        below = [v[0], *(f(x) for x in v[1:])]
+        return below, [
+            x @ self.weights[i].T + self.biases[i] for x, i in zip(below, layers, strict=True)
+        ]
+
+    def batch(self, x, y, terms):
+        """One batch of `terms` loss terms; weights move in place, values are kept for a look."""
+        layers = list(range(len(self.weights))) if self.layers is None else self.layers
+        slope = F[self.f][1]
+        v = [x]
+        for i in layers[:-1]:  # feed-forward initial values
+            v.append((v[0] if len(v) == 1 else F[self.f][0](v[-1])) @ self.weights[i].T)
+            v[-1] = v[-1] + self.biases[i]
+        gamma, last = self.gamma, None
+        self.losses, self.energies = [], []
+        for t in range(self.T):
+            below, mu = self.predictions(v, layers)
+            loss, dloss = self.loss(mu[-1], y)
+            eps = [v[k + 1] - mu[k] for k in range(len(layers) - 1)]
+            self.losses.append(loss.sum() / terms)
+            self.energies.append([0.5 * (e**2).sum() for e in eps])
+            F_t = loss.sum() + sum(self.energies[-1])
+            moves = self.incremental or t < self.T - 1
+            if moves and last is not None and not F_t < last:
+                gamma *= self.gamma_decay
+            if moves:
+                last = F_t
+            dmu = [*(-e for e in eps), dloss]  # dF/dmu
+            dv = [
+                eps[k] + slope(v[k + 1]) * (dmu[k + 1] @ self.weights[layers[k + 1]])
+                for k in range(len(eps))
+            ]
+            if self.incremental or t == self.T - 1:
+                dW = [np.zeros_like(w) for w in self.weights]
+                db = [np.zeros_like(b) for b in self.biases]
+                for k, i in enumerate(layers):
+                    dW[i] += dmu[k].T @ below[k] / terms
+                    db[i] += dmu[k].sum(0) / terms
+                for i in range(len(self.weights)):
+                    self.weights[i] = self.weights[i] - self.lr * dW[i]
+                    self.biases[i] = self.biases[i] - self.lr * db[i]
+            if moves:
+                v = [x, *(value - gamma * slope_ for value, slope_ in zip(v[1:], dv, strict=True))]
+        self.used_gamma, self.values = gamma, v[1:]
+
+
+class Explicit:
+    """F of any graph, written out: `at` adds a node's energy and hands on its value."""
+
+    def __init__(self, forward):
+        self.forward, self.values = forward, []
+
+    def free_energy(self, model, batch):
+        self.index, self.energy = 0, 0.0
+        loss, terms = self.forward(model, self.at, *batch)
+        return self.energy + loss, terms
+
+    def at(self, mu, dim=None):
+        if self.index == len(self.values):
+            self.values.append(mu.detach().clone().requires_grad_())
+        x = self.values[self.index]
+        self.index += 1
+        if dim is None:
+            self.energy = self.energy + 0.5 * (x - mu).pow(2).sum()
+        else:
+            p, q = x.softmax(dim), mu.softmax(dim)
+            self.energy = self.energy + (p * (p.log() - q.log())).sum()
+        return x
+
+    def batch(self, model, batch, gamma, T, lr, incremental):
+        self.values = []
+        weights = [p for p in model.parameters() if p.requires_grad]
+        for t in range(T):
+            free, terms = self.free_energy(model, batch)
+            dx = torch.autograd.grad(free, self.values, retain_graph=True)
+            dw = torch.autograd.grad(free / terms, weights)
+            with torch.no_grad():
+                if incremental or t < T - 1:
+                    for x, slope in zip(self.values, dx, strict=True):
+                        x -= gamma * slope
+                if incremental or t == T - 1:
+                    for w, slope in zip(weights, dw, strict=True):
+                        w -= lr * slope

@@ -1,0 +1,113 @@
+"""EnergyMonitor logs what a step's report says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning_problems import ALGORITHMS, Memory, Module, data, loader, trainer
+
+from lightning_pc import EnergyMonitor
+
+SHORT = {"pc/energy", "pc/gamma", "pc/steps"}
+NODES = {"pc/energy/net.1", "pc/energy/net.3"}
+
+
+class Reports(Module):
+    def __init__(self):
+        super().__init__()
+        self.reports = []
+
+    def on_train_batch_end(self, *args):
+        self.reports.append(self.trainer.strategy.report)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("per_node", [False, True])
+def test_logs_every_batch(algorithm, per_node):
+    memory, module = Memory(), Reports()
+    fit = trainer(algorithm, logger=memory, callbacks=[EnergyMonitor(per_node=per_node)])
+    fit.fit(module, loader(data(3)))
+    assert len(memory.seen) == 3
+    for (index, (step, logged)), report in zip(enumerate(memory.seen), module.reports, strict=True):
+        assert step == index
+        assert set(logged) - {"epoch"} == SHORT | (NODES if per_node else set())
+        expected = report.energy[-1] / report.loss_terms
+        assert logged["pc/energy"] == pytest.approx(float(expected.sum()), rel=1e-6)
+        assert logged["pc/gamma"] == pytest.approx(report.gamma, rel=1e-6)
+        assert logged["pc/steps"] == report.steps
+        if per_node:
+            each = [logged[f"pc/energy/{name}"] for name in report.nodes]
+            assert each == pytest.approx(expected.tolist(), rel=1e-6)
+
+
+def test_one_number_in_the_progress_bar():
+    shown = []
+
+    class Bar(ProgressBar):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            shown.append(set(self.get_metrics(trainer, pl_module)) - {"v_num"})
+
+    fit = trainer("ipc", callbacks=[EnergyMonitor(per_node=True), Bar()], enable_progress_bar=True)
+    fit.fit(Module(), loader(data(2)))
+    assert shown == [{"pc/energy"}] * 2
+
+
+def test_energy_is_of_use():
+    """PC's node energies are positive once inference has run."""
+    memory = Memory()
+    trainer("pc", logger=memory, callbacks=[EnergyMonitor()]).fit(Module(), loader(data(2)))
+    assert all(0 < logged["pc/energy"] < 10 for _, logged in memory.seen)
+
+
+def test_any_logger_and_frequency(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit = trainer("ipc", logger=logger, callbacks=[EnergyMonitor()], log_every_n_steps=2)
+    fit.fit(Module(), loader(data(4)))
+    header, *rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_text().splitlines()
+    assert set(header.split(",")) >= SHORT
+    assert len(rows) == 2
+
+
+def test_without_a_logger():
+    fit = trainer("ipc", callbacks=[EnergyMonitor()])
+    fit.fit(Module(), loader(data(1)))
+    assert set(fit.callback_metrics) == SHORT
+
+
+def test_batches_that_are_skipped():
+    class Skips(Module):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    memory = Memory()
+    trainer("ipc", logger=memory, callbacks=[EnergyMonitor()]).fit(Skips(), loader(data(2)))
+    assert [step for step, _ in memory.seen] == [1]
+
+
+def test_a_plain_strategy_has_no_energy():
+    module = Module()
+    before = module.net[0].weight.clone()
+    with pytest.raises(MisconfigurationException, match=r"EnergyMonitor.*SingleDeviceStrategy"):
+        trainer("auto", callbacks=[EnergyMonitor()]).fit(module, loader(data()))
+    assert torch.equal(module.net[0].weight, before)
+
+
+def test_evaluation_alone_is_fine():
+    class Evaluates(Module):
+        def validation_step(self, batch, batch_idx):
+            self.log("val", 1.0)
+
+    fit = trainer("auto", callbacks=[EnergyMonitor()])
+    assert fit.validate(Evaluates(), loader(data()), verbose=False) == [{"val": 1.0}]
+
+
+def test_the_monitor_does_not_change_training():
+    runs = []
+    for callbacks in ([], [EnergyMonitor(per_node=True)]):
+        module = Module()
+        trainer("ipc", callbacks=callbacks, max_epochs=2).fit(module, loader(data()))
+        runs.append(module.net[0].weight)
+    assert torch.equal(*runs)

@@ -1,0 +1,145 @@
+"""python -m lightning_pc: LightningCLI that knows the strategies."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+from lightning_problems import ALGORITHMS, Module, data, loader
+
+from lightning_pc import PCStrategy
+from lightning_pc.cli import main
+
+
+class Net(Module):
+    """A model with one argument."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+
+
+class Data(L.LightningDataModule):
+    """Three batches."""
+
+    def train_dataloader(self) -> Any:
+        return loader(data())
+
+
+QUIET = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "max_epochs": 1,
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+}
+
+
+def config(tmp_path: Path, **kwargs: Any) -> str:
+    content = {
+        "seed_everything": 1,
+        "trainer": {**QUIET, "default_root_dir": str(tmp_path), **kwargs},
+        "model": {"class_path": f"{__name__}.Net"},
+        "data": {"class_path": f"{__name__}.Data"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_class_path(tmp_path):
+    arguments = {"algorithm": "pc", "T": 4, "gamma": 0.2, "value_nodes": ["net.1", "net.3"]}
+    strategy = {"class_path": "lightning_pc.PCStrategy", "init_args": arguments}
+    cli = main(["fit", "-c", config(tmp_path, strategy=strategy)])
+    assert isinstance(cli.trainer.strategy, PCStrategy)
+    report = cli.trainer.strategy.report
+    assert (report.algorithm, report.steps) == ("pc", 4)
+    assert report.nodes == ["net.1", "net.3"]
+    assert cli.trainer.strategy.settings.gamma == 0.2
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_registered_names(algorithm, tmp_path):
+    cli = main(["fit", "-c", config(tmp_path, strategy=algorithm)])
+    assert cli.trainer.strategy.report.algorithm == algorithm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "check"),
+    [
+        (["--trainer.strategy.init_args.T=5"], lambda s: s.settings.T == 5),
+        (["--trainer.strategy.init_args.gamma=0.3"], lambda s: s.settings.gamma == 0.3),
+        (["--trainer.strategy.init_args.algorithm=pc"], lambda s: s.settings.algorithm == "pc"),
+        (["--trainer.strategy.init_args.value_nodes=linear"], lambda s: len(s.report.nodes) == 2),
+        (["--trainer.strategy.init_args.value_nodes=[net.2]"], lambda s: s.report.depth == 1),
+        (["--trainer.strategy.init_args.loss_terms=4"], lambda s: s.report.loss_terms == 4),
+        (
+            ["--trainer.strategy.init_args.softmax_energy=gaussian"],
+            lambda s: s.settings.softmax_energy == "gaussian",
+        ),
+    ],
+    ids=lambda v: v[0].split(".")[-1] if isinstance(v, list) else "",
+)
+def test_overrides(overrides, check, tmp_path):
+    strategy = {"class_path": "lightning_pc.PCStrategy"}
+    cli = main(["fit", "-c", config(tmp_path, strategy=strategy), *overrides])
+    assert check(cli.trainer.strategy)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gama": 0.1}, "gama"),
+        ({"T": "many"}, "many"),
+        ({"T": 2.5}, "2.5"),
+        ({"algorithm": "backprop"}, "backprop"),
+        ({"reset": "sometimes"}, "sometimes"),
+        ({"T": 0}, "T=0: expected a whole number"),
+        ({"gamma": -1.0}, "gamma=-1.0: expected a positive"),
+    ],
+)
+def test_wrong_arguments(arguments, message, tmp_path, capsys):
+    strategy = {"class_path": "lightning_pc.PCStrategy", "init_args": arguments}
+    path = config(tmp_path, strategy=strategy)
+    with pytest.raises((SystemExit, ValueError, RuntimeError)) as caught:
+        main(["fit", "-c", path])
+    assert message in capsys.readouterr().err + str(caught.value)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--trainer.strategy.help=lightning_pc.PCStrategy"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for argument in ("algorithm", "T", "gamma", "gamma_decay", "value_nodes", "reset"):
+        assert f"--trainer.strategy.{argument} " in text
+    for argument in ("loss_terms", "softmax_energy"):
+        assert f"--trainer.strategy.{argument} " in text
+    assert "Trains a LightningModule with predictive coding" in text
+    assert "values and weights move at every inference step" in text
+    assert "Inference steps per batch" in text
+    assert "Inference rate, positive" in text
+    assert "default: ipc" in text
+    assert "Untyped" not in text
+
+
+def test_the_saved_config_runs_again(tmp_path):
+    strategy = {"class_path": "lightning_pc.PCStrategy", "init_args": {"T": 3}}
+    cli = main(["fit", "-c", config(tmp_path, strategy=strategy, logger=True)])
+    saved = Path(cli.trainer.log_dir) / "config.yaml"
+    again = main(["fit", "-c", str(saved)])
+    assert again.trainer.strategy.report.steps == 3
+
+
+def test_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lightning_pc", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("lightning_pc", run_name="__main__")
+    assert caught.value.code == 0
+    assert "fit" in capsys.readouterr().out

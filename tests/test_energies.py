@@ -1,0 +1,265 @@
+"""Node energies: against formulas written out, and one attention through all its guises."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Explicit
+from problems import far, relative, twin
+from torch import nn
+
+from lightning_pc import describe
+from lightning_pc.energies import Categorical, Gaussian, MaskedGaussian
+from lightning_pc.optim import IPC, PC
+
+LOWEST = torch.finfo(torch.float64).min
+
+
+def pair(shape=(3, 4, 5)):
+    x, mu = torch.randn(2, *shape, dtype=torch.float64)
+    return x.requires_grad_(), mu.requires_grad_()
+
+
+def kl(x, mu, dim):
+    p, q = x.softmax(dim), mu.softmax(dim)
+    return p * (p / q).log()
+
+
+FORMULAS = {
+    "gaussian": (Gaussian(), lambda x, mu: 0.5 * (x - mu) ** 2),
+    "gaussian_logits": (MaskedGaussian(), lambda x, mu: 0.5 * (x - mu) ** 2),
+    "categorical": (Categorical(-1), lambda x, mu: kl(x, mu, -1)),
+    "categorical-1": (Categorical(1), lambda x, mu: kl(x, mu, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 6)])
+def test_value_and_gradients_equal_the_formula(name, shape):
+    energy, formula = FORMULAS[name]
+    x, mu = pair(shape)
+    each = formula(x, mu).reshape(shape[0], -1).sum(1)
+    dx, dmu = torch.autograd.grad(each.sum(), (x, mu))
+    torch.testing.assert_close(energy.value(x, mu), each)
+    torch.testing.assert_close(energy.grads(x, mu), (dx, dmu))
+    own = energy.evaluate(x.detach(), mu.detach(), 0.25)
+    torch.testing.assert_close(own, (dx, 0.25 * dmu, each.sum().detach()))
+
+
+def test_categorical_gradients_are_those_of_the_paper():
+    x, mu = (v.detach() for v in pair())
+    p, q = x.softmax(-1), mu.softmax(-1)
+    dx, dmu = Categorical(-1).grads(x, mu)
+    divergence = (p * (p / q).log()).sum(-1, keepdim=True)
+    torch.testing.assert_close(dmu, q - p)
+    torch.testing.assert_close(dx, p * ((p / q).log() - divergence))
+
+
+@pytest.mark.parametrize("energy", [Categorical(-1), MaskedGaussian()])
+@pytest.mark.parametrize("low", [-math.inf, LOWEST, 0.6 * LOWEST])
+def test_masked_logits_take_no_part(energy, low):
+    x, mu = (v.detach() for v in pair((2, 6)))
+    few = energy.grads(x[:, :4].clone(), mu[:, :4].clone())
+    x[:, 4:], mu[:, 4:] = low, low
+    dx, dmu, total = energy.evaluate(x, mu, 1.0)
+    for whole, part in ((dx, few[0]), (dmu, few[1])):
+        torch.testing.assert_close(whole[:, :4], part)
+        assert (whole[:, 4:] == 0).all()
+    torch.testing.assert_close(total, energy.value(x[:, :4], mu[:, :4]).sum())
+    mu[0], x[0] = low, low  # a row that sees nothing at all
+    assert all(g.isfinite().all() for g in energy.evaluate(x, mu, 1.0))
+
+
+def test_probabilities_that_underflow_are_no_nan():
+    x = torch.tensor([[0.0, -2000.0, -2000.0]], dtype=torch.float64)
+    dx, dmu, total = Categorical(-1).evaluate(x, -x, 1.0)
+    assert all(g.isfinite().all() for g in (dx, dmu, total))
+
+
+D, H, L, N = 8, 2, 5, 4
+
+
+class Attention(nn.Module):
+    """The same weights through torch's composites and written out; `guise` says which."""
+
+    def __init__(self, guise, mask=None, dropout=0.0, causal=False):
+        super().__init__()
+        self.mha = nn.MultiheadAttention(D, H, dropout, batch_first=True)
+        self.head = nn.Linear(D, 3)
+        nn.init.normal_(self.mha.in_proj_bias)
+        self.guise, self.mask, self.dropout, self.causal = guise, mask, dropout, causal
+
+    def forward(self, x):
+        return self.head(x + self.attended(x)).transpose(1, 2)
+
+    def attended(self, x):
+        mask = self.mask
+        if self.guise.startswith("mha"):
+            if mask is not None and mask.dtype == torch.bool:
+                mask = ~mask  # True is masked there
+            if self.causal:
+                mask = torch.ones(L, L, dtype=torch.bool).triu(1)
+            return self.mha(x, x, x, attn_mask=mask, need_weights=self.guise == "mha-weights")[0]
+        projected = F.linear(x, self.mha.in_proj_weight, self.mha.in_proj_bias)
+        q, k, v = (
+            part.view(len(x), L, H, D // H).transpose(1, 2) for part in projected.chunk(3, -1)
+        )
+        if self.guise == "sdpa":
+            h = F.scaled_dot_product_attention(
+                *(q, k, v, mask), dropout_p=self.dropout, is_causal=self.causal
+            )
+        else:
+            logits = q @ k.transpose(-2, -1) / math.sqrt(D // H)
+            low = -math.inf if self.guise == "eager" else torch.finfo(x.dtype).min
+            if self.causal:
+                mask = torch.ones(L, L, dtype=torch.bool).tril()
+            if mask is not None and mask.dtype == torch.bool:
+                logits = logits.masked_fill(~mask, low)
+            elif mask is not None:
+                logits = logits + mask.clamp_min(low)
+            h = F.dropout(logits.softmax(-1), self.dropout) @ v
+        return self.mha.out_proj(h.transpose(1, 2).flatten(2))
+
+
+GUISES = ("eager", "eager-finfo", "sdpa", "mha", "mha-weights")
+SEEN = torch.rand(L, L, generator=torch.Generator().manual_seed(3)) > 0.4
+SEEN |= torch.eye(L, dtype=torch.bool)
+VARIANTS = {
+    "plain": {},
+    "bool": {"mask": SEEN},
+    "float": {"mask": torch.where(SEEN, 0.3, -math.inf).double()},
+    "causal": {"causal": True},
+    "dropout": {"dropout": 0.4},
+    "all": {"dropout": 0.2, "mask": SEEN},
+}
+
+
+def train(model, batches, algorithm=IPC, steps=6, **kwargs):
+    optimizer = algorithm(
+        torch.optim.SGD(model.parameters(), 0.3), model, T=steps, gamma=0.5, gamma_decay=1, **kwargs
+    )
+    for i, (x, y) in enumerate(batches):
+        torch.manual_seed(i)
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    return optimizer
+
+
+def draw(count=2):
+    return [(torch.randn(N, L, D).double(), torch.randint(0, 3, (N, L))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("algorithm", [IPC, PC])
+def test_one_attention_in_all_its_guises(variant, algorithm):
+    torch.manual_seed(5)
+    first, batches = Attention("eager", **VARIANTS[variant]).double(), draw()
+    trained, start = {}, twin(first)
+    for guise in GUISES:
+        model = twin(first)
+        model.guise = guise
+        optimizer = train(model, batches, algorithm)
+        (node,) = optimizer.report.nodes
+        assert optimizer.report.peak_energy[node] > 0
+        (value,) = optimizer.values.values()
+        trained[guise] = model, value.detach().view(N, H, L, L).softmax(-1)
+        (row,) = describe(model, batches[0][0], print_table=False).rows
+        assert row.energy == "categorical"
+    model, value = trained.pop("eager")
+    assert far(model, start)[0] > 1e-2
+    for guise, (other, own) in trained.items():
+        assert far(other, model)[0] < 1e-9, guise
+        assert relative(own, value) < 1e-9, guise
+
+
+@pytest.mark.parametrize("low", ["eager", "eager-finfo", "sdpa"])
+def test_a_masked_logit_does_not_move(low):
+    model = Attention(low, mask=SEEN).double()
+    optimizer = train(model, draw(1))
+    (value,) = optimizer.values.values()
+    floor = -math.inf if low != "eager-finfo" else LOWEST
+    assert (value[..., ~SEEN] == floor).all()
+    assert value[..., SEEN].isfinite().all()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_query_that_sees_nothing():
+    """torch's own attention gives it zeros; nothing becomes NaN and the others learn the same."""
+    mask = SEEN.clone()
+    mask[2] = False
+    model, batches = Attention("sdpa", mask=mask).double(), draw()
+    plain = F.cross_entropy(model(batches[0][0]), batches[0][1])
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.3), model)
+    for x, y in batches:
+        loss = optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        if x is batches[0][0]:
+            assert loss.item() == pytest.approx(plain.item(), rel=1e-12)
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert optimizer.report.energy.isfinite().all()
+
+
+class Grouped(nn.Module):
+    """More query heads than key heads."""
+
+    def __init__(self, guise):
+        super().__init__()
+        self.q, self.kv, self.head = nn.Linear(D, 8), nn.Linear(D, 8), nn.Linear(8, 3)
+        self.guise = guise
+
+    def forward(self, x):
+        q = self.q(x).view(len(x), L, 4, 2).transpose(1, 2)
+        k, v = (h.view(len(x), L, 2, 2).transpose(1, 2) for h in self.kv(x).chunk(2, -1))
+        if self.guise == "eager":
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            causal = torch.ones(L, L, dtype=torch.bool).tril()
+            logits = (0.7 * q @ k.transpose(-2, -1)).masked_fill(~causal, -math.inf)
+            h = torch.softmax(logits, dim=-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(
+                *(q, k, v), is_causal=True, scale=0.7, enable_gqa=True
+            )
+        return self.head(h.transpose(1, 2).flatten(2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("softmax_energy", ["categorical", "gaussian"])
+def test_grouped_queries(softmax_energy):
+    eager, batches = Grouped("eager").double(), draw()
+    sdpa = twin(eager)
+    sdpa.guise = "sdpa"
+    for model in (eager, sdpa):
+        optimizer = train(model, batches, softmax_energy=softmax_energy)
+        assert max(optimizer.report.peak_energy.values()) > 0
+    assert far(eager, sdpa)[0] < 1e-9
+
+
+@pytest.mark.parametrize("spelling", ["functional", "tensor", "module", "torch", "log"])
+def test_softmax_however_it_is_spelt(spelling):
+    class Soft(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.soft = nn.Linear(D, 6), nn.Linear(6, 3), nn.Softmax(dim=-1)
+
+        def forward(self, x):
+            h = self.a(x)
+            p = {
+                "functional": lambda: F.softmax(h, dim=-1),
+                "tensor": lambda: h.softmax(-1),
+                "module": lambda: self.soft(h),
+                "torch": lambda: torch.softmax(input=h, dim=-1),
+                "log": lambda: F.log_softmax(h, -1).exp(),
+            }[spelling]()
+            return self.b(p).transpose(1, 2)
+
+    def written_out(model, at, x, y):
+        out = model.b(at(model.a(x), dim=-1).softmax(-1)).transpose(1, 2)
+        return F.cross_entropy(out, y, reduction="sum"), y.numel()
+
+    model, batches, explicit = Soft().double(), draw(), Explicit(written_out)
+    reference = twin(model)
+    optimizer = train(model, batches)
+    for batch in batches:
+        explicit.batch(reference, batch, 0.5, 6, 0.3, True)
+    (value,) = optimizer.values.values()
+    assert relative(value.detach(), explicit.values[0].detach()) < 1e-9
+    assert far(model, reference)[0] < 1e-9
+    assert min(optimizer.report.peak_energy.values()) > 0

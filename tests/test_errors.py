@@ -1,0 +1,783 @@
+"""Bad input: one clear error each, and nothing has changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import (
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+)
+from lightning_problems import (
+    ALGORITHMS,
+    C,
+    D,
+    H,
+    Module,
+    data,
+    loader,
+    mlp,
+    traces,
+    trainer,
+    weights,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lightning_pc
+from lightning_pc.errors import (
+    ClosureError,
+    ConfigError,
+    DivergenceError,
+    PCError,
+    PlacementError,
+    ReplayError,
+    UnsupportedError,
+)
+from lightning_pc.optim import IPC, PC, ZIL, PredictiveCodingOptimizer
+
+WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {"ipc": IPC, "pc": PC, "zil": ZIL}
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+ARGUMENTS = [
+    ({"algorithm": "backprop"}, "'backprop' is unknown.*'ipc', 'pc', 'zil'"),
+    ({"algorithm": "IPC"}, "unknown"),
+    ({"algorithm": None}, "unknown"),
+    ({"T": 0}, "T=0: expected a whole number"),
+    ({"T": -3}, "T=-3"),
+    ({"T": 8.0}, r"T=8\.0"),
+    ({"T": "8"}, "T='8'"),
+    ({"T": True}, "T=True"),
+    ({"gamma": 0}, "gamma=0: expected a positive"),
+    ({"gamma": -0.1}, "gamma=-0.1"),
+    ({"gamma": math.nan}, "gamma=nan"),
+    ({"gamma": math.inf}, "gamma=inf"),
+    ({"gamma": "0.1"}, "gamma='0.1'"),
+    ({"gamma": True}, "gamma=True"),
+    ({"gamma_decay": 0.0}, r"gamma_decay=0.0: expected a factor in \(0, 1\]"),
+    ({"gamma_decay": 1.1}, "gamma_decay=1.1"),
+    ({"gamma_decay": -1}, "gamma_decay=-1"),
+    ({"gamma_decay": math.nan}, "gamma_decay=nan"),
+    ({"gamma_decay": None}, "gamma_decay=None"),
+    ({"algorithm": "zil", "T": 3}, "T=3: zil"),
+    ({"algorithm": "zil", "gamma": 0.5}, "gamma=0.5: zil"),
+    ({"algorithm": "zil", "reset": "never"}, "reset='never'"),
+    ({"reset": "always"}, "reset='always'"),
+    ({"reset": None}, "reset=None"),
+    ({"loss_terms": 0}, "loss_terms=0"),
+    ({"loss_terms": -1.0}, "loss_terms=-1"),
+    ({"loss_terms": math.nan}, "loss_terms=nan"),
+    ({"loss_terms": "batch"}, "loss_terms='batch'"),
+    ({"softmax_energy": "kl"}, "'kl'.*'categorical'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=lambda v: str(v)[:40])
+def test_arguments(arguments, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        lightning_pc.PCStrategy(**arguments)
+    arguments = dict(arguments)
+    wrapper = WRAPPERS.get(arguments.pop("algorithm", "ipc"))
+    if wrapper is None:
+        return
+    model = mlp()
+    with pytest.raises(ConfigError, match=message):
+        wrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, **arguments)
+
+
+def test_an_unknown_argument():
+    with pytest.raises(TypeError, match="gama"):
+        lightning_pc.PCStrategy(gama=0.1)
+
+
+# --- modules that fail in the first batch or before: through both doors --------------------------
+
+
+class Detached(nn.Module):
+    """A node that only feeds what is detached."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(D, H), nn.Linear(D, H), nn.Linear(H, C)
+        self.unused = nn.Linear(H, H)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.a(x)) + self.b(x).detach())
+
+
+class Integers(nn.Module):
+    def forward(self, x):
+        return (x > 0).long()
+
+
+class Mixed(nn.Module):
+    """Integers on the way, as token ids are."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.embed = Integers(), nn.Embedding(2, H)
+        self.head = nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, C))
+
+    def forward(self, x):
+        return self.head(self.embed(self.token(x[:, 0])))
+
+
+class Bare(nn.Module):
+    """Calls forward itself, so that no hook of the layer fires."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Linear(D, H), nn.Linear(H, C)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.a.forward(x)))
+
+
+class Selects(nn.Module):
+    """Boolean indexing by the values: the number of rows changes as they move."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(D, H), nn.Linear(1, H), nn.Linear(H, C)
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        picked = h[h.abs() > h.abs().flatten()[-1]][:, None]
+        return self.c(h) + self.c(torch.relu(self.b(picked))).mean(0)
+
+
+class Experts(nn.Module):
+    """Top-1 routing by the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(D, H)
+        self.router = nn.Linear(H, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, H)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        h = torch.tanh(self.inner(x))
+        gate = self.router(h).softmax(-1)
+        best = gate.argmax(-1)
+        out = torch.zeros_like(h)
+        for i, expert in enumerate(self.experts):
+            rows = best == i
+            if rows.any():
+                out[rows] = expert(h[rows]) * gate[rows, i : i + 1]
+        return out
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.moe, self.head = Experts(), nn.Linear(H, C)
+
+    def forward(self, x):
+        return self.head(self.moe(x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H))
+        self.between = nn.Sequential(nn.Linear(H, H), nn.ReLU())
+        self.head = nn.Linear(H, C)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = x.clone().requires_grad_()
+        h = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return self.head(self.between(h))
+
+
+def frozen() -> nn.Module:
+    return mlp().requires_grad_(False)
+
+
+def compiled_inside() -> nn.Module:
+    model = mlp()
+    model[2] = torch.compile(model[2])
+    return model
+
+
+def compiled_in_place() -> nn.Module:
+    model = mlp()
+    model.compile()
+    return model
+
+
+def compiled_part() -> nn.Module:
+    model = mlp()
+    model[2].compile()
+    return model
+
+
+def poisoned() -> nn.Module:
+    model = mlp()
+    with torch.no_grad():
+        model[4].weight[0, 0] = math.nan
+    return model
+
+
+def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def penalty(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    loss = F.cross_entropy(model(x), y)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    return loss + grad.square().sum()
+
+
+def first_order(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """An adversarial example, made within the step."""
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y), x)
+    return F.cross_entropy(model(x.detach() + 0.1 * grad.sign()), y)
+
+
+def backwards(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def per_sample(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y, reduction="none")
+
+
+def detached(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y).detach()
+
+
+def constant(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    model(x)
+    return torch.zeros((), requires_grad=True) + 1
+
+
+def infinite(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y) / 0
+
+
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], Any]
+
+#: name -> model, value_nodes, loss, error, message
+PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Any, Loss, type[Exception], str]] = {
+    "no match": (mlp, ["net.9"], cross_entropy, PlacementError, "net.9"),
+    "near miss": (Routed, "moe.inned", cross_entropy, PlacementError, "moe.inner"),
+    "one of two matches": (mlp, [nn.Tanh, nn.GELU], cross_entropy, PlacementError, "GELU"),
+    "callable matches nothing": (mlp, lambda n, m: False, cross_entropy, PlacementError, "lambda"),
+    "bad regex": (mlp, "(", cross_entropy, ConfigError, r"\("),
+    "empty list": (mlp, [], cross_entropy, ConfigError, "value_nodes"),
+    "wrong type": (mlp, 3, cross_entropy, ConfigError, "3"),
+    "no node": (lambda: nn.Linear(D, C), "auto", cross_entropy, PlacementError, "No value node"),
+    "no blocks": (mlp, "blocks", cross_entropy, PlacementError, "blocks"),
+    "never called": (Detached, "unused", cross_entropy, PlacementError, "unused'.*never"),
+    "called by forward": (Bare, "a", cross_entropy, PlacementError, "a'.*never called"),
+    "unread": (Detached, "b", cross_entropy, PlacementError, "b' is not read by the loss"),
+    "output": (Detached, "c", cross_entropy, PlacementError, "c' is an output"),
+    "integers": (Mixed, "token", cross_entropy, PlacementError, "token'.*floating"),
+    "frozen": (frozen, "auto", cross_entropy, UnsupportedError, "no trainable parameter"),
+    "compiled inside": (compiled_inside, "auto", cross_entropy, UnsupportedError, "torch.compile"),
+    "compiled in place": (compiled_in_place, "auto", cross_entropy, UnsupportedError, "compile"),
+    "compiled part": (compiled_part, "auto", cross_entropy, UnsupportedError, "2'.*torch.compile"),
+    "NaN weight": (poisoned, "auto", cross_entropy, DivergenceError, "t = 0 the loss"),
+    "infinite loss": (mlp, "auto", infinite, DivergenceError, "t = 0 the loss"),
+    "penalty": (mlp, "auto", penalty, ClosureError, "value node '.*3'.*create_graph"),
+    "gradient": (mlp, "auto", first_order, ClosureError, "value node '.*3'"),
+    "backward": (mlp, "auto", backwards, ClosureError, "not call .backward"),
+    "no scalar": (mlp, "auto", per_sample, ClosureError, r"scalar loss.*\(4,\)"),
+    "detached": (mlp, "auto", detached, ClosureError, "no trainable parameter"),
+    "constant": (mlp, "auto", constant, PCError, "No value node|no trainable parameter"),
+    "checkpoint": (
+        lambda: Checkpointed(False),
+        "auto",
+        cross_entropy,
+        UnsupportedError,
+        "'.*block.1'.*gradient checkpoint",
+    ),
+    "reentrant checkpoint": (
+        lambda: Checkpointed(True),
+        "auto",
+        cross_entropy,
+        UnsupportedError,
+        "gradient checkpoint",
+    ),
+}
+#: refused before any batch, so Lightning's own type of error
+AT_THE_DOOR = {
+    *("no match", "near miss", "one of two matches", "callable matches nothing", "bad regex"),
+    *("empty list", "wrong type", "no blocks"),
+    *("frozen", "compiled inside", "compiled in place", "compiled part"),
+}
+
+
+def prefixed(value_nodes: Any) -> Any:
+    presets = ("auto", "modules", "linear", "blocks", "(")
+    if isinstance(value_nodes, str) and value_nodes not in presets:
+        return f"net.{value_nodes}"
+    return value_nodes
+
+
+class Any_(Module):
+    def __init__(self, net: nn.Module, loss: Loss, fails_at: int = 0) -> None:
+        super().__init__(net=net)
+        self.loss = loss
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net, *batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def kept(model: nn.Module) -> Any:
+    """Everything that must be as it was."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    return state, traces(model), torch.get_rng_state()
+
+
+def assert_kept(model: nn.Module, before: Any) -> None:
+    state, trace, random = before
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
+    assert traces(model) == trace
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_optimizer_refuses(name, algorithm):
+    make, value_nodes, loss, error, message = PROBLEMS[name]
+    model = make()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = kept(model)
+    x, y = data()[0]
+
+    def train():
+        optimizer = WRAPPERS[algorithm](sgd, model, value_nodes=value_nodes)
+        optimizer.step(lambda: loss(model, x, y))
+
+    with pytest.raises(error, match=message) as caught:
+        train()
+    assert isinstance(caught.value, PCError)
+    assert "\n" not in str(caught.value)
+    assert_kept(model, before)
+    assert sgd.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_strategy_refuses(name):
+    make, value_nodes, loss, error, message = PROBLEMS[name]
+    module = Any_(make(), loss)
+    before = kept(module)
+    error = MisconfigurationException if name in AT_THE_DOOR else error
+    fit = trainer({"algorithm": "ipc", "value_nodes": prefixed(value_nodes)})
+    with pytest.raises(error, match=message):
+        fit.fit(module, loader(data()))
+    state, trace, _ = before
+    assert traces(module) == trace
+    for key, value in module.state_dict().items():
+        torch.testing.assert_close(value, state[key], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "value_nodes"),
+    [
+        (lambda: Checkpointed(False), ["between"]),
+        (Detached, ["a"]),
+        (Mixed, ["embed"]),
+    ],
+)
+def test_what_the_message_advises_works(make, value_nodes):
+    model = make()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, value_nodes=value_nodes)
+    x, y = data()[0]
+    losses = [float(optimizer.step(lambda: cross_entropy(model, x, y))) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert optimizer.report.nodes == value_nodes
+
+
+# --- control flow that follows the values --------------------------------------------------------
+
+
+def train(optimizer: PredictiveCodingOptimizer, closure: Callable[[], Any]) -> None:
+    for _ in range(20):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("algorithm", ["ipc", "pc"])
+@pytest.mark.parametrize(
+    ("make", "named", "works"),
+    [(Selects, "relu", ["a"]), (Routed, "moe.experts.*'moe.experts.0'|moe", ["moe"])],
+)
+def test_a_node_whose_shape_changes(algorithm, make, named, works):
+    torch.manual_seed(0)
+    model = make()
+    x, y = data(1, 16)[0]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = WRAPPERS[algorithm](sgd, model, gamma=5.0, gamma_decay=1.0, T=16)
+    before = traces(model)
+    with pytest.raises(ReplayError, match=named) as caught:
+        train(optimizer, lambda: cross_entropy(model, x, y))
+    assert "value_nodes=[" in str(caught.value)
+    assert traces(model) == before
+    assert weights(model).isfinite().all()
+    model = make()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = WRAPPERS[algorithm](sgd, model, value_nodes=works)
+    for _ in range(5):
+        optimizer.step(lambda: cross_entropy(model, x, y))
+    assert optimizer.report.nodes == works
+
+
+def test_the_placement_in_that_message_works():
+    torch.manual_seed(0)
+    model = Routed()
+    x, y = data(1, 16)[0]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = IPC(sgd, model, gamma=5.0, gamma_decay=1.0, T=16)
+    with pytest.raises(ReplayError) as caught:
+        train(optimizer, lambda: cross_entropy(model, x, y))
+    advised = str(caught.value).split("value_nodes=['")[1].split("']")[0]
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = IPC(sgd, model, gamma=0.5, T=16, value_nodes=[advised])
+    train(optimizer, lambda: cross_entropy(model, x, y))
+    assert optimizer.report.nodes == [advised] == ["moe"]
+
+
+# --- divergence ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["ipc", "pc"])
+def test_divergence_names_node_and_step(algorithm):
+    model = mlp().double()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = WRAPPERS[algorithm](sgd, model, gamma=1e60, gamma_decay=1.0, T=16)
+    x, y = data(dtype=torch.float64)[0]
+    before = weights(model)
+    with pytest.raises(DivergenceError, match=r"t = [1-9].*(value node '[13]'|the loss).*gamma"):
+        optimizer.step(lambda: cross_entropy(model, x, y))
+    assert weights(model).isfinite().all()
+    if algorithm == "pc":
+        assert torch.equal(weights(model), before)
+        assert sgd.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_loss_that_becomes_nan_in_a_replay(algorithm):
+    model = mlp()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = WRAPPERS[algorithm](sgd, model)
+    x, y = data()[0]
+    calls = iter(range(100))
+
+    def closure():
+        return cross_entropy(model, x, y) * (math.nan if next(calls) == 2 else 1.0)
+
+    before = traces(model)
+    with pytest.raises(DivergenceError, match="t = 2 the loss"):
+        optimizer.step(closure)
+    assert weights(model).isfinite().all()
+    assert traces(model) == before
+    optimizer.step(lambda: cross_entropy(model, x, y))  # and training can go on
+
+
+def test_a_diverging_trainer():
+    module = Any_(mlp(), cross_entropy)
+    fit = trainer({"gamma": 1e30, "gamma_decay": 1.0, "T": 16})
+    with pytest.raises(DivergenceError, match=r"t = [1-9]"):
+        fit.fit(module, loader(data()))
+    assert weights(module).isfinite().all()
+
+
+# --- the Trainer's set-up ------------------------------------------------------------------------
+
+
+class Manual(Module):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Two(Module):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.net[0], self.net[2])]
+
+
+class NoOptimizer(Module):
+    def configure_optimizers(self):
+        return None
+
+
+class AnothersOptimizer(Module):
+    def configure_optimizers(self):
+        return torch.optim.SGD(mlp().parameters(), lr=0.1)
+
+
+class Memorizes(Module):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters())
+
+
+class Wraps(Module):
+    def configure_optimizers(self):
+        return PC(super().configure_optimizers(), self)
+
+
+class OwnBackward(Module):
+    def backward(self, loss, *args, **kwargs):
+        loss.backward()
+
+
+class OwnStep(Module):
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(optimizer_closure)
+
+
+class Sharp(torch.optim.SGD):
+    """Evaluates its closure twice, as sharpness-aware minimization does."""
+
+    def step(self, closure=None):
+        assert closure is not None, "needs a closure"
+        closure()
+        return super().step(closure)
+
+
+class Sharpens(Module):
+    def configure_optimizers(self):
+        return Sharp(self.parameters(), lr=0.1)
+
+
+class Iterates(Module):
+    """Takes its batches itself: a replay would take the next ones."""
+
+    def training_step(self, dataloader_iter):
+        (x, y), _, _ = next(dataloader_iter)
+        return F.cross_entropy(self(x), y)
+
+
+class ConfiguredCompiled(Module):
+    """Compiles a part only when the Trainer has begun."""
+
+    def configure_model(self):
+        if not hasattr(self, "fast"):
+            self.fast = torch.compile(self.net)
+
+    def forward(self, x):
+        return self.fast(x)
+
+
+TRAINER_PROBLEMS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
+    "manual": (Manual, ALGORITHMS, {}, "Manual uses manual optimization"),
+    "two optimizers": (Two, ALGORITHMS, {}, "multiple optimizers"),
+    "no optimizer": (NoOptimizer, ALGORITHMS, {}, "holds no parameter of NoOptimizer"),
+    "another's": (AnothersOptimizer, ALGORITHMS, {}, "SGD. holds no parameter"),
+    "LBFGS": (Memorizes, ALGORITHMS, {}, "LBFGS"),
+    "a wrapper": (Wraps, ALGORITHMS, {}, "PC would do predictive coding twice"),
+    "own backward": (OwnBackward, ALGORITHMS, {}, "OwnBackward overrides `backward`"),
+    "own step": (OwnStep, ["ipc"], {}, "overrides `optimizer_step`.*'pc'"),
+    "accumulation": (Module, ["ipc"], {"accumulate_grad_batches": 2}, "larger batch, or 'pc'"),
+    "scheduled accumulation": (
+        Module,
+        ["ipc"],
+        {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})], "max_epochs": 2},
+        "larger batch, or 'pc'",
+    ),
+    "twice": (Sharpens, ALGORITHMS, {}, "Sharp evaluates its closure more than once"),
+    "dataloader_iter": (Iterates, ALGORITHMS, {}, "dataloader_iter"),
+    "compiled": (lambda: torch.compile(Module()), ALGORITHMS, {}, "torch.compile"),
+    "compiled later": (ConfiguredCompiled, ALGORITHMS, {}, "'fast' is compiled by torch.compile"),
+    "16-mixed": (
+        Module,
+        ALGORITHMS,
+        {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))},
+        "float16.*bf16",
+    ),
+    "16-true": (Module, ALGORITHMS, {"plugins": HalfPrecision("16-true")}, "float16.*bf16"),
+    "FSDP": (Module, ALGORITHMS, {"plugins": FSDPPrecision("32-true")}, "one device.*FSDP"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "algorithm"), [(n, a) for n, row in TRAINER_PROBLEMS.items() for a in row[1]]
+)
+def test_trainer_refuses(name, algorithm):
+    make, _, settings, message = TRAINER_PROBLEMS[name]
+    module = make()
+    original = getattr(module, "_orig_mod", module)
+    before = weights(original)
+    error = RuntimeError if name == "two optimizers" else MisconfigurationException
+    with pytest.raises(error, match=message):
+        trainer(algorithm, **settings).fit(module, loader(data()))
+    if name not in ("twice", "scheduled accumulation"):
+        assert torch.equal(weights(original), before)
+        assert all(p.grad is None for p in original.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["pc", "zil"])
+def test_own_optimizer_step_is_fine_where_there_is_one_step(algorithm):
+    runs = []
+    for kind in (OwnStep, Module):
+        module = kind()
+        trainer(algorithm).fit(module, loader(data()))
+        runs.append(weights(module))
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_two_devices(algorithm):
+    with pytest.raises(MisconfigurationException, match=r"one device.*PCDDPStrategy"):
+        trainer(algorithm, devices=2).fit(Module(), loader(data()))
+
+
+def test_a_callable_loss_terms_gets_the_batch():
+    seen = []
+    fit = trainer({"algorithm": "pc", "loss_terms": lambda batch: seen.append(batch) or 4})
+    batches = data(2)
+    fit.fit(Module(), loader(batches))
+    assert [len(batch) for batch in seen] == [2, 2]
+    assert all(torch.equal(got[0], x) for got, (x, _) in zip(seen, batches, strict=True))
+    assert fit.strategy.report.loss_terms == 4
+    with pytest.raises(MisconfigurationException, match=r"loss_terms gave 0\.0"):
+        trainer({"loss_terms": lambda *batch: 0}).fit(Module(), loader(data(2)))
+
+
+# --- the optimizers' set-up ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda m: torch.optim.LBFGS(m.parameters()), ConfigError, "LBFGS"),
+        (lambda m: PC(torch.optim.SGD(m.parameters(), 0.1), m), ConfigError, "twice"),
+        (lambda m: list(m.parameters()), ConfigError, "Expected a torch optimizer, got list"),
+        (lambda m: torch.optim.SGD([torch.zeros(3)], 0.1), ConfigError, "no nn.Parameter"),
+        (
+            lambda m: torch.optim.SGD(mlp().parameters(), 0.1),
+            ConfigError,
+            "SGD. holds no parameter of Sequential",
+        ),
+    ],
+    ids=["LBFGS", "wrapper", "list", "tensors", "another model's"],
+)
+def test_optimizer_cannot_be_wrapped(algorithm, make, error, message):
+    model = mlp()
+    with pytest.raises(error, match=message):
+        WRAPPERS[algorithm](make(model), model)
+
+
+@pytest.mark.parametrize("model", [mlp, None, lambda x: x], ids=["class", "None", "function"])
+def test_no_module(model):
+    sgd = torch.optim.SGD(mlp().parameters(), 0.1)
+    with pytest.raises(ConfigError, match=r"expected the nn\.Module"):
+        IPC(sgd, model)
+
+
+def test_arguments_the_wrong_way_round():
+    model = mlp()
+    with pytest.raises(ConfigError, match=r"IPC\(optimizer, model\)"):
+        IPC(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_compiled_model():
+    model = mlp()
+    with pytest.raises(UnsupportedError, match=r"torch\.compile"):
+        IPC(torch.optim.SGD(model.parameters(), 0.1), torch.compile(model))
+
+
+def test_compiled_after_wrapping():
+    model = mlp()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    x, y = data()[0]
+    model[2].compile()
+    with pytest.raises(UnsupportedError, match=r"torch\.compile"):
+        optimizer.step(lambda: cross_entropy(model, x, y))
+
+
+def test_distributed_model():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nn.parallel.DistributedDataParallel(mlp())
+        with pytest.raises(UnsupportedError, match="one device"):
+            IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values())
+def test_no_closure(wrapper):
+    model = mlp()
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
+    with pytest.raises(ClosureError, match="needs a closure"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values())
+def test_wrapper_under_an_ordinary_trainer(wrapper):
+    class Wraps(Module):
+        def configure_optimizers(self):
+            return wrapper(super().configure_optimizers(), self)
+
+    module = Wraps()
+    before = weights(module)
+    with pytest.raises(ClosureError, match=r"PCStrategy"):
+        trainer("auto").fit(module, loader(data()))
+    assert torch.equal(weights(module), before)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values())
+def test_a_closure_that_gives_no_tensor(wrapper):
+    model = mlp()
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
+    before = weights(model)
+    x, y = data()[0]
+    for closure in (lambda: 3.0, lambda: (cross_entropy(model, x, y), 1), lambda: {"loss": 1}):
+        with pytest.raises(ClosureError, match="Expected a loss tensor"):
+            optimizer.step(closure)
+    assert optimizer.step(lambda: None) is None
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("wrapper", [IPC, PC])
+def test_a_closure_that_gives_none_in_a_replay(wrapper):
+    model = mlp()
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
+    x, y = data()[0]
+
+    def closure():
+        loss = cross_entropy(model, x, y)
+        return None if optimizer.is_replay else loss
+
+    with pytest.raises(ClosureError, match="no loss at inference step t = 1"):
+        optimizer.step(closure)
+
+
+def test_an_error_of_the_users_own_passes_unchanged():
+    model = mlp()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        optimizer.step(lambda: model(torch.zeros(2, D + 1)).sum())
+
+
+def test_errors_can_be_caught_by_their_usual_types():
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(PlacementError, ValueError)
+    assert issubclass(DivergenceError, FloatingPointError)
+    for error in (ReplayError, ClosureError, UnsupportedError):
+        assert issubclass(error, RuntimeError)

@@ -1,0 +1,211 @@
+"""M, the number of terms that a loss is a mean of, read off its calls."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import MLP, relative
+from torch import nn
+
+from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.optim import IPC, PC
+
+N, C = 6, 4
+WEIGHT = torch.tensor([0.5, 1.0, 2.0, 3.0]).double()
+Y = torch.tensor([0, 1, 2, 3, 1, 0])
+SOME = torch.tensor([0, -100, 2, -100, 1, 0])
+SOFT = torch.rand(N, C, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
+HARD = (SOFT > 0.25).double()
+SPACE = torch.arange(3).expand(N, 3)
+
+
+def counted(y):
+    return (y >= 0).sum().item()
+
+
+LOSSES = {  # name -> loss of (outputs, rows), its number of terms
+    "mean": (lambda o, i: F.cross_entropy(o, Y[i]), lambda i: len(i)),
+    "module": (lambda o, i: nn.CrossEntropyLoss()(o, Y[i]), lambda i: len(i)),
+    "ignore": (lambda o, i: F.cross_entropy(o, SOME[i]), lambda i: counted(SOME[i])),
+    "ignore 0": (
+        lambda o, i: F.cross_entropy(o, Y[i], ignore_index=0),
+        lambda i: (Y[i] != 0).sum().item(),
+    ),
+    "weights": (
+        lambda o, i: F.cross_entropy(o, Y[i], WEIGHT),
+        lambda i: WEIGHT[Y[i]].sum().item(),
+    ),
+    "weights, ignore": (
+        lambda o, i: F.cross_entropy(o, SOME[i], weight=WEIGHT),
+        lambda i: WEIGHT[SOME[i][SOME[i] >= 0]].sum().item(),
+    ),
+    "smoothing": (
+        lambda o, i: F.cross_entropy(o, SOME[i], label_smoothing=0.1),
+        lambda i: counted(SOME[i]),
+    ),
+    "probabilities": (lambda o, i: F.cross_entropy(o, SOFT[i]), lambda i: len(i)),
+    "probabilities, weights": (
+        lambda o, i: F.cross_entropy(o, SOFT[i], WEIGHT),
+        lambda i: len(i),
+    ),
+    "space": (
+        lambda o, i: F.cross_entropy(o.unsqueeze(-1).expand(-1, -1, 3), SPACE[i]),
+        lambda i: 3 * len(i),
+    ),
+    "sum / n": (
+        lambda o, i: F.cross_entropy(o, Y[i], reduction="sum") / len(i),
+        lambda i: len(i),
+    ),
+    "sum / counted": (
+        lambda o, i: F.cross_entropy(o, SOME[i], reduction="sum") / counted(SOME[i]),
+        lambda i: counted(SOME[i]),
+    ),
+    "size_average": (
+        lambda o, i: F.mse_loss(o, SOFT[i], reduction="sum").div(3 * len(i)),
+        lambda i: 3 * len(i),
+    ),
+    "nll": (lambda o, i: F.nll_loss(o.log_softmax(1), SOME[i]), lambda i: counted(SOME[i])),
+    "mse": (lambda o, i: F.mse_loss(o, SOFT[i]), lambda i: C * len(i)),
+    "mse module": (lambda o, i: nn.MSELoss()(o, SOFT[i]), lambda i: C * len(i)),
+    "l1": (lambda o, i: F.l1_loss(o, SOFT[i]), lambda i: C * len(i)),
+    "huber": (lambda o, i: F.huber_loss(o, SOFT[i]), lambda i: C * len(i)),
+    "smooth l1": (lambda o, i: F.smooth_l1_loss(input=o, target=SOFT[i]), lambda i: C * len(i)),
+    "bce": (lambda o, i: F.binary_cross_entropy(o.sigmoid(), HARD[i]), lambda i: C * len(i)),
+    "bce logits": (
+        lambda o, i: F.binary_cross_entropy_with_logits(o, HARD[i], pos_weight=WEIGHT),
+        lambda i: C * len(i),
+    ),
+    "kl batchmean": (
+        lambda o, i: F.kl_div(o.log_softmax(1), SOFT[i], reduction="batchmean"),
+        lambda i: len(i),
+    ),
+    "kl mean": (
+        lambda o, i: nn.KLDivLoss()(o.log_softmax(1), SOFT[i]),
+        lambda i: C * len(i),
+    ),
+    "poisson": (lambda o, i: F.poisson_nll_loss(o, HARD[i]), lambda i: C * len(i)),
+    "margin": (lambda o, i: F.multi_margin_loss(o, Y[i]), lambda i: len(i)),
+    "soft margin": (lambda o, i: F.soft_margin_loss(o, 2 * HARD[i] - 1), lambda i: C * len(i)),
+    "two that agree": (
+        lambda o, i: F.cross_entropy(o, Y[i]) + 0.3 * F.cross_entropy(o, Y[i], label_smoothing=0.1),
+        lambda i: len(i),
+    ),
+    "with a penalty": (
+        lambda o, i: F.cross_entropy(o, Y[i]) + 1e-3 * o.pow(2).mean(),
+        lambda i: len(i),
+    ),
+    "one for the log": (
+        lambda o, i: (F.mse_loss(o, SOFT[i]), F.l1_loss(o, SOFT[i]), F.cross_entropy(o, Y[i]))[2],
+        lambda i: len(i),
+    ),
+}
+
+
+def step(loss, rows, algorithm=PC, **kwargs):
+    torch.manual_seed(0)
+    model = MLP((6, 5, 5, C)).double()
+    x = torch.randn(N, 6).double()[rows]
+    # A large rate makes errors big enough to tell one scale from another.
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = algorithm(sgd, model, T=5, gamma=0.3, gamma_decay=1, **kwargs)
+    optimizer.step(lambda: loss(model(x), rows))
+    values = [value.detach() for value in optimizer.values.values()]
+    return values, model, optimizer.report
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+@pytest.mark.parametrize("name", LOSSES)
+def test_terms_and_their_effect(name):
+    """Values do not feel the batch's size, and parameter gradients are those of the mean."""
+    loss, terms = LOSSES[name]
+    once = torch.arange(N)
+    twice = torch.cat([once, once])
+    values, model, report = step(loss, once)
+    assert report.loss_terms == pytest.approx(terms(once), rel=1e-9)
+    doubled, other, report = step(loss, twice)
+    assert report.loss_terms == pytest.approx(terms(twice), rel=1e-9)
+    for one, two in zip(values, doubled, strict=True):
+        assert relative(two[:N], one) < 1e-12
+        assert relative(two[N:], one) < 1e-12
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert relative(p.detach(), q.detach()) < 1e-12
+    # A value's first move is the gradient of the sum of the terms.
+    torch.manual_seed(0)
+    plain = MLP((6, 5, 5, C)).double()
+    x = torch.randn(N, 6).double()
+    h = plain[:3](x)
+    h.retain_grad()
+    (loss(plain[3:](h), once) * terms(once)).backward()
+    sgd = torch.optim.SGD(plain.parameters(), 0.0)
+    optimizer = PC(sgd, plain, T=2, gamma=0.3)
+    with pytest.warns(UserWarning, match="T=2 inference steps never reach 2"):
+        optimizer.step(lambda: loss(plain(x), once))
+    moved = optimizer.values["3"].detach()
+    assert relative(moved, (h - 0.3 * h.grad).detach()) < 1e-12
+
+
+GUESSED = {  # name -> loss, what the warning says
+    "none": (
+        lambda o, i: F.cross_entropy(o, Y[i], reduction="none").mean(),
+        "do not agree|cannot be read|reduction",
+    ),
+    "no call": (lambda o, i: (o - SOFT[i]).pow(2).sum(1).mean(), "calls no loss function"),
+    "disagreement": (
+        lambda o, i: F.cross_entropy(o, Y[i]) + F.mse_loss(o, SOFT[i]),
+        "do not agree",
+    ),
+    "only for the log": (
+        lambda o, i: (F.mse_loss(o, SOFT[i]), o.pow(2).mean())[1],
+        "calls no loss function",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_what_cannot_be_read_is_the_batch_size_and_one_warning(name):
+    loss, why = GUESSED[name]
+    model, rows = MLP((6, 5, C)).double(), torch.arange(N)
+    x = torch.randn(N, 6).double()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    with pytest.warns(UserWarning, match="loss_terms=") as caught:
+        optimizer.step(lambda: loss(model(x), rows))
+    optimizer.step(lambda: loss(model(x), rows))  # a second warning would be an error
+    assert len(caught) == 1
+    assert re.search(why, str(caught[0].message))
+    assert optimizer.report.loss_terms == N
+
+
+@pytest.mark.parametrize("given", [12.0, 12, lambda: 12])
+def test_given_terms_win(given):
+    loss, rows = LOSSES["mean"][0], torch.arange(N)
+    values, _, report = step(loss, rows, loss_terms=given)
+    assert report.loss_terms == 12
+    # As if the loss were the mean over twice as many terms: values move twice as far at first.
+    own, _, _ = step(lambda o, i: 2 * loss(o, i), rows)
+    assert relative(values[-1], own[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("given", [0, -1, float("nan"), True, "n"])
+def test_terms_out_of_range(given):
+    with pytest.raises(ConfigError, match="loss_terms"):
+        step(LOSSES["mean"][0], torch.arange(N), loss_terms=given)
+
+
+@pytest.mark.parametrize("given", [0.0, -3.0, float("nan")])
+def test_a_callable_out_of_range(given):
+    with pytest.raises(ConfigError, match="loss_terms"):
+        step(LOSSES["mean"][0], torch.arange(N), loss_terms=lambda: given)
+
+
+@pytest.mark.parametrize("algorithm", [IPC, PC])
+def test_a_batch_without_any_term_is_an_error_by_name(algorithm):
+    """torch's mean of nothing is NaN."""
+    nothing = torch.full((N,), -100)
+    model = MLP((6, 5, C)).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.1), model)
+    x = torch.randn(N, 6).double()
+    with pytest.raises(DivergenceError, match="t = 0 the loss"):
+        optimizer.step(lambda: F.cross_entropy(model(x), nothing))
+    assert all(map(torch.equal, before, model.parameters()))

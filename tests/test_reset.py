@@ -1,0 +1,110 @@
+"""reset="never": values that live from call to call, for full batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import MLP, far, relative, twin, vectors
+from torch import nn
+
+from lightning_pc.errors import ConfigError, ReplayError
+from lightning_pc.optim import IPC, ZIL
+
+
+def ce(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def dropped():
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Dropout(0.5), *MLP((7, 6, 5, 4)))
+
+
+MODELS = {"mlp": lambda: MLP((6, 7, 6, 5, 4)), "relu": lambda: MLP((6, 7, 6, 4), "relu")}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("calls", [[1] * 12, [4] * 3, [6, 6]])
+@pytest.mark.parametrize("name", ["mlp", "relu", "dropout"])
+def test_many_calls_are_one_long_one(name, calls, optimizer):
+    model = (dropped if name == "dropout" else MODELS[name])().double()
+    other, start = twin(model), twin(model)
+    x, y = vectors(8)
+    x = x.double()
+    lr = 0.05 if optimizer is torch.optim.SGD else 1e-3
+    kwargs = {"gamma": 0.2, "gamma_decay": 1}
+    torch.manual_seed(3)
+    IPC(optimizer(other.parameters(), lr), other, T=sum(calls), **kwargs).step(
+        lambda: ce(other, x, y)
+    )
+    torch.manual_seed(3)
+    many = IPC(optimizer(model.parameters(), lr), model, T=calls[0], reset="never", **kwargs)
+    for _ in calls:
+        many.step(lambda: ce(model, x, y))
+        torch.randn(5)  # masks were drawn once; what others draw does not matter
+    assert far(model, start)[0] > 1e-3
+    assert far(model, other)[0] < 1e-9
+
+
+def test_a_parameter_that_is_not_reached_yet_takes_no_step():
+    model = MLP((6, 7, 6, 5, 4)).double()
+    before, (x, y) = twin(model), vectors(8)
+    sgd = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.5)
+    optimizer = IPC(sgd, model, T=1, reset="never")
+    for t in range(4):
+        optimizer.step(lambda: ce(model, x.double(), y))
+        for depth, layer in enumerate((6, 4, 2, 0)):
+            still = torch.equal(model[layer].weight, before[layer].weight)
+            assert still == (depth > t)
+
+
+def test_the_loss_returned_is_that_of_the_values():
+    model = MLP((6, 7, 4)).double()
+    x, y = vectors(8)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2, reset="never")
+    losses = [optimizer.step(lambda: ce(model, x.double(), y)).item() for _ in range(4)]
+    value = optimizer.values["1"].detach()
+    plain = ce(model, x.double(), y).item()
+    assert losses[0] == pytest.approx(plain, rel=1e-12)
+    assert losses[3] < losses[2] < losses[1] < losses[0]  # weights are still: values moved
+    given = F.cross_entropy(model[2](torch.tanh(value)), y).item()
+    optimizer.step(lambda: ce(model, x.double(), y))
+    assert optimizer.report.loss[0].item() == pytest.approx(given, rel=1e-12)
+
+
+def test_batch_norm_moves_once_a_call():
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x, y = vectors(8)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.01), model, T=3, reset="never")
+    for call in range(1, 4):
+        optimizer.step(lambda: ce(model, x.double(), y))
+        assert model[1].num_batches_tracked == call
+
+
+@pytest.mark.parametrize("rows", [5, 9])
+def test_another_shape_is_an_error_that_names_reset(rows):
+    model = MLP((6, 7, 4)).double()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, reset="never")
+    x, y = vectors(8)
+    optimizer.step(lambda: ce(model, x.double(), y))
+    before = twin(model)
+    a, b = vectors(rows)
+    with pytest.raises(ReplayError, match="reset="):
+        optimizer.step(lambda: ce(model, a.double(), b))
+    assert far(model, before)[0] == 0
+    optimizer.step(lambda: ce(model, x.double(), y))
+
+
+def test_fresh_values_each_batch_is_the_default():
+    model = MLP((6, 7, 4)).double()
+    x, y = vectors(8)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, T=3)
+    optimizer.step(lambda: ce(model, x.double(), y))
+    first = optimizer.values["1"]
+    optimizer.step(lambda: ce(model, x.double(), y))
+    assert optimizer.values["1"] is not first
+    assert relative(optimizer.report.energy[0], torch.ones(1)) == 1  # t = 0 has no energy
+
+
+def test_zil_refuses_it():
+    model = MLP((6, 7, 4))
+    with pytest.raises(ConfigError, match="zil"):
+        ZIL(torch.optim.SGD(model.parameters(), 0.1), model, reset="never")
