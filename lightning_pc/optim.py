@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_pc.errors import ClosureError, ConfigError
+from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.placement import ValueNodes
 from lightning_pc.report import StepReport
 from lightning_pc.settings import Settings
@@ -130,7 +130,11 @@ class PredictiveCodingOptimizer(Optimizer):
                 "scaler call step without one: use bf16 instead.)"
             )
         with torch.enable_grad():
-            self._learner.begin(closure, lambda loss: loss)
+            try:
+                self._learner.begin(closure, lambda loss: loss)
+            except PCError:
+                self.zero_grad()  # a closure that ran backward itself has left gradients
+                raise
             self.zero_grad()
             with _fabric_agrees():
                 loss = self._learner.infer(1.0, self._update)

@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.plugins.precision import (
     DeepSpeedPrecision,
@@ -283,8 +284,15 @@ class PCStrategy(SingleDeviceStrategy):
                 f"{name} overrides `optimizer_step`, but ipc steps T times a batch and only the "
                 "last of these would go through it: remove the override, or use 'pc'."
             )
-        if trainer.accumulate_grad_batches > 1:
-            self._refuse_accumulation(trainer.accumulate_grad_batches)
+        planned = [
+            batches
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler)
+            for batches in callback.scheduling.values()
+        ]
+        most = max([trainer.accumulate_grad_batches, *planned])
+        if most > 1:
+            self._refuse_accumulation(most)
 
     def _refuse_accumulation(self, batches: int) -> None:
         raise MisconfigurationException(
