@@ -19,7 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from lightning_pc.errors import ChainError, UnsupportedError
 from lightning_pc.forwards import Discovery
 from lightning_pc.losses import LossCall
-from lightning_pc.nodes import FROZEN, Node, Site, stand_of
+from lightning_pc.nodes import FROZEN, Node, Site, overwrites, stand_of
 
 OUTPUT = "an output: no weight between it and the loss"
 UNREAD = "not read by the loss"
@@ -82,7 +82,7 @@ def _above(function: Any) -> list[Any]:
     following = function.next_functions
     if stand_of(function) is not None:
         following = following[:1]
-    elif function.name() == "torch::autograd::CopyBackwards":
+    elif overwrites(function):
         following = following[1:]
     return [f for f, _ in following if f is not None]
 

@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from lightning_pc.energies import Energy
 from lightning_pc.errors import ClosureError
 
+_OVERWRITES = "overwrites"
 FROZEN = "frozen above: its prediction depends on no trainable parameter"
 
 
@@ -143,6 +144,24 @@ def stand(mu: Tensor, node: Node, gate: Gate) -> Tensor:
     node.edge = get_gradient_edge(mu)
     value: Tensor = _Stand.apply(mu, node.x, node, gate)  # type: ignore[no-untyped-call]
     return value
+
+
+def overwrite(tensor: Tensor, value: Tensor) -> Tensor:
+    """Writes ``value`` to all of ``tensor``, as an in-place activation does; returns ``tensor``."""
+    tensor.copy_(value)
+    base = tensor._base
+    if base is not None and base.numel() == tensor.numel() and base.grad_fn is not None:
+        metadata: Any = base.grad_fn.metadata
+        metadata[_OVERWRITES] = True  # a view, but of everything
+    return tensor
+
+
+def overwrites(function: Any) -> bool:
+    """Whether an autograd function's result owes nothing to its first input, which it replaced."""
+    name = function.name()
+    if name == "torch::autograd::CopySlices":
+        return _OVERWRITES in function.metadata
+    return bool(name == "torch::autograd::CopyBackwards")
 
 
 def stand_of(function: object) -> Node | None:

@@ -31,7 +31,7 @@ from lightning_pc.functions import (
     rectifies,
     softmax_dim,
 )
-from lightning_pc.nodes import Gate
+from lightning_pc.nodes import Gate, overwrite
 from lightning_pc.placement import Placement
 
 #: A module of the model; of one that the forward makes on the spot, its type.
@@ -170,7 +170,7 @@ class Watch(TorchFunctionMode):
         func, in_place = out_of_place(func, kwargs)
         output = func(x, *rest, **kwargs)
         self.saw(func, (x, *rest), kwargs, output)
-        return mu.copy_(output) if in_place and isinstance(mu, Tensor) else output
+        return overwrite(mu, output) if in_place and isinstance(mu, Tensor) else output
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def name() -> str:
@@ -247,7 +247,7 @@ class Watch(TorchFunctionMode):
             if call.handed._version != call.version:  # it wrote to its input: so do we
                 self.verdicts.writes.add(kind)
                 with torch._C.DisableTorchFunction():
-                    call.mu.copy_(call.handed)
+                    overwrite(call.mu, call.handed)
                 if output is call.handed:
                     output, changed = call.mu, True
         if module in self.placement.outputs and torch.is_grad_enabled():

@@ -62,6 +62,20 @@ class Gated(nn.Module):
         return self.d(F.prelu(self.c(h), self.slope))
 
 
+class Viewed(nn.Module):
+    """In-place activations on views: of all of a tensor, and through a transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.act(self.a(x).unsqueeze(1))
+        h = torch.tanh_(self.b(h).transpose(1, 2))
+        return self.head(h.squeeze(-1))
+
+
 def compare(model, value_nodes, batches, loss, lr=1e-2, **kwargs):
     """Trains the module with Z-IL and its twin with backprop; the trained weights are equal."""
     model = model.double().train()
@@ -99,6 +113,7 @@ CHAINS = {  # name -> module, value_nodes, batches, loss, depth
     "cnn-modules": (CNN, "modules", images, ce, 4),
     "dropout": (Dropped, "auto", vectors, ce, 2),
     "gated": (Gated, "auto", vectors, ce, 3),
+    "views": (Viewed, "auto", vectors, ce, 2),
     "residual": (Residual, "blocks", vectors, ce, 3),
     "residual-names": (Residual, ["stem", r"layers\.\d"], vectors, ce, 4),
     "transformer": (Transformer, "blocks", sequences, ce, 2),
