@@ -77,7 +77,7 @@ class Discovery(Watch):
 
     @override
     def skip(self, key: object, name: Callable[[], str]) -> None:
-        self.sites.append(Site(key, name(), (), None, FROZEN))
+        self.sites.append(Site(key, name(), (), None, FROZEN, skipped=True))
 
     @override
     def count(self) -> int:
@@ -221,8 +221,8 @@ class Replay(Watch):
         self._next(key)
 
     @override
-    def passes_next(self) -> bool:
-        return self.index < len(self.sites) and self.sites[self.index].node is None
+    def skips_next(self) -> bool:
+        return self.index < len(self.sites) and self.sites[self.index].skipped
 
     @override
     def count(self) -> int:

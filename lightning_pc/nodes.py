@@ -77,13 +77,23 @@ class Node:
 
 @dataclass(eq=False)
 class Site:
-    """A place that was met in call order; ``node`` is None where no node stands, for ``why``."""
+    """A place that was met in call order.
+
+    Attributes:
+        key: Tells the kind of place: a function's name, a module, or (module, output).
+        name: Dotted name.
+        shape: Of the prediction, [B, *]; empty where it was skipped.
+        node: Who stands there, None where no node does.
+        why: Why no node stands there.
+        skipped: That no node can stand there was known before its prediction was computed.
+    """
 
     key: object
     name: str
     shape: tuple[int, ...]
     node: Node | None = None
     why: str = ""
+    skipped: bool = False
 
 
 class Gate:

@@ -222,6 +222,7 @@ class Learner:
         if self.settings.reset == "never":
             self._kept, self._age, self._kept_scale = graph.sites, start + T, seed / terms
             self._draws = self._draws or batch.purity
+        first = self.report is None
         self.report = StepReport(
             algorithm=self.settings.algorithm,
             steps=T,
@@ -235,6 +236,8 @@ class Learner:
             _names={p: n for n, p in self.model.named_parameters() if p.requires_grad},
             _learned_at=tuple(learned_at),
         )
+        if first:  # reading the energies waits for the device
+            self._warn_silent(graph, self.report, start + T)
         return losses[0]
 
     def _replay(self, batch: _Batch, t: int, scale: float) -> Tensor:
@@ -365,6 +368,19 @@ class Learner:
             f"T={T} inference steps never reach {len(unreached)} parameters, which do not learn: "
             f"{listed}. T={deepest + 1} reaches all of them.",
         )
+
+    def _warn_silent(self, graph: Graph, report: StepReport, end: int) -> None:
+        """Enough steps on paper may not be: an error shrinks by about gamma per stage."""
+        peaks = report.peak_energy
+        silent = [n.name for n in graph.nodes if n.arrival < end and peaks[n.name] == 0]
+        if silent and len(silent) < len(graph.nodes):
+            self._warn(
+                "silent",
+                f"In the first batch no error reached {len(silent)} value nodes within {end} "
+                f"inference steps ({', '.join(silent[:5])}): it shrinks by about gamma per stage "
+                "and fell below the precision of the values, or the units are dead. A larger gamma "
+                "or T carries it further.",
+            )
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

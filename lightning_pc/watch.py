@@ -182,7 +182,7 @@ class Watch(TorchFunctionMode):
 
         inputs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False), **kwargs)
         movable = any(inputs[k].requires_grad for k in ("query", "key"))
-        if movable and not self.passes_next():
+        if movable and not self.skips_next():
             output = attention(logits_node, *args, **kwargs)
         else:  # no node can stand at these logits: torch's fused kernel does the work
             self.skip("softmax", name)
@@ -190,8 +190,8 @@ class Watch(TorchFunctionMode):
         self.saw(SDPA, args, kwargs, output)
         return output
 
-    def passes_next(self) -> bool:
-        """Whether the next place is known to hold no node."""
+    def skips_next(self) -> bool:
+        """Whether the next place was skipped in the first forward."""
         return False
 
     @abstractmethod

@@ -44,6 +44,7 @@ def bert():
     return model, lambda: model(input_ids=ids, labels=y).loss
 
 
+@pytest.mark.filterwarnings("ignore:In the first batch no error reached")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("make", [mlp, resnet, bert])
 def test_learns_with_all_defaults(make, seed):

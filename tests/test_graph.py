@@ -112,6 +112,7 @@ def test_a_residual_stream_without_nodes_is_crossed_in_one_stage():
     assert table.rows[0].shape == (3, 2, 5, 5)
 
 
+@pytest.mark.filterwarnings("ignore:In the first batch no error reached")
 @pytest.mark.parametrize("layers", [9, 12])
 def test_default_T_follows_the_depth(layers):
     model = MLP((6, *[5] * layers, 4))
@@ -121,6 +122,24 @@ def test_default_T_follows_the_depth(layers):
         optimizer.step(lambda: ce(model, x, y))
         assert optimizer.report.steps == T
         assert optimizer.report.depth == layers
+
+
+@pytest.mark.parametrize("algorithm", [IPC, PC])
+def test_an_error_that_fades_on_its_way_is_told_once(algorithm):
+    torch.manual_seed(0)
+    model = MLP((6, *[5] * 12, 4))
+    x, y = vectors(4)
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 1e-3), model, gamma=1e-3)
+    with pytest.warns(UserWarning, match="no error reached") as told:
+        for _ in range(3):
+            optimizer.step(lambda: ce(model, x, y))
+    assert len(told) == 1
+    silent = [name for name, peak in optimizer.report.peak_energy.items() if peak == 0]
+    assert silent
+    assert silent[0] in str(told[0].message)
+    wider = algorithm(torch.optim.SGD(model.parameters(), 1e-3), model, gamma=0.5)
+    wider.step(lambda: ce(model, x, y))  # no warning, which would be an error
+    assert all(peak > 0 for peak in wider.report.peak_energy.values())
 
 
 OPTIMIZERS = {
