@@ -37,6 +37,8 @@ NAMES = {
     "zil": "zero-divergence (Z-IL)",
 }
 
+SHORT = {"bp": "backprop", "pc": "PC", "ipc": "iPC", "zil": "Z-IL"}
+
 Results = dict[str, list[Run]]
 
 
@@ -70,9 +72,8 @@ def study(
     )
     with Progress(*columns, console=console) as progress:
         blank = {"epoch": "", "accuracy": "", "energy": ""}
-        width = max(len(NAMES[name]) for name in results)
         rows = {
-            name: progress.add_task(NAMES[name].ljust(width), start=False, total=seeds, **blank)
+            name: progress.add_task(SHORT[name].ljust(8), start=False, total=seeds, **blank)
             for name in results
         }
         for path in paths:
@@ -96,7 +97,7 @@ def _state(run: Run, seeds: int) -> dict[str, str]:
     return {
         "epoch": f"{which}epoch {done:>2}/{run.epochs}",
         "accuracy": f"val {run.val_accuracy[-1]:4.1f} %" if done else "",
-        "energy": f"energy {run.energy[-1]:.4f}" if run.energy else "",
+        "energy": f"energy {run.energy[-1]:.1e}" if run.energy else "",
     }
 
 
