@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
-    """Energy against inference step, a line per node.
+    """Energy against inference step, a line per node, on a logarithmic scale.
 
     Args:
         report: What a step did.
@@ -41,6 +41,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="inference step t", ylabel="energy per loss term")
     ax.set_title(f"{report.algorithm}: energy during one batch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_yscale("log", nonpositive="mask")  # a node appears when the first error reaches it
     ax.spines[["top", "right"]].set_visible(False)
     if len(report.nodes) <= 12:
         ax.legend(frameon=False, fontsize="small")

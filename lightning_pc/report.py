@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -35,8 +35,7 @@ class StepReport:
     loss_terms: float
     gamma: float
     energies: Tensor
-    _depths: Mapping[nn.Parameter, int] = field(repr=False, default_factory=dict)
-    _names: Mapping[nn.Parameter, str] = field(repr=False, default_factory=dict)
+    _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
 
     @cached_property
@@ -58,8 +57,7 @@ class StepReport:
     @cached_property
     def learned(self) -> dict[str, int]:
         """Parameter name -> number of updates it took part in."""
-        return {name: self._updates(parameter) for parameter, name in self._names.items()}
-
-    def _updates(self, parameter: nn.Parameter) -> int:
-        depth = self._depths.get(parameter)
-        return 0 if depth is None else sum(t >= depth for t in self._learned_at)
+        return {
+            name: 0 if depth is None else sum(t >= depth for t in self._learned_at)
+            for name, depth in self._depths.items()
+        }

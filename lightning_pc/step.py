@@ -232,8 +232,11 @@ class Learner:
             loss_terms=terms,
             gamma=float(inference.gamma),
             energies=torch.stack(energies),
-            _depths=graph.depths,
-            _names={p: n for n, p in self.model.named_parameters() if p.requires_grad},
+            _depths={
+                name: graph.depths.get(parameter)
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            },
             _learned_at=tuple(learned_at),
         )
         if first:  # reading the energies waits for the device

@@ -36,9 +36,7 @@ def save_energy(results: Results, path: Path) -> None:
     for ax, (name, report) in zip(axes, reports.items(), strict=True):
         assert report is not None
         plot_energy(report, ax)
-        # Logarithmic: a node appears when the first error reaches it, one stage a step.
         ax.set(title=NAMES[name])
-        ax.set_yscale("log", nonpositive="mask")
         ax.grid(alpha=0.25)
         ax.get_legend().remove()
     for ax in axes[1:]:
