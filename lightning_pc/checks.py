@@ -71,7 +71,7 @@ def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
     for site in graph.sites:
         key = site.key[0] if isinstance(site.key, tuple) else None
         by_module.setdefault(key, []).append(site)
-    for entry, modules in placement.entries.items():
+    for entry, modules in placement.entries:
         sites = [site for module in modules for site in by_module.get(module, ())]
         if any(site.node is not None for site in sites):
             continue

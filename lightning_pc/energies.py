@@ -35,7 +35,7 @@ class Energy(ABC):
 
 
 def _per_sample(energy: Tensor) -> Tensor:
-    return energy.reshape(energy.shape[0], -1).sum(1)
+    return energy.reshape(energy.shape[0] if energy.dim() else 1, -1).sum(1)
 
 
 class Gaussian(Energy):

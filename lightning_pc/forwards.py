@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ from lightning_pc.placement import Placement
 from lightning_pc.watch import Verdicts, Watch
 
 
+class Origin(Enum):
+    """What a tensor was computed from."""
+
+    WEIGHT = "parameters alone"
+    CONSTANT = "buffers and constants"
+    MIXED = "parameters, buffers and constants: a masked or noisy weight"
+    DATA = "the batch"
+
+
 class Discovery(Watch):
     """The first forward of a batch: every place is met, values start at their predictions.
 
@@ -29,7 +39,6 @@ class Discovery(Watch):
         sites: Every place in call order.
         losses: The calls of loss functions.
         weighted: Autograd functions that mix a weight, trainable or frozen, into an activation.
-        fired: Modules that were called.
     """
 
     def __init__(
@@ -47,8 +56,8 @@ class Discovery(Watch):
         self.sites: list[Site] = []
         self.losses: list[LossCall] = []
         self.weighted: set[object] = set()
-        self.fired: set[nn.Module] = set()
-        self._weights: dict[int, Tensor] = {}
+        buffers = [b for module in names for b in module._buffers.values() if b is not None]
+        self._origins = {id(b): (b, Origin.CONSTANT) for b in buffers}  # of the rest: data
 
     @override
     def place(
@@ -60,7 +69,7 @@ class Discovery(Watch):
         if not mu.requires_grad:
             site.why = FROZEN
             return None
-        if isinstance(mu, nn.Parameter) or id(mu) in self._weights:
+        if self._origin(mu) is Origin.WEIGHT:
             site.why = "computed from parameters alone"
             return None
         self._refuse_checkpointing(site)
@@ -125,32 +134,39 @@ class Discovery(Watch):
                 site.node.name = site.name
 
     @override
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        self.fired.add(module)
-        return super()._before(module, args)
-
-    @override
     def saw(self, func: Any, args: Any, kwargs: Any, output: Any) -> None:
         loss = read_loss_call(func, args, kwargs, output)
         if loss is not None:
             self.losses.append(loss)
-        weight = data = False
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(tensor, Tensor):
-                    if isinstance(tensor, nn.Parameter) or id(tensor) in self._weights:
-                        weight = True
-                    else:
-                        data = True
-        if not weight:
-            return
-        for tensor in output if isinstance(output, (tuple, list)) else (output,):
+        operands = [
+            tensor
+            for value in (*args, *kwargs.values())
+            for tensor in (value if isinstance(value, (tuple, list)) else (value,))
+            if isinstance(tensor, Tensor)
+        ]
+        origins = {self._origin(tensor) for tensor in operands}
+        mixes = len(operands) > 1 and not origins.isdisjoint({Origin.WEIGHT, Origin.MIXED})
+        if Origin.DATA in origins:
+            origin = Origin.DATA
+        elif len(origins) > 1:
+            origin = Origin.MIXED
+        else:
+            origin = next(iter(origins), Origin.CONSTANT)
+        written = args[0] if getattr(func, "__name__", "") == "__setitem__" else output
+        for tensor in written if isinstance(written, (tuple, list)) else (written,):
             if not isinstance(tensor, Tensor):
                 continue
-            if not data:
-                self._weights[id(tensor)] = tensor
-            elif tensor.grad_fn is not None:
+            if origin is Origin.DATA:
+                self._origins.pop(id(tensor), None)
+            else:
+                self._origins[id(tensor)] = (tensor, origin)
+            if mixes and tensor.grad_fn is not None:
                 self.weighted.add(tensor.grad_fn)
+
+    def _origin(self, tensor: Tensor) -> Origin:
+        if isinstance(tensor, nn.Parameter):
+            return Origin.WEIGHT
+        return self._origins.get(id(tensor), (tensor, Origin.DATA))[1]
 
     def _refuse_checkpointing(self, site: Site) -> None:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -39,7 +39,7 @@ def _named(names: Iterable[str]) -> dict[Function, str]:
 #: Torch callable -> its bare name, for the functions at whose input a node may stand.
 NONLINEARITIES: dict[Function, str] = _named(ACTIVATIONS + SOFTMAXES)
 #: Torch callables that make a module without parameters count as a nonlinearity.
-NONLINEAR: frozenset[Function] = frozenset(_named(ACTIVATIONS + INGREDIENTS))
+NONLINEAR: dict[Function, str] = _named(ACTIVATIONS + INGREDIENTS)
 
 
 def out_of_place(func: Function, kwargs: dict[str, Any]) -> tuple[Function, bool]:

@@ -35,7 +35,7 @@ class Graph:
         loss_parents: The nodes that the loss reads.
         loss_parameters: Trainable parameters of the loss's own stage.
         losses: The calls of loss functions on which the loss depends.
-        depths: Trainable parameter -> first inference step at which an error reaches it: the
+        arrivals: Trainable parameter -> first inference step at which an error reaches it: the
             smallest arrival of a stage that holds it; the loss's own stage has 0.
         depth: The deepest node's depth.
     """
@@ -45,7 +45,7 @@ class Graph:
     loss_parents: list[Node]
     loss_parameters: list[nn.Parameter]
     losses: list[LossCall]
-    depths: dict[nn.Parameter, int]
+    arrivals: dict[nn.Parameter, int]
     depth: int
 
     def readers(self, node: Node) -> list[str]:
@@ -150,8 +150,7 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
         node.parents, node.parameters = split(read)
     loss_parents, loss_parameters = split(bits[order[0]])
     depths = _depths(loss_parents, loss_parameters)
-    if incremental:
-        _hasten([node for node in reads if node.depth], depths)
+    arrivals = _set_arrivals([node for node in reads if node.depth], depths, incremental)
     for site in found.sites:
         if site.node is None:
             continue
@@ -161,7 +160,7 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
     nodes = [site.node for site in found.sites if site.node is not None]
     depth = max((node.depth for node in nodes), default=0)
     losses = [call for call in found.losses if call.function in bits]
-    return Graph(nodes, found.sites, loss_parents, loss_parameters, losses, depths, depth)
+    return Graph(nodes, found.sites, loss_parents, loss_parameters, losses, arrivals, depth)
 
 
 def _drop_outputs(order: list[Any], weighted: set[object]) -> None:
@@ -200,28 +199,31 @@ def _depths(parents: list[Node], parameters: list[nn.Parameter]) -> dict[nn.Para
     return depths
 
 
-def _hasten(nodes: list[Node], depths: dict[nn.Parameter, int]) -> None:
-    """Brings arrivals forward where stages of different depth share a weight.
+def _set_arrivals(
+    nodes: list[Node], depths: dict[nn.Parameter, int], incremental: bool
+) -> dict[nn.Parameter, int]:
+    """Sets ``Node.arrival``, returns the first step at which an error reaches each parameter.
 
-    The weight moves for the lower stage, so the upper one's prediction moves as well, and from
-    there an error spreads in both directions.
+    On a chain these are the depths. Elsewhere an error comes sooner: a prediction moves as soon as
+    the nearest of the values it is made from does (a connection that skips stages), and in iPC as
+    soon as a weight that a lower stage shares does; from there errors spread in both directions.
     """
-    if all(node.depth <= depths[p] + 1 for node in nodes for p in node.parameters):
-        return
     moves = {node: node.depth - 1 for node in nodes}  # first step at which its value moves
+    arrivals = dict(depths)
     changed = True
     while changed:
         changed = False
         for node in nodes:
             causes = [moves[n] for n in (node, *node.parents)]
-            causes += [depths[p] for p in node.parameters]
+            causes += [arrivals[p] for p in node.parameters] if incremental else []
             arrival = 1 + min(causes)
             if arrival < node.arrival:
                 node.arrival, changed = arrival, True
             for parameter in node.parameters:
-                depths[parameter] = min(depths[parameter], node.arrival)
+                arrivals[parameter] = min(arrivals[parameter], node.arrival)
             for n in (node, *node.parents):
                 moves[n] = min(moves[n], node.arrival)
+    return arrivals
 
 
 def require_chain(graph: Graph, remedy: Callable[[], str]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,14 +22,13 @@ _BY_CLASS = (F.cross_entropy, F.nll_loss)
 _BY_ELEMENT = (
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.kl_div),
     *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.gaussian_nll_loss),
-    *(F.soft_margin_loss, F.hinge_embedding_loss),
+    *(F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss),
 )
-_BY_SAMPLE = (
-    *(F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss, F.ctc_loss),
-    *(F.cosine_embedding_loss, F.margin_ranking_loss, F.triplet_margin_loss),
-    F.triplet_margin_with_distance_loss,
+_BY_ROW = (  # one term for each row of the last axis
+    *(F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss),
+    *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
 )
-_SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_SAMPLE)}
+_SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, F.ctc_loss)}
 
 
 @dataclass
@@ -77,6 +77,8 @@ def read_loss_call(
     tensors = [v for v in call.values() if isinstance(v, Tensor)]
     target = call.get("target", tensors[0])
     batch = target.shape[0] if target.dim() else 1
+    if func is F.ctc_loss:  # log-probabilities are [T, N, C], or [T, C] of one sequence
+        batch = tensors[0].shape[1] if tensors[0].dim() == 3 else 1
     reduction = call["reduction"]
     if call.get("reduce") is False:  # the names of torch before 0.4
         reduction = "none"
@@ -88,14 +90,16 @@ def read_loss_call(
     elif reduction == "mean" and func in _BY_CLASS:
         divisor = _class_divisor(call)
     elif reduction == "mean" and func in _BY_ELEMENT:
-        shape = np.broadcast_shapes(tensors[0].shape, target.shape)
-        divisor = float(math.prod(shape))
+        shapes = [v.shape for v in tensors if v is not call.get("weight")]
+        divisor = float(math.prod(np.broadcast_shapes(*shapes)))
+    elif reduction == "mean" and func in _BY_ROW:
+        divisor = tensors[0].numel() / tensors[0].shape[-1]
     elif reduction == "mean":
         divisor = float(batch)
     return LossCall(output, output.grad_fn, reduction, batch, divisor)
 
 
-def watch(calls: list[LossCall], seed: float) -> None:
+def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
     """Asks the coming backward, which starts from ``seed``, for d loss / d output of sums."""
 
     def keeper(call: LossCall) -> Callable[[Tensor], None]:
@@ -115,14 +119,19 @@ def loss_terms(calls: list[LossCall]) -> float | None:
     A sum counts the terms by which the user divided it afterwards, 1 / (d loss / d call), and so
     needs the first backward behind it.
     """
-    terms = []
+    terms: list[float] = []
+    tolerance = 1e-6
     for call in calls:
-        if call.reduction == "mean":
+        if call.divisor is not None:
             terms.append(call.divisor)
         elif call.reduction == "sum" and call.gradient is not None and call.gradient.any():
-            terms.append(1.0 / float(call.gradient.abs()))
+            counted = 1.0 / float(call.gradient.abs())
+            rounding = 2 * torch.finfo(call.gradient.dtype).eps
+            whole = abs(counted - round(counted)) <= rounding * counted
+            terms.append(round(counted) if whole else counted)
+            tolerance = max(tolerance, 2 * rounding)
         else:
             return None
-    if not terms or any(m is None or abs(m - (terms[0] or 0.0)) > 1e-6 * m for m in terms):
+    if not terms or any(abs(m - terms[0]) > tolerance * terms[0] for m in terms):
         return None
     return terms[0]

@@ -37,8 +37,8 @@ class Node:
         x: The value, float32 or wider, [B, *].
         energy: Its node energy.
         depth: Fewest stages on any path to the loss; a node that the loss reads has 1.
-        arrival: First inference step at which its error may not be zero: its depth, or sooner
-            where weights move within a batch and its stage shares one with a lower stage.
+        arrival: First inference step at which its error may not be zero: its depth on a chain,
+            sooner where a connection skips stages, or where iPC shares a weight between stages.
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.placement import ValueNodes
+from lightning_pc.replay import nothing
 from lightning_pc.report import StepReport
 from lightning_pc.settings import Settings
 from lightning_pc.step import Learner
@@ -79,7 +80,7 @@ class PredictiveCodingOptimizer(Optimizer):
         self._wrap(optimizer, model, settings)
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
-        self._learner = Learner(model, settings)
+        self._learner = Learner(model, settings, optimizer)
         self._learner.check()
         self.optimizer = optimizer
         self._adopting = True  # super() sets param_groups and state, which the wrapped one owns
@@ -129,9 +130,11 @@ class PredictiveCodingOptimizer(Optimizer):
                 "optimizer.step(lambda: loss_fn(model(x), y)). (Precision plugins with a gradient "
                 "scaler call step without one: use bf16 instead.)"
             )
+        model = self._learner.model
         with torch.enable_grad():
             try:
-                self._learner.begin(closure, lambda loss: loss)
+                silent = {(o, "zero_grad"): nothing for o in (self, self.optimizer, model)}
+                self._learner.begin(closure, lambda loss: loss, shadows=silent)
             except PCError:
                 self.zero_grad()  # a closure that ran backward itself has left gradients
                 raise

@@ -26,16 +26,18 @@ class Placement:
     Attributes:
         nonlinearities: Nodes stand at the inputs of nonlinearities.
         outputs: Modules at whose outputs nodes stand, with their dotted names.
-        entries: For each entry that the user wrote out (no preset), the modules it matched.
+        entries: Each entry that the user wrote out (no preset), and the modules it matched.
         exact: The entries that are the name of one module.
-        lenient: Modules whose output cannot be a node are passed over.
     """
 
     nonlinearities: bool
     outputs: dict[nn.Module, str]
-    entries: dict[str, list[nn.Module]] = field(default_factory=dict)
+    entries: list[tuple[str, list[nn.Module]]] = field(default_factory=list)
     exact: frozenset[str] = frozenset()
-    lenient: bool = False
+
+    def insists(self, module: nn.Module) -> bool:
+        """Whether the user wrote out an entry that matches ``module``."""
+        return any(module in modules for _, modules in self.entries)
 
 
 def _holds_parameters(module: nn.Module) -> bool:
@@ -107,7 +109,12 @@ def _match(entry: Entry, named: dict[str, nn.Module]) -> list[str]:
     if isinstance(entry, type) and issubclass(entry, nn.Module):
         return [name for name, module in named.items() if name and isinstance(module, entry)]
     if callable(entry) and not isinstance(entry, (type, nn.Module)):
-        return [name for name, module in named.items() if name and entry(name, module)]
+        try:
+            return [name for name, module in named.items() if name and entry(name, module)]
+        except TypeError as error:
+            raise ConfigError(
+                f"value_nodes entry {entry!r} cannot be called as (name, module) -> bool: {error}."
+            ) from error
     raise ConfigError(
         f"value_nodes entry {entry!r}: expected a preset ({', '.join(PRESETS)}), a module name "
         "or regular expression, a module type, or a callable (name, module) -> bool."
@@ -146,9 +153,14 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
     named = dict(model.named_modules())
     names = {module: name for name, module in named.items()}
     outputs: dict[nn.Module, str] = {}
-    written: dict[str, list[nn.Module]] = {}
+    written: list[tuple[str, list[nn.Module]]] = []
     for entry in entries:
         if isinstance(entry, str) and entry in PRESETS:
+            if entry in named:
+                raise ConfigError(
+                    f"value_nodes entry {entry!r} is a preset and the name of a module: write "
+                    f"'({entry})' for the module."
+                )
             found = list(PRESETS[entry](model))
             if not found and entry not in ("auto", "nonlinearities"):
                 raise PlacementError(
@@ -162,11 +174,12 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
                     f"value_nodes entry {entry!r} matches no module of {type(model).__name__}. "
                     f"Near misses: {_near_misses(entry, named)}."
                 )
-            written[entry if isinstance(entry, str) else getattr(entry, "__name__", "?")] = found
+            label = entry if isinstance(entry, str) else getattr(entry, "__name__", "?")
+            written.append((label, found))
         outputs.update((module, names[module]) for module in found)
     return Placement(
         nonlinearities=any(entry in ("auto", "nonlinearities") for entry in entries),
         outputs=outputs,
         entries=written,
-        exact=frozenset(entry for entry in written if entry in named),
+        exact=frozenset(label for label, _ in written if label in named),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 from lightning_pc.energies import softmax_energy
@@ -32,7 +33,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         fixed = schedule(self.algorithm).fixed_gamma
-        if self.T is not None and (type(self.T) is not int or self.T < 1):
+        if self.T is not None and not (_is_whole(self.T) and self.T >= 1):
             raise ConfigError(f"T={self.T!r}: expected a whole number of inference steps, >= 1.")
         schedule(self.algorithm).steps(1, self.T)
         if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):
@@ -63,6 +64,10 @@ class Settings:
         """Gamma at the start of each batch; 0.1 unless given or fixed by the algorithm."""
         fixed = schedule(self.algorithm).fixed_gamma
         return fixed or (0.1 if self.gamma is None else self.gamma)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

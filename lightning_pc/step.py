@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_pc.checks import check_model, check_nodes, checked_loss, divergence
 from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
 from lightning_pc.inference import Inference
-from lightning_pc.losses import loss_terms, watch
+from lightning_pc.losses import ask_for_gradients, loss_terms
 from lightning_pc.nodes import Gate, Site
 from lightning_pc.placement import PRESETS, Placement, resolve
 from lightning_pc.replay import Purity, Shadows
@@ -47,14 +48,17 @@ class Learner:
     Args:
         model: The module, as its user wrote it.
         settings: The engine's knobs.
+        optimizer: Who moves the parameters; the report speaks of those that it holds.
 
     Attributes:
         report: What the last step did.
         values: Node name -> value of the last batch, [B, *].
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
-        self.model, self.settings = model, settings
+    def __init__(
+        self, model: nn.Module, settings: Settings, optimizer: Optimizer | None = None
+    ) -> None:
+        self.model, self.settings, self.optimizer = model, settings, optimizer
         self.schedule: Schedule = schedule(settings.algorithm)
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
@@ -65,6 +69,7 @@ class Learner:
         self._written: set[Any] | None = None
         self._batch: _Batch | None = None
         self._warned: set[str] = set()
+        self._looked_for_silence = False
         # reset="never": the places with their values, steps taken, and whose draws they saw.
         self._kept: list[Site] | None = None
         self._age, self._kept_scale = 0, 1.0
@@ -106,7 +111,8 @@ class Learner:
         Raises:
             PCError: The nodes cannot stand there; model and generators are as before.
         """
-        self._batch, self.values = None, {}  # the last batch's values make room
+        # The last batch makes room; a skipped one leaves neither values nor report.
+        self._batch, self.report, self.values = None, None, {}
         placement = self._look_at_model()
         settings = self.settings
         purity = Purity(self._modules, batch, self._written, shadows or {}, self._draws)
@@ -153,13 +159,15 @@ class Learner:
         Raises:
             DivergenceError: Loss or an energy is not finite; no weight has moved on it.
         """
-        batch, self._batch = self._batch, None
+        batch = self._batch
         if batch is None:
             return None
-        self._batch = batch  # for is_replay
         try:
             batch.purity.ready()
             return self._infer(batch, seed, update)
+        except BaseException:
+            self._kept, self._age, self._draws = None, 0, None
+            raise
         finally:
             batch.purity.finish()
             self._written = batch.purity.written
@@ -184,9 +192,11 @@ class Learner:
         inference = Inference(self.settings.start_gamma, self.settings.gamma_decay)
         if self.schedule.fixed_gamma:
             inference.gamma_decay = 1.0
-        watch(graph.losses, seed)
+        ask_for_gradients(graph.losses, seed)
         self.values = {node.name: node.x for node in graph.nodes}
-        parameters = list(graph.depths)
+        parameters = list(graph.arrivals)
+        if self.schedule.incremental:  # an unreached one takes no step, not one of gradient zero
+            _clear_gradients(parameters)
         loss, batch.loss, terms = batch.loss, None, math.nan
         losses: list[Tensor] = []
         energies: list[Tensor] = []
@@ -197,7 +207,8 @@ class Learner:
                 loss = self._replay(batch, t, seed / terms)
             assert loss is not None
             moves, learns = self.schedule.moves(step, T), self.schedule.learns(step, T)
-            losses.append(loss.detach().to(torch.promote_types(loss.dtype, torch.float32)))
+            wide = torch.promote_types(loss.dtype, torch.float32)
+            losses.append(loss.detach().to(wide).reshape(()))
             energies.append(_energies(graph, losses[0]))
             total = energies[-1].sum()
             if (learns or not step) and not math.isfinite(losses[-1] + total):
@@ -215,14 +226,14 @@ class Learner:
                 if step < T - 1:
                     update()
                     torch.clear_autocast_cache()
-                    for parameter in parameters:
-                        parameter.grad = None
+                    _clear_gradients(parameters)
             for node in graph.nodes:
                 node.forget()
         if self.settings.reset == "never":
             self._kept, self._age, self._kept_scale = graph.sites, start + T, seed / terms
             self._draws = self._draws or batch.purity
-        first = self.report is None
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        held = {id(parameter) for group in groups for parameter in group["params"]}
         self.report = StepReport(
             algorithm=self.settings.algorithm,
             steps=T,
@@ -233,13 +244,14 @@ class Learner:
             gamma=float(inference.gamma),
             energies=torch.stack(energies),
             _depths={
-                name: graph.depths.get(parameter)
+                name: graph.arrivals.get(parameter)
                 for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad
+                if parameter.requires_grad and id(parameter) in held
             },
             _learned_at=tuple(learned_at),
         )
-        if first:  # reading the energies waits for the device
+        if not self._looked_for_silence:  # once: reading the energies waits for the device
+            self._looked_for_silence = True
             self._warn_silent(graph, self.report, start + T)
         return losses[0]
 
@@ -277,7 +289,7 @@ class Learner:
         values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
         root = torch.full_like(loss, seed)
         if not self.schedule.stagewise:
-            reached = [p for p, depth in graph.depths.items() if depth <= t] if learns else []
+            reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
             if values or reached:
                 with self._gate.opened():
                     torch.autograd.backward(loss, root, inputs=[*values, *reached])
@@ -298,7 +310,13 @@ class Learner:
     def _terms(self, graph: Graph, batch: Any, batch_size: Callable[[], float | None]) -> float:
         given = self.settings.loss_terms
         if given is not None:
-            terms = float(given(*batch[:1])) if callable(given) else float(given)
+            try:
+                terms = float(given(*batch[:1])) if callable(given) else float(given)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"loss_terms={given!r} gave no number ({error}): under PCStrategy it is called "
+                    "with the batch, by an optimizer of lightning_pc.optim with nothing."
+                ) from error
             if not (math.isfinite(terms) and terms > 0):
                 raise ConfigError(f"loss_terms gave {terms}: expected a positive number.")
             return terms
@@ -311,7 +329,7 @@ class Learner:
         else:
             guess, why = batch_size(), "it calls no loss function of torch's"
         if guess is None:
-            guess = graph.nodes[0].x.shape[0]
+            guess = next((node.x.shape[0] for node in graph.nodes if node.x.dim()), 1)
         self._warn(
             "loss_terms",
             f"Cannot read off the training loss how many terms it is a mean of ({why}); the batch "
@@ -338,7 +356,7 @@ class Learner:
     ) -> str:
         """Placements on which Z-IL is exact, found by a node at the output of every module."""
         everywhere = {m: n for m, n in self._names.items() if n}
-        placement = Placement(False, everywhere, lenient=True)
+        placement = Placement(False, everywhere)
         found = Discovery(placement, self._verdicts, self._gate, "gaussian", self._names)
         purity.undo()
         with purity.replay(), torch.enable_grad(), found.watching():
@@ -358,11 +376,11 @@ class Learner:
     def _warn_unreached(self, graph: Graph, T: int) -> None:
         if self.settings.reset == "never":
             return
-        deepest = max(graph.depths.values(), default=0)
+        deepest = max(graph.arrivals.values(), default=0)
         names = {p: n for n, p in self.model.named_parameters()}
         if deepest < T:
             return
-        unreached = [names.get(p, "?") for p, depth in graph.depths.items() if depth >= T]
+        unreached = [names.get(p, "?") for p, depth in graph.arrivals.items() if depth >= T]
         listed = ", ".join(unreached[:20]) + (
             f" and {len(unreached) - 20} more" * (len(unreached) > 20)
         )
@@ -375,20 +393,27 @@ class Learner:
     def _warn_silent(self, graph: Graph, report: StepReport, end: int) -> None:
         """Enough steps on paper may not be: an error shrinks by about gamma per stage."""
         peaks = report.peak_energy
-        silent = [n.name for n in graph.nodes if n.arrival < end and peaks[n.name] == 0]
-        if silent and len(silent) < len(graph.nodes):
+        gamma = self.settings.start_gamma
+        far = [n.name for n in graph.nodes if n.arrival < end and gamma**n.depth < 1e-4]
+        silent = [name for name in far if peaks[name] == 0]
+        if silent and any(peaks.values()):
             self._warn(
                 "silent",
-                f"In the first batch no error reached {len(silent)} value nodes within {end} "
-                f"inference steps ({', '.join(silent[:5])}): it shrinks by about gamma per stage "
-                "and fell below the precision of the values, or the units are dead. A larger gamma "
-                "or T carries it further.",
+                f"In the first batch no error reached {', '.join(map(repr, silent[:5]))} "
+                f"({len(silent)} of {len(graph.nodes)} value nodes) within {end} inference steps: "
+                "it shrinks by about gamma per stage and fell below the precision of the values. "
+                "A larger gamma or T carries it further.",
             )
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _clear_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _energies(graph: Graph, like: Tensor) -> Tensor:

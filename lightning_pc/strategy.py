@@ -68,7 +68,7 @@ class PCStrategy(SingleDeviceStrategy):
         loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
             the batch. Default: read off the loss functions that are called.
         softmax_energy: Energy at attention logits: "categorical" (F_KL, Pinchetti et al. 2022)
-            or "gaussian".
+            or "gaussian"; zil is Gaussian throughout.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
         checkpoint_io: How checkpoints are written.
@@ -175,6 +175,7 @@ class PCStrategy(SingleDeviceStrategy):
 
         trainer = self._module.trainer
         silent: dict[tuple[Any, str], Any] = {(self._module, name): nothing for name in LOGGING}
+        silent.update({(c.scheduler, "step"): nothing for c in self.lr_scheduler_configs})
         silent[trainer, "_loggers"] = [_SilentLogger(logger) for logger in trainer.loggers]
         output = self._require_learner().begin(
             lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size
@@ -201,7 +202,9 @@ class PCStrategy(SingleDeviceStrategy):
             )
             optimizer.step(once(lambda: closure_loss, optimizer))
 
-        self._require_learner().infer(1.0 / accumulated, update)
+        learner = self._require_learner()
+        learner.optimizer = optimizer
+        learner.infer(1.0 / accumulated, update)
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss

@@ -132,7 +132,7 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        if func in NONLINEAR and self._calls:
+        if self._calls and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
             for call in self._calls:
                 call.nonlinear = True
         if self.placement.nonlinearities and not self._suppressed and torch.is_grad_enabled():
@@ -235,9 +235,11 @@ class Watch(TorchFunctionMode):
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != self._thread or not self._calls:
             return None
-        call = self._calls.pop()
-        if call.suppresses:
-            self._suppressed -= 1
+        while True:  # calls that raised have no end of their own
+            call = self._calls.pop()
+            self._suppressed -= call.suppresses
+            if call.module is module:
+                break
         changed = False
         if call.mu is not None and call.handed is not None:
             same = isinstance(output, Tensor) and output.shape == call.mu.shape
@@ -263,7 +265,7 @@ class Watch(TorchFunctionMode):
     def _output(self, module: nn.Module, output: Any) -> Any:
         leaves, spec = pytree.tree_flatten(output)
         floating = [i for i, v in enumerate(leaves) if _is_activation(v)]
-        if not floating and self.placement.lenient:
+        if not floating and not self.placement.insists(module):
             return None
         if not floating:
             raise PlacementError(
@@ -286,6 +288,13 @@ class Watch(TorchFunctionMode):
 
 def _is_activation(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _bends(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is nonlinear in an activation; of an autograd.Function's inside any may be."""
+    tensor = args[0] if args else kwargs.get("input")
+    moves = isinstance(tensor, Tensor) and (tensor.requires_grad or not torch.is_grad_enabled())
+    return moves and rectifies(name, args[1:], kwargs)
 
 
 _TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

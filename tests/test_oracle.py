@@ -119,6 +119,49 @@ class Skips(nn.Module):
         return F.cross_entropy(self.c(torch.relu(h)), y, reduction="sum"), len(y)
 
 
+class LongSkip(nn.Module):
+    """The first node is read by the loss too: its neighbours' errors come before their depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        values = [self.layers[0](x).tanh()]
+        for layer in self.layers[1:]:
+            values.append(layer(values[-1]).tanh())
+        return self.head(values[-1] + values[0])
+
+    def explicit(self, at, x, y):
+        values = [at(self.layers[0](x)).tanh()]
+        for layer in self.layers[1:]:
+            values.append(at(layer(values[-1])).tanh())
+        return F.cross_entropy(self.head(values[-1] + values[0]), y, reduction="sum"), len(y)
+
+
+class Recurrent(nn.Module):
+    """An LSTM cell by hand: gates, and a state that runs around them."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.head = nn.Linear(2 + 3, 12), nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.run(x, lambda mu: mu)
+
+    def run(self, x, at):
+        h = c = x.new_zeros(len(x), 3)
+        for step in x.split(2, 1):
+            i, f, o, g = self.gates(torch.cat([step, h], 1)).chunk(4, 1)
+            c = at(f).sigmoid() * c + at(i).sigmoid() * at(g).tanh()
+            h = at(o).sigmoid() * at(c).tanh()
+        return self.head(h)
+
+    def explicit(self, at, x, y):
+        return F.cross_entropy(self.run(x, at), y, reduction="sum"), len(y)
+
+
 class Towers(nn.Module):
     """Two towers of different depth into one head."""
 
@@ -189,6 +232,8 @@ def tokens(n):
 
 GRAPHS = {
     "skips": (Skips, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
+    "long skip": (LongSkip, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
+    "recurrent": (Recurrent, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
     "towers": (Towers, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
     "conv": (ConvNorm, lambda n: (torch.randn(n, 1, 7, 7).double(), torch.randint(0, 4, (n,)))),
     "attention": (Attends, tokens),
