@@ -7,12 +7,29 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_pc.errors import ConfigError
+
+
+class Slopes(NamedTuple):
+    """What one inference step needs of a node's energy.
+
+    Attributes:
+        dx: dE/dx up to ``factor``, [B, *]; may be the same tensor as ``dmu``.
+        factor: dE/dx is ``factor * dx``.
+        dmu: dE/dmu in the scale of the parameter gradients, [B, *].
+        total: E summed over samples, [].
+    """
+
+    dx: Tensor
+    factor: float
+    dmu: Tensor
+    total: Tensor
 
 
 class Energy(ABC):
@@ -28,10 +45,10 @@ class Energy(ABC):
     def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         """``(dE/dx, dE/dmu)`` of the energy summed over samples, each [B, *]."""
 
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-        """``(dE/dx, scale * dE/dmu, E summed over samples)``; override where they share work."""
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> Slopes:
+        """Gradients and energy of one inference step; override where they share work."""
         dx, dmu = self.grads(x, mu)
-        return dx, dmu.mul_(scale), self.value(x, mu).sum()
+        return Slopes(dx, 1.0, dmu.mul_(scale), self.value(x, mu).sum())
 
 
 def _per_sample(energy: Tensor) -> Tensor:
@@ -53,9 +70,11 @@ class Gaussian(Energy):
         return error, -error
 
     @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> Slopes:
         error = self._error(x, mu)
-        return error, error * -scale, torch.linalg.vector_norm(error).square().mul_(0.5)
+        total = torch.linalg.vector_norm(error).square().mul_(0.5)
+        dmu = error.mul_(-scale)  # one tensor serves as both gradients
+        return Slopes(dmu, -1.0 / scale, dmu, total)
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return x - mu
@@ -92,14 +111,15 @@ class Categorical(Energy):
 
     @override
     def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        return self.evaluate(x, mu, 1.0)[:2]
+        slopes = self.evaluate(x, mu, 1.0)
+        return slopes.dx, slopes.dmu
 
     @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> Slopes:
         p, q, log_ratio = self._distributions(x, mu)
         divergence = (p * log_ratio).sum(self.dim, keepdim=True)
         dmu = q.sub_(p).mul_(scale)
-        return p * log_ratio.sub_(divergence), dmu, divergence.sum()
+        return Slopes(p * log_ratio.sub_(divergence), 1.0, dmu, divergence.sum())
 
     def _distributions(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """softmax(x), softmax(mu) and the logarithm of their ratio, zero where masked."""

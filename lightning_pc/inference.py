@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -40,17 +41,19 @@ class Inference:
         """Moves every node that an error has reached.
 
         Args:
-            nodes: Nodes with ``dx`` (dE/dx) and ``below`` (the gradient through the module).
+            nodes: Nodes with their ``slopes`` and ``below`` (the gradient through the module).
             scale: Factor that turns ``below`` into the gradient of the sum F.
         """
-        for slope, factor in (("dx", 1.0), ("below", scale)):
-            moving = [n for n in nodes if getattr(n, slope) is not None]
-            if not moving:
-                continue
-            values = [n.x for n in moving]
-            slopes: Sequence[Tensor] = [getattr(n, slope) for n in moving]
+        pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for node in nodes:
+            if node.slopes is not None:
+                pulls[node.slopes.factor].append((node.x, node.slopes.dx))
+            if node.below is not None:
+                pulls[scale].append((node.x, node.below))
+        for factor, pairs in pulls.items():
+            values, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
             if isinstance(self.gamma, Tensor):  # a rate on the device has no alpha
-                slopes = torch._foreach_mul(list(slopes), self.gamma)
-                torch._foreach_add_(values, list(slopes), alpha=-factor)
+                gradients = list(torch._foreach_mul(gradients, self.gamma))
+                torch._foreach_add_(values, gradients, alpha=-factor)
             else:
-                torch._foreach_add_(values, list(slopes), alpha=-factor * self.gamma)
+                torch._foreach_add_(values, gradients, alpha=-factor * self.gamma)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from lightning_pc.energies import Energy
+from lightning_pc.energies import Energy, Slopes
 from lightning_pc.errors import ClosureError
 
 _OVERWRITES = "overwrites"
@@ -52,11 +52,9 @@ class Node:
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     passes: str = ""
-    # Of the current evaluation: dE/dx, dE/dmu as it enters the parameter gradients, E, the
+    # Of the current evaluation: the energy's gradients (None until an error arrives), the
     # gradient that comes from below, and where mu was computed.
-    dx: Tensor | None = None
-    dmu: Tensor | None = None
-    total: Tensor | None = None
+    slopes: Slopes | None = None
     below: Tensor | None = None
     edge: GradientEdge | None = None
 
@@ -68,11 +66,11 @@ class Node:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
-        self.dx, self.dmu, self.total = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale)
+        self.slopes = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale)
 
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
-        self.dx = self.dmu = self.total = self.below = self.edge = None
+        self.slopes = self.below = self.edge = None
 
 
 @dataclass(eq=False)
@@ -136,7 +134,7 @@ class _Stand(torch.autograd.Function):
         if ctx.gate.sealed:
             return None, None, None, None
         node.below = grads[0] if grads[0] is None else grads[0].to(node.x.dtype)
-        error, node.dmu = node.dmu, None
+        error = None if node.slopes is None else node.slopes.dmu
         return error, None, None, None
 
 

@@ -285,7 +285,6 @@ class Learner:
         Value steps ask for no weight gradient. Nodes and stages that no error has reached yet
         are not asked either, so their ``.grad`` stays None.
         """
-        erring = [node for node in graph.nodes if node.dmu is not None]
         values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
         root = torch.full_like(loss, seed)
         if not self.schedule.stagewise:
@@ -294,8 +293,10 @@ class Learner:
                 with self._gate.opened():
                     torch.autograd.backward(loss, root, inputs=[*values, *reached])
             return
-        stage = [node for node in erring if node.depth == t]
-        roots: list[Any] = [(node.edge, node.dmu) for node in stage] if t else [(loss, root)]
+        stage = [node for node in graph.nodes if node.slopes is not None and node.depth == t]
+        roots: list[Any] = (
+            [(n.edge, n.slopes.dmu) for n in stage if n.slopes] if t else [(loss, root)]
+        )
         stages = [node.parameters for node in stage] if t else [graph.loss_parameters]
         parameters = list(dict.fromkeys(p for stage in stages for p in stage))
         if values:
@@ -418,7 +419,8 @@ def _clear_gradients(parameters: list[nn.Parameter]) -> None:
 
 def _energies(graph: Graph, like: Tensor) -> Tensor:
     """Each node's energy of this evaluation, [n]; zero where no error has arrived."""
-    if all(node.total is None for node in graph.nodes):
+    if all(node.slopes is None for node in graph.nodes):
         return like.new_zeros(len(graph.nodes))
     zero = like.new_zeros(())
-    return torch.stack([zero if n.total is None else n.total.to(like.dtype) for n in graph.nodes])
+    totals = [zero if n.slopes is None else n.slopes.total for n in graph.nodes]
+    return torch.stack([total.to(like.dtype) for total in totals])

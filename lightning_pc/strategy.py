@@ -67,7 +67,7 @@ class PCStrategy(SingleDeviceStrategy):
             training.
         loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
             the batch. Default: read off the loss functions that are called.
-        softmax_energy: Energy at attention logits: "categorical" (F_KL, Pinchetti et al. 2022)
+        softmax_energy: Energy at softmax logits: "categorical" (F_KL, Pinchetti et al. 2022)
             or "gaussian"; zil is Gaussian throughout.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.

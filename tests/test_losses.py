@@ -209,3 +209,59 @@ def test_a_batch_without_any_term_is_an_error_by_name(algorithm):
     with pytest.raises(DivergenceError, match="t = 0 the loss"):
         optimizer.step(lambda: F.cross_entropy(model(x), nothing))
     assert all(map(torch.equal, before, model.parameters()))
+
+
+ROWS, WIDE = (5, 7, 4), torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(1)).double()
+SIGNS = WIDE.sign()
+MEANS = {  # a loss of outputs [5, 7, 4], by its reduction
+    "soft margin": lambda o, r: F.soft_margin_loss(o, SIGNS, reduction=r),
+    "hinge embedding": lambda o, r: F.hinge_embedding_loss(o, SIGNS, reduction=r),
+    "margin ranking": lambda o, r: F.margin_ranking_loss(o, WIDE, SIGNS[:, :1], reduction=r),
+    "triplet": lambda o, r: F.triplet_margin_loss(o, WIDE, -WIDE, reduction=r),
+    "distance": lambda o, r: F.triplet_margin_with_distance_loss(o, WIDE, -WIDE, reduction=r),
+    "multilabel": lambda o, r: F.multilabel_soft_margin_loss(o, (SIGNS + 1) / 2, reduction=r),
+    "multi margin": lambda o, r: F.multi_margin_loss(o[0], torch.arange(7) % 4, reduction=r),
+    "cosine": lambda o, r: F.cosine_embedding_loss(o[0], WIDE[1], SIGNS[0, :, 0], reduction=r),
+    "gaussian": lambda o, r: F.gaussian_nll_loss(o, WIDE, WIDE.abs() + 1, reduction=r),
+    "poisson": lambda o, r: F.poisson_nll_loss(o, WIDE.abs(), reduction=r),
+    "broadcast": lambda o, r: F.l1_loss(o, WIDE[:1].expand(5, 7, 4), reduction=r),
+}
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_terms_of_a_mean_are_its_sum_over_it(name):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    x = torch.randn(5, 7, 3).double()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2)
+    optimizer.step(lambda: MEANS[name](model(x), "mean"))
+    outputs = model(x)
+    terms = (MEANS[name](outputs, "sum") / MEANS[name](outputs, "mean")).item()
+    assert optimizer.report.loss_terms == pytest.approx(terms, rel=1e-9)
+
+
+def test_ctc_counts_sequences():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 6))
+    x, targets = torch.randn(11, 4, 3), torch.randint(1, 6, (4, 3))
+    lengths = torch.full((4,), 11), torch.full((4,), 3)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2)
+    optimizer.step(lambda: F.ctc_loss(model(x).log_softmax(-1), targets, *lengths))
+    assert optimizer.report.loss_terms == 4
+
+
+@pytest.mark.parametrize("n", [6, 300])
+def test_a_sum_in_bfloat16_counts_whole_terms(n):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).bfloat16()
+    x, y = torch.randn(6, 3).bfloat16(), torch.randint(0, 4, (6,))
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2)
+    optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="sum") / n)
+    assert optimizer.report.loss_terms == pytest.approx(n, rel=0.01)
+    if n == 6:
+        assert optimizer.report.loss_terms == 6
+
+
+def test_a_loss_with_an_axis_reports_scalars():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+    x, y = torch.randn(6, 3), torch.randint(0, 4, (6,))
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, T=3)
+    optimizer.step(lambda: F.cross_entropy(model(x), y)[None])
+    assert optimizer.report.free_energy.shape == (3,)

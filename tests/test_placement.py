@@ -485,3 +485,49 @@ def test_describe_prints_a_table(capsys):
     printed = capsys.readouterr().out
     assert "value node" in printed
     assert "gaussian" in printed
+
+
+def test_a_preset_that_is_also_a_modules_name_is_ambiguous():
+    model = nn.ModuleDict({"linear": nn.Linear(3, 4), "head": nn.Linear(4, 2)})
+    with pytest.raises(ConfigError, match=r"\(linear\)"):
+        IPC(torch.optim.SGD(model.parameters(), 0.1), model, value_nodes="linear")
+
+
+def test_two_callables_are_two_entries():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model.spare = nn.Linear(3, 4)
+    model.forward = lambda x: nn.functional.linear(torch.tanh(model[0](x)), model[2].weight)
+    entries = [lambda name, m: name == "spare", lambda name, m: name == "0"]
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, value_nodes=entries)
+    with pytest.raises(PlacementError, match="never called"):
+        optimizer.step(lambda: model(torch.randn(2, 3)).square().mean())
+
+
+def test_a_call_that_raises_and_is_caught_hides_nothing():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise ValueError
+
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.broken, self.act = nn.Linear(3, 4), Broken(), Doubled()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.a(x)
+            try:
+                self.broken(h)
+            except ValueError:
+                h = self.act(h)
+            return self.head(h)
+
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return 2 * torch.tanh(x)
+
+    model = Tries()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    for _ in range(2):
+        optimizer.step(lambda: nn.functional.mse_loss(model(torch.ones(2, 3)), torch.ones(2, 2)))
+    assert optimizer.report.nodes == ["act"]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from problems import MLP, far, relative, twin, vectors
 from torch import nn
 
-from lightning_pc.errors import ConfigError, ReplayError
+from lightning_pc.errors import ConfigError, DivergenceError, ReplayError
 from lightning_pc.optim import IPC, ZIL
 
 
@@ -108,3 +108,28 @@ def test_zil_refuses_it():
     model = MLP((6, 7, 4))
     with pytest.raises(ConfigError, match="zil"):
         ZIL(torch.optim.SGD(model.parameters(), 0.1), model, reset="never")
+
+
+def test_after_a_divergence_values_are_made_anew():
+    model = MLP((6, 7, 4)).double()
+    x, y = vectors(8)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, T=3, reset="never")
+    scale = [1.0]
+    closure = lambda: scale[0] * ce(model, x.double(), y)  # noqa: E731
+    optimizer.step(closure)
+    scale[0] = float("nan")
+    with pytest.raises(DivergenceError):
+        optimizer.step(closure)
+    scale[0] = 1.0
+    optimizer.step(closure)
+    assert optimizer.report.energy[0].sum() == 0  # t = 0 again: values stand at their predictions
+
+
+def test_a_skipped_batch_leaves_no_report():
+    model = MLP((6, 7, 4))
+    x, y = vectors(8)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    optimizer.step(lambda: ce(model, x, y))
+    assert optimizer.step(lambda: None) is None
+    assert optimizer.report is None
+    assert optimizer.values == {}

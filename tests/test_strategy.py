@@ -463,3 +463,39 @@ def test_data_of_many_shapes():
     batches = [data(1, n)[0] for n in (4, 3, 1, 8)]
     trainer("ipc").fit(module, loader(batches))
     assert weights(module).isfinite().all()
+
+
+class StepsItsScheduler(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+        )
+
+    def training_step(self, batch, batch_idx):
+        self.lr_schedulers().step()
+        return torch.nn.functional.mse_loss(self.net(batch), batch[:, :2])
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@pytest.mark.parametrize("algorithm", ["ipc", "pc", "zil"])
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
+def test_a_scheduler_stepped_in_training_step_steps_once(algorithm):
+    ends = []
+    for strategy in ("auto", PCStrategy(algorithm)):
+        trainer = L.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(StepsItsScheduler(), torch.utils.data.DataLoader(torch.randn(8, 3), 4))
+        ends.append(trainer.lr_scheduler_configs[0].scheduler.last_epoch)
+    assert ends[0] == ends[1]

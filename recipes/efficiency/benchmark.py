@@ -3,8 +3,9 @@
     python -m recipes.efficiency.benchmark --write recipes/efficiency/results.json
 
 Backprop, iPC and PC run in turn within one process, round after round, so that a busy machine
-slows all of them alike; the table gives ratios of medians. A PC value step is the difference
-between batches of PC with many and with two inference steps, divided by the steps between them.
+slows all of them alike; a ratio is taken within each round, the table gives the rounds' median. A
+PC value step is the difference between batches of PC with many and with two inference steps,
+divided by the steps between them.
 """
 
 from __future__ import annotations
@@ -125,15 +126,20 @@ def fit(network: str, strategy: str | PCStrategy, batches: int) -> list[float]:
 def time_steps(network: str, rounds: int) -> dict[str, float]:
     """Ratios to a backprop step, and its own milliseconds."""
     batches = NETWORKS[network][3]
-    seconds: dict[str, list[float]] = {name: [] for name in strategies()}
+    medians: list[dict[str, float]] = []
     for _ in track(range(rounds), f"{network}: time", transient=True):
-        for name, strategy in strategies().items():
-            seconds[name] += fit(network, strategy, batches * (T if name == "bp" else 1))
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+        medians.append(
+            {
+                name: statistics.median(
+                    fit(network, strategy, batches * (T if name == "bp" else 1))
+                )
+                for name, strategy in strategies().items()
+            }
+        )
     return {
-        "bp_step_ms": 1e3 * median["bp"],
-        "ipc_step": median["ipc"] / T / median["bp"],
-        "pc_value_step": (median["pc"] - median["pc, T=2"]) / T / median["bp"],
+        "bp_step_ms": 1e3 * statistics.median(r["bp"] for r in medians),
+        "ipc_step": statistics.median(r["ipc"] / T / r["bp"] for r in medians),
+        "pc_value_step": statistics.median((r["pc"] - r["pc, T=2"]) / T / r["bp"] for r in medians),
     }
 
 
