@@ -486,7 +486,7 @@ class StepsItsScheduler(L.LightningModule):
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 def test_a_scheduler_stepped_in_training_step_steps_once(algorithm):
     ends = []
-    for strategy in ("auto", PCStrategy(algorithm)):
+    for strategy in ("auto", algorithm):
         trainer = L.Trainer(
             strategy=strategy,
             accelerator="cpu",
