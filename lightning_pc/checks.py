@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_pc.errors import ClosureError, DivergenceError, PlacementError, UnsupportedError
 from lightning_pc.graph import Graph
-from lightning_pc.nodes import Site
+from lightning_pc.nodes import Node, Site
 from lightning_pc.placement import Placement
 
 _SHARDED = {
@@ -115,3 +117,57 @@ def divergence(
         f"At inference step t = {t} {where} is not finite (loss {float(loss):g}). No weight "
         f"has moved on it. {remedy}"
     )
+
+
+def unreached(graph: Graph, T: int, model: nn.Module) -> str:
+    """Says which parameters no error reaches within ``T`` steps, "" where it reaches all."""
+    last = max(graph.arrivals.values(), default=0)
+    if last < T:
+        return ""
+    names = {p: n for n, p in model.named_parameters()}
+    missed = [names.get(p, "?") for p, arrival in graph.arrivals.items() if arrival >= T]
+    more = f" and {len(missed) - 20} more" if len(missed) > 20 else ""
+    return (
+        f"T={T} inference steps never reach {len(missed)} parameters, which do not learn: "
+        f"{', '.join(missed[:20])}{more}. T={last + 1} reaches all of them."
+    )
+
+
+def silenced(graph: Graph, peaks: Mapping[str, float], gamma: float, end: int) -> str:
+    """Says where errors faded out on their way up, "" where none did.
+
+    Enough steps on paper may not be enough: an error shrinks by about gamma per stage.
+
+    Args:
+        graph: The batch's graph.
+        peaks: Node name -> largest energy it had.
+        gamma: Inference rate at the start of the batch.
+        end: Inference steps taken.
+    """
+    far = [n.name for n in graph.nodes if n.arrival < end and gamma**n.depth < 1e-4]
+    silent = [name for name in far if peaks[name] == 0]
+    if not silent or not any(peaks.values()):
+        return ""
+    return (
+        f"In the first batch no error reached {', '.join(map(repr, silent[:5]))} "
+        f"({len(silent)} of {len(graph.nodes)} value nodes) within {end} inference steps: it "
+        "shrinks by about gamma per stage and fell below the precision of the values. A larger "
+        "gamma or T carries it further."
+    )
+
+
+def chain_advice(points: list[Node], blocks: list[str]) -> str:
+    """Says on which placements Z-IL is exact.
+
+    Args:
+        points: The chain points of a graph with a node at the output of every module.
+        blocks: Names of the modules that the preset "blocks" finds.
+    """
+    names = [node.name for node in points]
+    if not names:
+        return "No placement at module outputs makes a chain here: use 'pc' or 'ipc'."
+    if blocks and set(blocks) <= set(names):
+        return "This placement works: value_nodes='blocks'."
+    # An outer module may only hand on an inner one's output: one of the two will do.
+    handed_on = {p.name for n in points if not n.parameters for p in n.parents[:1]}
+    return f"This placement works: value_nodes={[n for n in names if n not in handed_on]}."

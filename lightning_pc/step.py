@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.checks import check_model, check_nodes, checked_loss, divergence
+from lightning_pc.checks import (
+    chain_advice,
+    check_model,
+    check_nodes,
+    checked_loss,
+    divergence,
+    silenced,
+    unreached,
+)
 from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
@@ -142,7 +150,8 @@ class Learner:
 
         T = self.schedule.steps(graph.depth, settings.T)
         self._batch = _Batch(again, purity, loss, graph, placement, T, terms)
-        self._warn_unreached(graph, T)
+        if settings.reset == "batch":
+            self._warn("unreached", unreached(graph, T, self.model))
         return output
 
     def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:
@@ -252,7 +261,8 @@ class Learner:
         )
         if not self._looked_for_silence:  # once: reading the energies waits for the device
             self._looked_for_silence = True
-            self._warn_silent(graph, self.report, start + T)
+            peaks, gamma = self.report.peak_energy, self.settings.start_gamma
+            self._warn("silent", silenced(graph, peaks, gamma, start + T))
         return losses[0]
 
     def _replay(self, batch: _Batch, t: int, scale: float) -> Tensor:
@@ -364,50 +374,11 @@ class Learner:
             loss = loss_of(forward())
         found.number_calls()
         points = [] if loss is None else chain_points(discover(loss, found))
-        names = [node.name for node in points]
         blocks = [self._names[module] for module in PRESETS["blocks"](self.model)]
-        if not names:
-            return "No placement at module outputs makes a chain here: use 'pc' or 'ipc'."
-        if blocks and set(blocks) <= set(names):
-            return "This placement works: value_nodes='blocks'."
-        # An outer module may only hand on an inner one's output: one of the two will do.
-        handed_on = {p.name for n in points if not n.parameters for p in n.parents[:1]}
-        return f"This placement works: value_nodes={[n for n in names if n not in handed_on]}."
-
-    def _warn_unreached(self, graph: Graph, T: int) -> None:
-        if self.settings.reset == "never":
-            return
-        deepest = max(graph.arrivals.values(), default=0)
-        names = {p: n for n, p in self.model.named_parameters()}
-        if deepest < T:
-            return
-        unreached = [names.get(p, "?") for p, depth in graph.arrivals.items() if depth >= T]
-        listed = ", ".join(unreached[:20]) + (
-            f" and {len(unreached) - 20} more" * (len(unreached) > 20)
-        )
-        self._warn(
-            "unreached",
-            f"T={T} inference steps never reach {len(unreached)} parameters, which do not learn: "
-            f"{listed}. T={deepest + 1} reaches all of them.",
-        )
-
-    def _warn_silent(self, graph: Graph, report: StepReport, end: int) -> None:
-        """Enough steps on paper may not be: an error shrinks by about gamma per stage."""
-        peaks = report.peak_energy
-        gamma = self.settings.start_gamma
-        far = [n.name for n in graph.nodes if n.arrival < end and gamma**n.depth < 1e-4]
-        silent = [name for name in far if peaks[name] == 0]
-        if silent and any(peaks.values()):
-            self._warn(
-                "silent",
-                f"In the first batch no error reached {', '.join(map(repr, silent[:5]))} "
-                f"({len(silent)} of {len(graph.nodes)} value nodes) within {end} inference steps: "
-                "it shrinks by about gamma per stage and fell below the precision of the values. "
-                "A larger gamma or T carries it further.",
-            )
+        return chain_advice(points, blocks)
 
     def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
+        if message and key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
 
