@@ -1,0 +1,48 @@
+"""One move of the values, with a rate on the host and with one on the device."""
+
+import pytest
+import torch
+
+from lightning_pc.energies import Categorical, Gaussian
+from lightning_pc.inference import Inference
+from lightning_pc.nodes import Node
+
+
+def nodes():
+    torch.manual_seed(0)
+    made = []
+    for energy, below in ((Gaussian(), True), (Gaussian(), False), (Categorical(), True)):
+        node = Node("n", torch.randn(3, 4).requires_grad_(), energy)
+        node.evaluate(torch.randn(3, 4), 0.25)
+        node.below = torch.randn(3, 4) if below else None
+        made.append(node)
+    fresh = Node("fresh", torch.randn(3, 4).requires_grad_(), Gaussian())  # no error of its own yet
+    fresh.below = torch.randn(3, 4)
+    return [*made, fresh, Node("untouched", torch.randn(3, 4).requires_grad_(), Gaussian())]
+
+
+@pytest.mark.parametrize("gamma", [0.3, torch.tensor(0.3)], ids=["host", "device"])
+def test_a_move_is_a_step_down_the_gradient_of_f(gamma):
+    moved = nodes()
+    expected = []
+    for node in nodes():
+        slope = torch.zeros(3, 4)
+        if node.slopes is not None:
+            slope = slope + node.slopes.factor * node.slopes.dx
+        if node.below is not None:
+            slope = slope + 4.0 * node.below
+        expected.append(node.x.detach() - 0.3 * slope)
+    inference = Inference(0.3, 1.0)
+    inference.gamma = gamma
+    inference.move(moved, 4.0)
+    for node, value in zip(moved, expected, strict=True):
+        torch.testing.assert_close(node.x.detach(), value)
+
+
+def test_gamma_decays_when_the_energy_has_not_fallen():
+    inference = Inference(1.0, 0.5)
+    seen = []
+    for energy in (3.0, 2.0, 2.0, 5.0, 4.0):
+        inference.observe(torch.tensor(energy))
+        seen.append(float(inference.gamma))
+    assert seen == [1.0, 1.0, 0.5, 0.25, 0.25]
