@@ -65,8 +65,9 @@ class Description:
         return f"Description(nodes={len(self.rows)}, depth={self.depth}, T={self.T})"
 
     def __rich__(self) -> Table:
+        nodes = "value node" if len(self.rows) == 1 else "value nodes"
         table = Table(
-            title=f"{len(self.rows)} value nodes, depth {self.depth}, T = {self.T}",
+            title=f"{len(self.rows)} {nodes}, depth {self.depth}, T = {self.T}",
             caption=f"stage of the loss: {self.loss_parameters:,} weights",
         )
         table.add_column("#", justify="right")
