@@ -7,6 +7,7 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ class Slopes(NamedTuple):
 
 
 class Energy(ABC):
-    """One kind of node energy E(x, mu); a variant is a subclass and a row of `ENERGIES`."""
+    """One kind of node energy E(x, mu); a variant is a subclass."""
 
     name: str
 
@@ -130,21 +131,24 @@ class Categorical(Energy):
         return p, q, (log_p - log_q).masked_fill(masked, 0.0)
 
 
-ENERGIES: dict[str, type[Energy]] = {e.name: e for e in (Gaussian, MaskedGaussian, Categorical)}
+#: Name -> what makes the energy at the logits of a softmax over an axis.
+SOFTMAX_ENERGIES: dict[str, Callable[[int], Energy]] = {
+    "categorical": Categorical,
+    "gaussian": lambda dim: MaskedGaussian(),
+}
 
 
 def softmax_energy(name: str, dim: int) -> Energy:
     """The energy of a node at the logits of a softmax over ``dim``.
 
     Args:
-        name: ``"categorical"`` (F_KL) or ``"gaussian"``.
+        name: A name of `SOFTMAX_ENERGIES`: ``"categorical"`` (F_KL) or ``"gaussian"``.
         dim: The axis of the softmax.
 
     Raises:
         ConfigError: For any other name.
     """
-    if name == "categorical":
-        return Categorical(dim)
-    if name == "gaussian":
-        return MaskedGaussian()
-    raise ConfigError(f"softmax_energy={name!r}: expected 'categorical' or 'gaussian'.")
+    if name not in SOFTMAX_ENERGIES:
+        known = " or ".join(map(repr, SOFTMAX_ENERGIES))
+        raise ConfigError(f"softmax_energy={name!r}: expected {known}.")
+    return SOFTMAX_ENERGIES[name](dim)

@@ -70,6 +70,7 @@ class Learner:
         self.schedule: Schedule = schedule(settings.algorithm)
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
+        self._softmax = "gaussian" if self.schedule.stagewise else settings.softmax_energy
         self._gate, self._verdicts = Gate(), Verdicts()
         self._modules: tuple[nn.Module, ...] = ()
         self._names: dict[nn.Module, str] = {}
@@ -124,9 +125,9 @@ class Learner:
         placement = self._look_at_model()
         settings = self.settings
         purity = Purity(self._modules, batch, self._written, shadows or {}, self._draws)
-        softmax = "gaussian" if self.schedule.stagewise else settings.softmax_energy
         kept = (self._kept, self._kept_scale)
-        found = Discovery(placement, self._verdicts, self._gate, softmax, self._names, *kept)
+        names, softmax = self._names, self._softmax
+        found = Discovery(placement, self._verdicts, self._gate, softmax, names, *kept)
         try:
             with purity.first(), found.watching():
                 output = forward()
@@ -267,8 +268,7 @@ class Learner:
 
     def _replay(self, batch: _Batch, t: int, scale: float) -> Tensor:
         """The forward again, with the values where they are now."""
-        softmax = self.settings.softmax_energy
-        sites = batch.graph.sites
+        sites, softmax = batch.graph.sites, self._softmax
         forward = Replay(
             batch.placement, self._verdicts, self._gate, softmax, self._names, sites, t, scale
         )
