@@ -17,7 +17,6 @@ from lightning_pc.checks import (
     check_model,
     check_nodes,
     checked_loss,
-    divergence,
     silenced,
     unreached,
 )
@@ -25,9 +24,10 @@ from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
 from lightning_pc.inference import Inference
-from lightning_pc.losses import ask_for_gradients, loss_terms
+from lightning_pc.losses import loss_terms
 from lightning_pc.nodes import Gate, Site
 from lightning_pc.placement import PRESETS, Placement, resolve
+from lightning_pc.relaxation import Relaxation
 from lightning_pc.replay import Purity, Shadows
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import Schedule, schedule
@@ -198,76 +198,60 @@ class Learner:
         return graph, T
 
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
-        graph, T, start = batch.graph, batch.T, self._age
+        graph = batch.graph
         inference = Inference(self.settings.start_gamma, self.settings.gamma_decay)
         if self.schedule.fixed_gamma:
             inference.gamma_decay = 1.0
-        ask_for_gradients(graph.losses, seed)
         self.values = {node.name: node.x for node in graph.nodes}
-        parameters = list(graph.arrivals)
-        if self.schedule.incremental:  # an unreached one takes no step, not one of gradient zero
-            _clear_gradients(parameters)
-        loss, batch.loss, terms = batch.loss, None, math.nan
-        losses: list[Tensor] = []
-        energies: list[Tensor] = []
-        learned_at: list[int] = []
-        for step in range(T):
-            t = start + step
-            if step:
-                loss = self._replay(batch, t, seed / terms)
-            assert loss is not None
-            moves, learns = self.schedule.moves(step, T), self.schedule.learns(step, T)
-            wide = torch.promote_types(loss.dtype, torch.float32)
-            losses.append(loss.detach().to(wide).reshape(()))
-            energies.append(_energies(graph, losses[0]))
-            total = energies[-1].sum()
-            if (learns or not step) and not math.isfinite(losses[-1] + total):
-                raise divergence(graph, losses, energies, start)
-            self._backward(graph, loss, t, moves, learns, seed)
-            loss = None  # what the backward did not visit holds memory
-            if not step:
-                terms = batch.terms()
-                graph.losses.clear()
-            if moves:
-                inference.observe(torch.add(total, losses[-1], alpha=terms))
-                inference.move(graph.nodes, terms / seed)
-            if self.schedule.updates(step, T):
-                learned_at.append(t)
-                if step < T - 1:
-                    update()
-                    torch.clear_autocast_cache()
-                    _clear_gradients(parameters)
-            for node in graph.nodes:
-                node.forget()
+        relaxation = Relaxation(
+            graph,
+            self.schedule,
+            inference,
+            self._gate,
+            T=batch.T,
+            start=self._age,
+            seed=seed,
+            evaluate=lambda t, scale: self._evaluate(batch, t, scale),
+            count_terms=batch.terms,
+            update=update,
+        )
+        relaxation.run()
         if self.settings.reset == "never":
-            self._kept, self._age, self._kept_scale = graph.sites, start + T, seed / terms
-            self._draws = self._draws or batch.purity
+            self._kept, self._age = graph.sites, self._age + batch.T
+            self._kept_scale, self._draws = relaxation.scale, self._draws or batch.purity
+        self.report = self._report(relaxation)
+        if not self._looked_for_silence:  # once: reading the energies waits for the device
+            self._looked_for_silence = True
+            peaks, gamma = self.report.peak_energy, self.settings.start_gamma
+            self._warn("silent", silenced(graph, peaks, gamma, relaxation.start + batch.T))
+        return relaxation.losses[0]
+
+    def _report(self, relaxation: Relaxation) -> StepReport:
+        graph = relaxation.graph
         groups = self.optimizer.param_groups if self.optimizer is not None else []
         held = {id(parameter) for group in groups for parameter in group["params"]}
-        self.report = StepReport(
+        return StepReport(
             algorithm=self.settings.algorithm,
-            steps=T,
+            steps=relaxation.T,
             depth=graph.depth,
             nodes=[node.name for node in graph.nodes],
-            loss=torch.stack(losses),
-            loss_terms=terms,
-            gamma=float(inference.gamma),
-            energies=torch.stack(energies),
+            loss=torch.stack(relaxation.losses),
+            loss_terms=relaxation.terms,
+            gamma=float(relaxation.inference.gamma),
+            energies=torch.stack(relaxation.energies),
             _depths={
                 name: graph.arrivals.get(parameter)
                 for name, parameter in self.model.named_parameters()
                 if parameter.requires_grad and id(parameter) in held
             },
-            _learned_at=tuple(learned_at),
+            _learned_at=tuple(relaxation.learned_at),
         )
-        if not self._looked_for_silence:  # once: reading the energies waits for the device
-            self._looked_for_silence = True
-            peaks, gamma = self.report.peak_energy, self.settings.start_gamma
-            self._warn("silent", silenced(graph, peaks, gamma, start + T))
-        return losses[0]
 
-    def _replay(self, batch: _Batch, t: int, scale: float) -> Tensor:
-        """The forward again, with the values where they are now."""
+    def _evaluate(self, batch: _Batch, t: int, scale: float) -> Tensor:
+        """The loss with the values where they are now: the first forward's, then replays'."""
+        loss, batch.loss = batch.loss, None
+        if loss is not None:
+            return loss
         sites, softmax = batch.graph.sites, self._softmax
         forward = Replay(
             batch.placement, self._verdicts, self._gate, softmax, self._names, sites, t, scale
@@ -280,43 +264,6 @@ class Learner:
                 f"The forward returned no loss at inference step t = {t}, though it did at t = 0."
             )
         return loss
-
-    def _backward(
-        self,
-        graph: Graph,
-        loss: Tensor,
-        t: int,
-        moves: bool,
-        learns: bool,
-        seed: float,
-    ) -> None:
-        """One backward: dF/dx into the nodes, seed * dF/dtheta / M into ``.grad``.
-
-        Value steps ask for no weight gradient. Nodes and stages that no error has reached yet
-        are not asked either, so their ``.grad`` stays None.
-        """
-        values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
-        root = torch.full_like(loss, seed)
-        if not self.schedule.stagewise:
-            reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
-            if values or reached:
-                with self._gate.opened():
-                    torch.autograd.backward(loss, root, inputs=[*values, *reached])
-            return
-        stage = [node for node in graph.nodes if node.slopes is not None and node.depth == t]
-        roots: list[Any] = (
-            [(n.edge, n.slopes.dmu) for n in stage if n.slopes] if t else [(loss, root)]
-        )
-        stages = [node.parameters for node in stage] if t else [graph.loss_parameters]
-        parameters = list(dict.fromkeys(p for stage in stages for p in stage))
-        if values:
-            with self._gate.opened():
-                torch.autograd.backward(loss, root, inputs=values, retain_graph=True)
-        if parameters:
-            with self._gate.opened(sealed=True):
-                torch.autograd.backward(
-                    [edge for edge, _ in roots], [error for _, error in roots], inputs=parameters
-                )
 
     def _terms(self, graph: Graph, batch: Any, batch_size: Callable[[], float | None]) -> float:
         given = self.settings.loss_terms
@@ -381,17 +328,3 @@ class Learner:
         if message and key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
-
-
-def _clear_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def _energies(graph: Graph, like: Tensor) -> Tensor:
-    """Each node's energy of this evaluation, [n]; zero where no error has arrived."""
-    if all(node.slopes is None for node in graph.nodes):
-        return like.new_zeros(len(graph.nodes))
-    zero = like.new_zeros(())
-    totals = [zero if n.slopes is None else n.slopes.total for n in graph.nodes]
-    return torch.stack([total.to(like.dtype) for total in totals])

@@ -1,0 +1,150 @@
+"""One batch from its first forward on: infers the values, step by step, and learns from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pc.checks import divergence
+from lightning_pc.graph import Graph
+from lightning_pc.inference import Inference
+from lightning_pc.losses import ask_for_gradients
+from lightning_pc.nodes import Gate
+from lightning_pc.schedules import Schedule
+
+
+@dataclass
+class Relaxation:
+    """T inference steps of one batch.
+
+    Args:
+        graph: The batch's graph.
+        schedule: Who moves when.
+        inference: How values move.
+        gate: Opened while we differentiate.
+        T: Inference steps.
+        start: Inference steps that the values have behind them (``reset="never"``).
+        seed: Factor of the loss in parameter gradients (1 / accumulated batches).
+        evaluate: ``evaluate(t, scale)`` gives the loss with the values where they are now, at
+            first that of the first forward; ``scale`` leads from an energy's gradient to the
+            parameters'.
+        count_terms: Gives M, after the first backward.
+        update: One optimizer step on the gradients so far, but for the last of the batch.
+
+    Attributes:
+        terms: M, the number of terms that the loss is a mean of.
+        losses: The loss at each evaluation, [] each.
+        energies: Each node's energy at each evaluation, [n] each.
+        learned_at: Inference steps at which the optimizer stepped.
+    """
+
+    graph: Graph
+    schedule: Schedule
+    inference: Inference
+    gate: Gate
+    T: int
+    start: int
+    seed: float
+    evaluate: Callable[[int, float], Tensor]
+    count_terms: Callable[[], float]
+    update: Callable[[], None]
+    terms: float = math.nan
+    losses: list[Tensor] = field(default_factory=list)
+    energies: list[Tensor] = field(default_factory=list)
+    learned_at: list[int] = field(default_factory=list)
+
+    @property
+    def scale(self) -> float:
+        """Factor from an energy's gradient to the parameters'."""
+        return self.seed / self.terms
+
+    def run(self) -> None:
+        """Infers and learns; the gradients of the last update are left in ``.grad``.
+
+        Raises:
+            DivergenceError: Loss or an energy is not finite; no weight has moved on it.
+        """
+        ask_for_gradients(self.graph.losses, self.seed)
+        parameters = list(self.graph.arrivals)
+        if self.schedule.incremental:  # an unreached one takes no step, not one of gradient zero
+            _clear_gradients(parameters)
+        for step in range(self.T):
+            t = self.start + step
+            loss = self.evaluate(t, self.scale)
+            moves, learns = self.schedule.moves(step, self.T), self.schedule.learns(step, self.T)
+            total = self._take_in(loss, check=learns or not step)
+            self._backward(loss, t, moves, learns)
+            del loss  # what the backward did not visit holds memory
+            if not step:
+                self.terms = self.count_terms()
+                self.graph.losses.clear()
+            if moves:
+                self.inference.observe(torch.add(total, self.losses[-1], alpha=self.terms))
+                self.inference.move(self.graph.nodes, 1.0 / self.scale)
+            if self.schedule.updates(step, self.T):
+                self.learned_at.append(t)
+                if step < self.T - 1:
+                    self.update()
+                    torch.clear_autocast_cache()
+                    _clear_gradients(parameters)
+            for node in self.graph.nodes:
+                node.forget()
+
+    def _take_in(self, loss: Tensor, check: bool) -> Tensor:
+        """Keeps the loss and the energies; returns all nodes' energy, []."""
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        self.losses.append(loss.detach().to(wide).reshape(()))
+        self.energies.append(_energies(self.graph, self.losses[0]))
+        total = self.energies[-1].sum()
+        if check and not math.isfinite(self.losses[-1] + total):
+            raise divergence(self.graph, self.losses, self.energies, self.start)
+        return total
+
+    def _backward(self, loss: Tensor, t: int, moves: bool, learns: bool) -> None:
+        """One backward: dF/dx into the nodes, seed * dF/dtheta / M into ``.grad``.
+
+        Value steps ask for no weight gradient. Nodes and stages that no error has reached yet
+        are not asked either, so their ``.grad`` stays None.
+        """
+        graph, gate = self.graph, self.gate
+        values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
+        root = torch.full_like(loss, self.seed)
+        if not self.schedule.stagewise:
+            reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
+            if values or reached:
+                with gate.opened():
+                    torch.autograd.backward(loss, root, inputs=[*values, *reached])
+            return
+        stage = [node for node in graph.nodes if node.slopes is not None and node.depth == t]
+        roots: list[Any] = (
+            [(n.edge, n.slopes.dmu) for n in stage if n.slopes] if t else [(loss, root)]
+        )
+        stages = [node.parameters for node in stage] if t else [graph.loss_parameters]
+        parameters = list(dict.fromkeys(p for stage in stages for p in stage))
+        if values:
+            with gate.opened():
+                torch.autograd.backward(loss, root, inputs=values, retain_graph=True)
+        if parameters:
+            with gate.opened(sealed=True):
+                torch.autograd.backward(
+                    [edge for edge, _ in roots], [error for _, error in roots], inputs=parameters
+                )
+
+
+def _clear_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def _energies(graph: Graph, like: Tensor) -> Tensor:
+    """Each node's energy of this evaluation, [n]; zero where no error has arrived."""
+    if all(node.slopes is None for node in graph.nodes):
+        return like.new_zeros(len(graph.nodes))
+    zero = like.new_zeros(())
+    totals = [zero if n.slopes is None else n.slopes.total for n in graph.nodes]
+    return torch.stack([total.to(like.dtype) for total in totals])
