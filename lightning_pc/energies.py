@@ -22,9 +22,9 @@ class Slopes(NamedTuple):
 
     Attributes:
         dx: dE/dx up to ``factor``, [B, *]; may be the same tensor as ``dmu``.
-        factor: dE/dx is ``factor * dx``.
+        factor: dE/dx is ``factor * dx``, with its weight in F.
         dmu: dE/dmu in the scale of the parameter gradients, [B, *].
-        total: E summed over samples, [].
+        total: E summed over samples, with its weight, [].
     """
 
     dx: Tensor
@@ -46,10 +46,17 @@ class Energy(ABC):
     def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         """``(dE/dx, dE/dmu)`` of the energy summed over samples, each [B, *]."""
 
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> Slopes:
-        """Gradients and energy of one inference step; override where they share work."""
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
+        """Gradients and energy of one inference step; override where they share work.
+
+        Args:
+            x: The value, [B, *].
+            mu: Its prediction, [B, *].
+            scale: Factor from the energy's gradient to the parameters'.
+            weight: The energy's weight in F, >= 0.
+        """
         dx, dmu = self.grads(x, mu)
-        return Slopes(dx, 1.0, dmu.mul_(scale), self.value(x, mu).sum())
+        return Slopes(dx, weight, dmu.mul_(scale * weight), self.value(x, mu).sum().mul_(weight))
 
 
 def _per_sample(energy: Tensor) -> Tensor:
@@ -71,10 +78,10 @@ class Gaussian(Energy):
         return error, -error
 
     @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> Slopes:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
         error = self._error(x, mu)
-        total = torch.linalg.vector_norm(error).square().mul_(0.5)
-        dmu = error.mul_(-scale)  # one tensor serves as both gradients
+        total = torch.linalg.vector_norm(error).square().mul_(0.5 * weight)
+        dmu = error.mul_(-scale * weight)  # one tensor serves as both gradients
         return Slopes(dmu, -1.0 / scale, dmu, total)
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
@@ -116,11 +123,12 @@ class Categorical(Energy):
         return slopes.dx, slopes.dmu
 
     @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float) -> Slopes:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
         p, q, log_ratio = self._distributions(x, mu)
         divergence = (p * log_ratio).sum(self.dim, keepdim=True)
-        dmu = q.sub_(p).mul_(scale)
-        return Slopes(p * log_ratio.sub_(divergence), 1.0, dmu, divergence.sum())
+        dmu = q.sub_(p).mul_(scale * weight)
+        total = divergence.sum().mul_(weight)
+        return Slopes(p * log_ratio.sub_(divergence), weight, dmu, total)
 
     def _distributions(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """softmax(x), softmax(mu) and the logarithm of their ratio, zero where masked."""

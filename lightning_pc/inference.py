@@ -21,8 +21,13 @@ class Inference:
     """
 
     def __init__(self, gamma: float, gamma_decay: float) -> None:
-        self.gamma: float | Tensor = gamma
+        self.start_gamma = gamma
         self.gamma_decay = gamma_decay
+        self.begin()
+
+    def begin(self) -> None:
+        """Values descend from their start, be it once more."""
+        self.gamma: float | Tensor = self.start_gamma
         self._last: Tensor | None = None
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ class Node:
             sooner where a connection skips stages, or where iPC shares a weight between stages.
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
+        weight: Of its energy in F, at the coming evaluation.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
     """
 
@@ -51,6 +52,7 @@ class Node:
     arrival: int = 0
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
+    weight: float = 1.0
     passes: str = ""
     # Of the current evaluation: the energy's gradients (None until an error arrives), the
     # gradient that comes from below, and where mu was computed.
@@ -66,7 +68,7 @@ class Node:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
-        self.slopes = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale)
+        self.slopes = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale, self.weight)
 
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""

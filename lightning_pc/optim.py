@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.placement import ValueNodes
+from lightning_pc.precisions import Precisions
 from lightning_pc.replay import nothing
 from lightning_pc.report import StepReport
 from lightning_pc.settings import Settings
@@ -41,6 +42,13 @@ class PredictiveCodingOptimizer(Optimizer):
             None to read it off the loss functions that the closure calls.
         softmax_energy: Energy at the logits of a softmax: ``"categorical"`` (F_KL) or
             ``"gaussian"``; zil is Gaussian throughout.
+        precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"depth"``,
+            ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of
+            `lightning_pc.precisions`, or a callable ``(depth, t) -> weight``.
+        nudging: Sign of the loss in the F = E + beta * loss that values descend: ``"positive"``,
+            ``"negative"``, or ``"centered"``, the mean of both (pc; twice the steps).
+        beta: Strength of the nudging, > 0; parameters learn from F / beta (Scellier & Bengio
+            2017). 1 with ``"positive"`` is plain predictive coding.
 
     Raises:
         ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
@@ -60,6 +68,9 @@ class PredictiveCodingOptimizer(Optimizer):
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[[], float] | None = None,
         softmax_energy: Literal["categorical", "gaussian"] = "categorical",
+        precisions: float | str | Precisions | Callable[[int, int], float] = "constant",
+        nudging: Literal["positive", "negative", "centered"] = "positive",
+        beta: float = 1.0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(
@@ -76,6 +87,9 @@ class PredictiveCodingOptimizer(Optimizer):
             reset=reset,
             loss_terms=loss_terms,
             softmax_energy=softmax_energy,
+            precisions=precisions,
+            nudging=nudging,
+            beta=beta,
         )
         self._wrap(optimizer, model, settings)
 

@@ -14,13 +14,18 @@ from lightning_pc.checks import divergence
 from lightning_pc.graph import Graph
 from lightning_pc.inference import Inference
 from lightning_pc.losses import ask_for_gradients
-from lightning_pc.nodes import Gate
+from lightning_pc.nodes import Gate, Node
+from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.schedules import Schedule
 
 
 @dataclass
 class Relaxation:
-    """T inference steps of one batch.
+    """T inference steps of one batch, once for each beta.
+
+    The values descend F = E + beta * (sum of the loss terms), the parameters learn from F / beta,
+    which keeps backprop's scale; of several betas they learn from the mean. The phases start from
+    the same values and share t = 0.
 
     Args:
         graph: The batch's graph.
@@ -29,7 +34,9 @@ class Relaxation:
         gate: Opened while we differentiate.
         T: Inference steps.
         start: Inference steps that the values have behind them (``reset="never"``).
-        seed: Factor of the loss in parameter gradients (1 / accumulated batches).
+        seed: Factor of the loss in parameter gradients (1 / accumulated batches), of one phase.
+        betas: The nudging of each phase, not 0; its sign is that of the loss in F.
+        precisions: Each energy's weight in F.
         evaluate: ``evaluate(t, scale)`` gives the loss with the values where they are now, at
             first that of the first forward; ``scale`` leads from an energy's gradient to the
             parameters'.
@@ -38,7 +45,10 @@ class Relaxation:
 
     Attributes:
         terms: M, the number of terms that the loss is a mean of.
+        beta: Of the phase that runs.
+        pull: The loss's own weight at this step.
         losses: The loss at each evaluation, [] each.
+        pulls: ``beta * pull`` at each evaluation: the factor of the loss terms' sum in F.
         energies: Each node's energy at each evaluation, [n] each.
         learned_at: Inference steps at which the optimizer stepped.
     """
@@ -50,18 +60,24 @@ class Relaxation:
     T: int
     start: int
     seed: float
+    betas: tuple[float, ...]
+    precisions: Precisions
     evaluate: Callable[[int, float], Tensor]
     count_terms: Callable[[], float]
     update: Callable[[], None]
     terms: float = math.nan
+    beta: float = math.nan
+    pull: float = 1.0
     losses: list[Tensor] = field(default_factory=list)
+    pulls: list[float] = field(default_factory=list)
     energies: list[Tensor] = field(default_factory=list)
     learned_at: list[int] = field(default_factory=list)
+    _begun: list[tuple[Node, Tensor, Tensor | None]] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
         """Factor from an energy's gradient to the parameters'."""
-        return self.seed / self.terms
+        return self.seed / (self.terms * self.beta)
 
     def run(self) -> None:
         """Infers and learns; the gradients of the last update are left in ``.grad``.
@@ -69,23 +85,45 @@ class Relaxation:
         Raises:
             DivergenceError: Loss or an energy is not finite; no weight has moved on it.
         """
-        ask_for_gradients(self.graph.losses, self.seed)
-        parameters = list(self.graph.arrivals)
+        self.weigh(0)
+        ask_for_gradients(self.graph.losses, self.seed * self.pull)
         if self.schedule.incremental:  # an unreached one takes no step, not one of gradient zero
-            _clear_gradients(parameters)
-        for step in range(self.T):
+            _clear_gradients(list(self.graph.arrivals))
+        self.beta = self.betas[0]
+        self._descend(range(self.T))
+        for beta in self.betas[1:]:
+            self.beta = beta
+            self._begin_again()
+            self._descend(range(1, self.T))
+
+    def weigh(self, step: int) -> None:
+        """Sets the weights of this step's energies."""
+        if step and not self.precisions.varies:
+            return
+        values = self.T - (not self.schedule.moves(self.T - 1, self.T))
+        depths = {node.depth for node in self.graph.nodes}
+        weights = {d: checked_weight(self.precisions, d, step, values) for d in (0, *depths)}
+        self.pull = weights[0]
+        for node in self.graph.nodes:
+            node.weight = weights[node.depth]
+
+    def _descend(self, steps: range) -> None:
+        parameters = list(self.graph.arrivals)
+        for step in steps:
             t = self.start + step
+            self.weigh(step)
             loss = self.evaluate(t, self.scale)
             moves, learns = self.schedule.moves(step, self.T), self.schedule.learns(step, self.T)
-            total = self._take_in(loss, check=learns or not step)
+            total = self._take_in(loss, t, check=learns or not step)
             self._backward(loss, t, moves, learns)
             del loss  # what the backward did not visit holds memory
             if not step:
                 self.terms = self.count_terms()
                 self.graph.losses.clear()
+                if len(self.betas) > 1:
+                    self._begun = [(n, n.x.detach().clone(), n.below) for n in self.graph.nodes]
             if moves:
-                self.inference.observe(torch.add(total, self.losses[-1], alpha=self.terms))
-                self.inference.move(self.graph.nodes, 1.0 / self.scale)
+                self._move(total, self.losses[-1])
             if self.schedule.updates(step, self.T):
                 self.learned_at.append(t)
                 if step < self.T - 1:
@@ -95,14 +133,33 @@ class Relaxation:
             for node in self.graph.nodes:
                 node.forget()
 
-    def _take_in(self, loss: Tensor, check: bool) -> Tensor:
+    def _begin_again(self) -> None:
+        """The next phase's t = 0: the first's values and gradients, down its own F."""
+        self.learned_at.clear()
+        self.inference.begin()
+        self.weigh(0)
+        for node, x, below in self._begun:
+            node.x.data.copy_(x)
+            node.below = below
+        self._move(self.energies[0].sum(), self.losses[0])
+        for node in self.graph.nodes:
+            node.forget()
+
+    def _move(self, energy: Tensor, loss: Tensor) -> None:
+        alpha = self.terms * self.beta * self.pull
+        self.inference.observe(torch.add(energy, loss, alpha=alpha))
+        self.inference.move(self.graph.nodes, 1.0 / self.scale)
+
+    def _take_in(self, loss: Tensor, t: int, check: bool) -> Tensor:
         """Keeps the loss and the energies; returns all nodes' energy, []."""
         wide = torch.promote_types(loss.dtype, torch.float32)
         self.losses.append(loss.detach().to(wide).reshape(()))
+        self.pulls.append(self.beta * self.pull)
         self.energies.append(_energies(self.graph, self.losses[0]))
         total = self.energies[-1].sum()
         if check and not math.isfinite(self.losses[-1] + total):
-            raise divergence(self.graph, self.losses, self.energies, self.start)
+            first = t + 1 - len(self.losses)
+            raise divergence(self.graph, self.losses, self.energies, first)
         return total
 
     def _backward(self, loss: Tensor, t: int, moves: bool, learns: bool) -> None:
@@ -113,7 +170,7 @@ class Relaxation:
         """
         graph, gate = self.graph, self.gate
         values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
-        root = torch.full_like(loss, self.seed)
+        root = torch.full_like(loss, self.seed * self.pull)
         if not self.schedule.stagewise:
             reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
             if values or reached:

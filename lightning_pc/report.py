@@ -18,13 +18,14 @@ class StepReport:
 
     Attributes:
         algorithm: ``"ipc"``, ``"pc"`` or ``"zil"``.
-        steps: Evaluations run, T.
+        steps: Evaluations run: T, with centered nudging 2 T - 1 (first +beta, then -beta).
         depth: Depth of the module: its deepest node's.
         nodes: Node names, in call order.
         loss: The user's loss at each evaluation, [t].
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
-        energies: Each node's energy, summed over the batch, [t, n], on the device.
+        energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
+            device.
     """
 
     algorithm: str
@@ -37,6 +38,7 @@ class StepReport:
     energies: Tensor
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
+    _pulls: tuple[float, ...] = field(repr=False, default=())
 
     @cached_property
     def energy(self) -> Tensor:
@@ -51,8 +53,9 @@ class StepReport:
 
     @cached_property
     def free_energy(self) -> Tensor:
-        """F at each evaluation: the loss terms' sum plus all node energies, [t], on the CPU."""
-        return self.loss.detach().cpu() * self.loss_terms + self.energy.sum(1)
+        """F at each evaluation: beta times the sum of loss terms, and all energies, [t]."""
+        loss = self.loss.detach().cpu() * self.loss_terms
+        return loss * torch.tensor(self._pulls or 1.0, dtype=loss.dtype) + self.energy.sum(1)
 
     @cached_property
     def learned(self) -> dict[str, int]:

@@ -11,7 +11,11 @@ from typing import Literal
 from lightning_pc.energies import softmax_energy
 from lightning_pc.errors import ConfigError
 from lightning_pc.placement import ValueNodes
+from lightning_pc.precisions import Constant, Precisions, precisions
 from lightning_pc.schedules import schedule
+
+#: Name -> the sign of beta in each phase of a batch.
+NUDGINGS: dict[str, tuple[int, ...]] = {"positive": (1,), "negative": (-1,), "centered": (1, -1)}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Settings:
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
     softmax_energy: Literal["categorical", "gaussian"] = "categorical"
+    precisions: float | str | Precisions | Callable[[int, int], float] = "constant"
+    nudging: Literal["positive", "negative", "centered"] = "positive"
+    beta: float = 1.0
 
     def __post_init__(self) -> None:
         fixed = schedule(self.algorithm).fixed_gamma
@@ -58,6 +65,40 @@ class Settings:
                 "or a callable of the batch."
             )
         softmax_energy(self.softmax_energy, -1)
+        self._check_variants()
+
+    def _check_variants(self) -> None:
+        if self.nudging not in NUDGINGS:
+            known = ", ".join(map(repr, NUDGINGS))
+            raise ConfigError(f"nudging={self.nudging!r}: expected one of {known}.")
+        if not (_is_number(self.beta) and self.beta > 0):
+            raise ConfigError(
+                f"beta={self.beta!r}: expected a positive strength; nudging= gives the sign."
+            )
+        weights = precisions(self.precisions)
+        if self.algorithm == "zil" and (self.betas != (1,) or weights != Constant()):
+            raise ConfigError(
+                "zil is exact for plain predictive coding alone: leave precisions, nudging and "
+                "beta at their defaults."
+            )
+        if self.nudging != "centered":
+            return
+        if self.algorithm == "ipc":
+            raise ConfigError(
+                "nudging='centered': ipc moves the weights at every step, and the second phase "
+                "would not start where the first did. Use 'pc', or 'positive' or 'negative'."
+            )
+        if self.reset == "never":
+            raise ConfigError(
+                "nudging='centered' starts both phases from the forward pass, use reset='batch'."
+            )
+        if self.T == 1:
+            raise ConfigError("nudging='centered': T=1 leaves the values no step, use T >= 2.")
+
+    @property
+    def betas(self) -> tuple[float, ...]:
+        """The signed beta of each phase of a batch."""
+        return tuple(sign * self.beta for sign in NUDGINGS[self.nudging])
 
     @property
     def start_gamma(self) -> float:

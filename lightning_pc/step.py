@@ -27,6 +27,7 @@ from lightning_pc.inference import Inference
 from lightning_pc.losses import loss_terms
 from lightning_pc.nodes import Gate, Site
 from lightning_pc.placement import PRESETS, Placement, resolve
+from lightning_pc.precisions import precisions
 from lightning_pc.relaxation import Relaxation
 from lightning_pc.replay import Purity, Shadows
 from lightning_pc.report import StepReport
@@ -70,6 +71,7 @@ class Learner:
         self.schedule: Schedule = schedule(settings.algorithm)
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
+        self._precisions = precisions(settings.precisions)
         self._softmax = "gaussian" if self.schedule.stagewise else settings.softmax_energy
         self._gate, self._verdicts = Gate(), Verdicts()
         self._modules: tuple[nn.Module, ...] = ()
@@ -200,8 +202,8 @@ class Learner:
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
         graph = batch.graph
         inference = Inference(self.settings.start_gamma, self.settings.gamma_decay)
-        if self.schedule.fixed_gamma:
-            inference.gamma_decay = 1.0
+        if self.schedule.fixed_gamma or self._precisions.varies:
+            inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}
         relaxation = Relaxation(
             graph,
@@ -210,7 +212,9 @@ class Learner:
             self._gate,
             T=batch.T,
             start=self._age,
-            seed=seed,
+            seed=seed / len(self.settings.betas),
+            betas=self.settings.betas,
+            precisions=self._precisions,
             evaluate=lambda t, scale: self._evaluate(batch, t, scale),
             count_terms=batch.terms,
             update=update,
@@ -219,6 +223,7 @@ class Learner:
         if self.settings.reset == "never":
             self._kept, self._age = graph.sites, self._age + batch.T
             self._kept_scale, self._draws = relaxation.scale, self._draws or batch.purity
+            relaxation.weigh(0)  # the next first forward is evaluated before its relaxation
         self.report = self._report(relaxation)
         if not self._looked_for_silence:  # once: reading the energies waits for the device
             self._looked_for_silence = True
@@ -232,13 +237,14 @@ class Learner:
         held = {id(parameter) for group in groups for parameter in group["params"]}
         return StepReport(
             algorithm=self.settings.algorithm,
-            steps=relaxation.T,
+            steps=len(relaxation.losses),
             depth=graph.depth,
             nodes=[node.name for node in graph.nodes],
             loss=torch.stack(relaxation.losses),
             loss_terms=relaxation.terms,
             gamma=float(relaxation.inference.gamma),
             energies=torch.stack(relaxation.energies),
+            _pulls=tuple(relaxation.pulls),
             _depths={
                 name: graph.arrivals.get(parameter)
                 for name, parameter in self.model.named_parameters()

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, PCError
 from lightning_pc.optim import once, refuse_optimizer
+from lightning_pc.precisions import Precisions
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import SCHEDULES
@@ -69,6 +70,13 @@ class PCStrategy(SingleDeviceStrategy):
             the batch. Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: "categorical" (F_KL, Pinchetti et al. 2022)
             or "gaussian"; zil is Gaussian throughout.
+        precisions: Weight of each node's energy in F: "constant" (1), a number, "depth",
+            "spiking" or "decaying" (Qi et al. 2025), an object of lightning_pc.precisions, or in
+            Python a callable (depth, t) -> weight.
+        nudging: Sign of the loss in the F = E + beta * loss that values descend: "positive",
+            "negative", or "centered", the mean of both (pc; twice the steps).
+        beta: Strength of the nudging, positive; parameters learn from F / beta (Scellier &
+            Bengio 2017). 1 with "positive" is plain predictive coding.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
         checkpoint_io: How checkpoints are written.
@@ -94,6 +102,9 @@ class PCStrategy(SingleDeviceStrategy):
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[..., float] | None = None,
         softmax_energy: Literal["categorical", "gaussian"] = "categorical",
+        precisions: float | str | Precisions | Callable[[int, int], float] = "constant",
+        nudging: Literal["positive", "negative", "centered"] = "positive",
+        beta: float = 1.0,
         device: str | torch.device = "cpu",
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -115,6 +126,9 @@ class PCStrategy(SingleDeviceStrategy):
                 reset=reset,
                 loss_terms=loss_terms,
                 softmax_energy=softmax_energy,
+                precisions=precisions,
+                nudging=nudging,
+                beta=beta,
             )
         self._parallel_devices: list[torch.device] | None = None
         self._learner: Learner | None = None

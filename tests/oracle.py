@@ -103,39 +103,53 @@ class Oracle:
 
 
 class Explicit:
-    """F of any graph, written out: `at` adds a node's energy and hands on its value."""
+    """F of any graph, written out: `at` adds a node's energy and hands on its value.
 
-    def __init__(self, forward):
-        self.forward, self.values = forward, []
+    F = sum of w(depth, t) E + beta * w(0, t) * loss. `depths` holds the nodes' depths in call
+    order; `weigh(depth, t)` their weights, 1 where it is not given. Parameters learn from
+    F / (beta M), of several betas from the mean, each phase started from the forward pass.
+    """
 
-    def free_energy(self, model, batch):
-        self.index, self.energy = 0, 0.0
+    def __init__(self, forward, depths=None, weigh=lambda depth, t: 1.0):
+        self.forward, self.depths, self.weigh, self.values = forward, depths, weigh, []
+
+    def free_energy(self, model, batch, t=0, beta=1.0):
+        self.index, self.energy, self.t = 0, 0.0, t
         loss, terms = self.forward(model, self.at, *batch)
-        return self.energy + loss, terms
+        return self.energy + beta * self.weigh(0, t) * loss, terms
 
     def at(self, mu, dim=None):
         if self.index == len(self.values):
             self.values.append(mu.detach().clone().requires_grad_())
         x = self.values[self.index]
+        weight = self.weigh(self.depths[self.index], self.t) if self.depths else 1.0
         self.index += 1
         if dim is None:
-            self.energy = self.energy + 0.5 * (x - mu).pow(2).sum()
+            self.energy = self.energy + weight * 0.5 * (x - mu).pow(2).sum()
         else:
             p, q = x.softmax(dim), mu.softmax(dim)
-            self.energy = self.energy + (p * (p.log() - q.log())).sum()
+            self.energy = self.energy + weight * (p * (p.log() - q.log())).sum()
         return x
 
-    def batch(self, model, batch, gamma, T, lr, incremental):
-        self.values = []
+    def batch(self, model, batch, gamma, T, lr, incremental, betas=(1.0,)):
         weights = [p for p in model.parameters() if p.requires_grad]
-        for t in range(T):
-            free, terms = self.free_energy(model, batch)
-            dx = torch.autograd.grad(free, self.values, retain_graph=True)
-            dw = torch.autograd.grad(free / terms, weights)
-            with torch.no_grad():
-                if incremental or t < T - 1:
-                    for x, slope in zip(self.values, dx, strict=True):
-                        x -= gamma * slope
-                if incremental or t == T - 1:
-                    for w, slope in zip(weights, dw, strict=True):
-                        w -= lr * slope
+        learned, self.energies = [torch.zeros_like(w) for w in weights], []
+        for beta in betas:
+            self.values = []
+            for t in range(T):
+                free, terms = self.free_energy(model, batch, t, beta)
+                self.energies.append(free.item())
+                dx = torch.autograd.grad(free, self.values, retain_graph=True)
+                dw = torch.autograd.grad(free / terms / beta / len(betas), weights)
+                with torch.no_grad():
+                    if incremental or t < T - 1:
+                        for x, slope in zip(self.values, dx, strict=True):
+                            x -= gamma * slope
+                    if incremental:
+                        for w, slope in zip(weights, dw, strict=True):
+                            w -= lr * slope
+            for total, slope in zip(learned, dw, strict=True):
+                total += slope
+        with torch.no_grad():
+            for w, slope in zip(weights, learned, strict=True):
+                w -= 0 if incremental else lr * slope

@@ -1,0 +1,351 @@
+"""Weights of the node energies, and nudging of the output, against F written out."""
+
+import math
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Explicit
+from problems import MLP, Residual, far, relative, twin
+from test_efficiency import chain, matrix_products
+from test_oracle import Attends, Recurrent, Skips, tokens
+from torch import nn
+
+from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.optim import IPC, PC
+from lightning_pc.precisions import (
+    PRECISIONS,
+    Constant,
+    Custom,
+    Decaying,
+    Depth,
+    Precisions,
+    Spiking,
+    precisions,
+)
+
+T = 7
+STEPS = {PC: T - 1, IPC: T}  # at which values move
+
+
+def vectors(n):
+    return torch.randn(n, 6).double(), torch.randint(0, 4, (n,))
+
+
+def explicit_mlp(model, at, x, y):
+    for layer in model:
+        x = layer(at(x)) if isinstance(layer, nn.Tanh) else layer(x)
+    return F.cross_entropy(x, y, reduction="sum"), len(y)
+
+
+def explicit_residual(model, at, x, y):
+    x = model.stem(x)
+    for layer in model.layers:
+        x = torch.relu(at(layer.b(torch.relu(at(layer.a(x)))) + x))
+    return F.cross_entropy(model.head(x), y, reduction="sum"), len(y)
+
+
+def own(model, at, *batch):
+    return model.explicit(at, *batch)
+
+
+GRAPHS = {  # module, its loss with values in place, the nodes' depths in call order, batches
+    "mlp": (partial(MLP, (6, 7, 5, 5, 4)), explicit_mlp, [3, 2, 1], vectors),
+    "residual": (partial(Residual, blocks=2), explicit_residual, [3, 2, 2, 1], vectors),
+    "skips": (Skips, own, [2, 1], vectors),
+    "recurrent": (Recurrent, own, None, vectors),
+    "attention": (Attends, own, [2, 1], tokens),  # F_KL
+}
+
+
+def spiking(rest, depth, t, steps):
+    return 1.0 if t in (depth, steps) else rest
+
+
+def decaying(k, depth, t, steps):
+    left = [math.exp(-k * s) for s in range(steps - depth)]
+    return 1.0 if t == steps else left[t - depth] / sum(left) if t >= depth else 0.0
+
+
+WEIGHTS = {  # precisions=, and the weight at (depth, t) with so many value steps
+    "number": (0.3, lambda d, t, n: 0.3 if d else 1.0),
+    "depth": ("depth", lambda d, t, n: 0.9 ** (d - 1) if d else 1.0),
+    "depth 2": (Depth(2.0), lambda d, t, n: 2.0 ** (d - 1) if d else 1.0),
+    "spiking": ("spiking", partial(spiking, 0.001)),
+    "spiking 0": (Spiking(0.0), partial(spiking, 0.0)),
+    "decaying": ("decaying", partial(decaying, 1.0)),
+    "decaying slow": (Decaying(0.3), partial(decaying, 0.3)),
+    "callable": (lambda d, t: 1.5 * d / (1 + t), lambda d, t, n: 1.5 * d / (1 + t) if d else 1.0),
+    "callable 0": (lambda d, t: float(t % 2), lambda d, t, n: float(t % 2) if d else 1.0),
+}
+NUDGINGS = {
+    "positive": (0.3,),
+    "negative": (-0.3,),
+    "centered": (0.3, -0.3),
+}
+
+
+def compare(graph, algorithm, weigh, betas=(1.0,), **arguments):
+    make, forward, depths, draw = GRAPHS[graph]
+    model = make().double()
+    other, start, lr = twin(model), twin(model), 0.05
+    oracle = Explicit(forward, depths, weigh)
+    sgd = torch.optim.SGD(model.parameters(), lr)
+    optimizer = algorithm(sgd, model, T=T, gamma=0.2, gamma_decay=1, **arguments)
+    for n in (8, 8, 5):
+        x, y = draw(n)
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        oracle.batch(other, (x, y), 0.2, T, lr, algorithm is IPC, betas)
+        for mine, node in zip(oracle.values, optimizer.values.values(), strict=True):
+            assert relative(node.detach(), mine.detach()) < 1e-9
+        energies = oracle.energies[:T] + oracle.energies[T + 1 :]  # t = 0 is shared
+        np.testing.assert_allclose(optimizer.report.free_energy, energies, rtol=1e-9)
+        assert optimizer.report.steps == len(energies)
+        assert set(optimizer.report.learned.values()) <= ({1} if algorithm is PC else set(range(9)))
+    assert far(model, other)[0] < 1e-9
+    assert far(model, start)[0] > 0.01
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_weighted_energies_equal_f_written_out(weights, graph, algorithm):
+    given, weigh = WEIGHTS[weights]
+    compare(graph, algorithm, lambda d, t: weigh(d, t, STEPS[algorithm]), precisions=given)
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
+@pytest.mark.parametrize("nudging", NUDGINGS)
+def test_nudging_equals_f_written_out(nudging, graph, algorithm):
+    if (nudging, algorithm) != ("centered", IPC):
+        betas = NUDGINGS[nudging]
+        compare(graph, algorithm, lambda d, t: 1.0, betas, nudging=nudging, beta=0.3)
+
+
+@pytest.mark.parametrize("weights", ["depth 2", "spiking", "decaying"])
+def test_both_at_once(weights):
+    given, weigh = WEIGHTS[weights]
+    arguments = {"precisions": given, "nudging": "centered", "beta": 0.3}
+    compare("mlp", PC, lambda d, t: weigh(d, t, T - 1), (0.3, -0.3), **arguments)
+
+
+# --- precisions ----------------------------------------------------------------------------------
+
+
+def test_weights_of_the_papers():
+    depths = range(4)
+    table = [[Spiking().weight(d, t, 4) for d in depths] for t in range(5)]
+    rest = 0.001
+    assert table == [
+        [1.0, rest, rest, rest],  # the loss, then the wave
+        [rest, 1.0, rest, rest],
+        [rest, rest, 1.0, rest],
+        [rest, rest, rest, 1.0],
+        [1.0, 1.0, 1.0, 1.0],  # pc learns
+    ]
+    e = math.exp(-1)
+    sums = [1 + e + e**2 + e**3, 1 + e + e**2, 1 + e, 1.0]
+    for d in depths:
+        weights = [Decaying().weight(d, t, 4) for t in range(4)]
+        assert weights == pytest.approx([0.0] * d + [e**i / sums[d] for i in range(4 - d)])
+        assert sum(weights) == pytest.approx(1.0)
+        assert Decaying().weight(d, 4, 4) == 1.0
+    assert Decaying().weight(9, 3, 4) == 0.0  # no error reaches it
+    assert [Depth(0.5).weight(d, 3, 4) for d in depths] == [1.0, 1.0, 0.5, 0.25]
+    assert [Constant(3.0).weight(d, 3, 4) for d in depths] == [1.0, 3.0, 3.0, 3.0]
+
+
+def test_names_numbers_and_objects():
+    assert precisions("spiking") == Spiking(0.001)
+    assert precisions("decaying") == Decaying(1.0)
+    assert precisions(2) == Constant(2.0)
+    assert precisions(Depth(0.5)) == Depth(0.5)
+    assert isinstance(precisions(max), Custom)
+    assert all(precisions(name).name == name for name in PRECISIONS)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, None, "much"])
+def test_a_callable_that_gives_no_weight(weight):
+    model = MLP((6, 5, 4))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, precisions=lambda depth, t: weight if t == 3 else 1.0)
+    before = twin(model)
+    with pytest.raises(ConfigError, match=r"precisions gave .* at depth 1, step 3: expected a"):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 4))
+    assert far(model, before)[0] == 0
+
+
+class Unheard(Precisions):
+    def weight(self, depth, t, steps):
+        return 0.0
+
+
+def test_a_loss_without_weight_is_an_error():
+    model = MLP((6, 5, 4))
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, precisions=Unheard())
+    with pytest.raises(ConfigError, match="depth 0, step 0"):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 4))
+
+
+@pytest.mark.parametrize("reset", ["batch", "never"])
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_a_weight_on_all_nodes_is_a_weaker_nudging(algorithm, reset):
+    """c E + loss is c (E + loss / c): the two features agree, with kept values too."""
+    model = MLP((6, 7, 5, 4)).double()
+    other, c = twin(model), 4.0
+    x, y = vectors(8)
+    arguments = {"T": 6, "gamma_decay": 1, "reset": reset}
+    one = algorithm(
+        torch.optim.SGD(model.parameters(), 0.1), model, gamma=0.05, precisions=c, **arguments
+    )
+    two = algorithm(
+        torch.optim.SGD(other.parameters(), 0.1), other, gamma=0.05 * c, beta=1 / c, **arguments
+    )
+    for _ in range(3):
+        one.step(lambda: F.cross_entropy(model(x), y))
+        two.step(lambda: F.cross_entropy(other(x), y))
+    assert far(model, other)[0] < 1e-12
+    torch.testing.assert_close(one.report.free_energy, c * two.report.free_energy)
+
+
+@pytest.mark.parametrize("given", ["spiking", "decaying"])
+def test_gamma_is_kept_where_weights_move_f(given):
+    model = MLP((6, 7, 5, 4))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, T=9, gamma=0.9, precisions=given)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.report.gamma == 0.9
+
+
+# --- nudging -------------------------------------------------------------------------------------
+
+
+def gradients(model, loss, nudging, beta, given="constant", T=200):
+    sgd = torch.optim.SGD(model.parameters(), 0.0)
+    arguments = {"T": T, "gamma": 0.3, "gamma_decay": 1, "precisions": given}
+    PC(sgd, model, nudging=nudging, beta=beta, **arguments).step(loss)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+SMOOTH = {  # any fixed weights have the same limit; F_KL is flat, which its weight makes up for
+    "mlp": "constant",
+    "recurrent": "depth",
+    "attention": lambda depth, t: 5.0 if depth == 2 else 1.0,
+}
+
+
+@pytest.mark.parametrize(("nudging", "order"), [("positive", 1), ("negative", 1), ("centered", 2)])
+@pytest.mark.parametrize("graph", SMOOTH)
+def test_gradients_tend_to_backprops(graph, nudging, order):
+    """With the order in beta that equilibrium propagation has (Laborieux et al. 2021)."""
+    make, _, _, draw = GRAPHS[graph]
+    model = make().double()
+    x, y = draw(6)
+
+    def loss():
+        return F.cross_entropy(model(x), y)
+
+    loss().backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    betas = [0.04, 0.02, 0.01]
+    found = [gradients(model, loss, nudging, beta, SMOOTH[graph]) for beta in betas]
+    errors = [relative(gradient, exact) for gradient in found]
+    fitted = np.polyfit(np.log(betas), np.log(errors), 1)[0]
+    assert fitted == pytest.approx(order, abs=0.1), errors
+    assert errors[-1] < 0.05
+
+
+def test_negative_nudging_climbs_the_loss_and_learns_to_lower_it():
+    """A saddle may rise or run away: no false alarm, no warning."""
+    model = MLP((6, 7, 5, 4))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, T=8, gamma=0.1, nudging="negative", beta=0.5)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    first = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            first.append(optimizer.step(lambda: F.cross_entropy(model(x), y)).item())
+            report = optimizer.report
+            assert (report.loss.diff() > 0).all()
+            assert (report.free_energy.diff() < 0).all()
+            assert report.gamma == 0.1  # it looks at the F that falls
+        assert first[-1] < 0.7 * first[0]
+        for p in model.parameters():  # far beyond what is stable
+            p.data.mul_(3)
+        loud = PC(sgd, model, T=30, gamma=1.2, nudging="negative", beta=3.0)
+        loud.step(lambda: F.cross_entropy(model(x), y))
+    assert (loud.report.free_energy.diff() > 0).any()
+    assert loud.report.gamma < 1.2
+
+
+@pytest.mark.parametrize("nudging", ["negative", "centered"])
+def test_a_mean_and_a_sum_are_nudged_alike(nudging):
+    """Whether the loss is a mean or a sum, and M known before the first backward or after."""
+    model = MLP((6, 7, 5, 4)).double()
+    x, y = vectors(8)
+    mean = gradients(model, lambda: F.cross_entropy(model(x), y), nudging, 0.01, T=20)
+    total = gradients(
+        model, lambda: F.cross_entropy(model(x), y, reduction="sum") / len(y), nudging, 0.01, T=20
+    )
+    assert relative(total, mean) < 1e-9
+
+
+def test_nudging_costs_nothing_but_centered_a_second_phase():
+    x, y = torch.randn(6, 8), torch.randint(0, 3, (6,))
+    calls, products = {}, {}
+    for nudging in NUDGINGS:
+        net, seen = chain(), []
+        optimizer = PC(torch.optim.SGD(net.parameters(), 0.1), net, T=9, nudging=nudging, beta=0.5)
+
+        def loss(net=net, seen=seen):
+            seen.append(0)
+            return F.cross_entropy(net(x), y)
+
+        products[nudging] = matrix_products(optimizer, loss)
+        calls[nudging] = len(seen)
+    net = chain()
+    plain = matrix_products(
+        PC(torch.optim.SGD(net.parameters(), 0.1), net, T=9),
+        lambda: F.cross_entropy(net(x), y),
+    )
+    assert products["positive"] == products["negative"] == plain
+    assert calls == {"positive": 9, "negative": 9, "centered": 17}
+    assert plain < products["centered"] < 2 * plain
+
+
+def test_both_phases_see_the_same_masks():
+    dropout, masks = nn.Dropout(0.5), []
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), dropout, nn.Linear(5, 4))
+    dropout.register_forward_hook(lambda m, i, o: masks.append((o != 0).flatten().tolist()))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, T=3, nudging="centered", beta=0.1)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert len(masks) == 10
+    assert all(mask == masks[0] for mask in masks[:5])
+    assert all(mask == masks[5] for mask in masks[5:])
+    assert masks[0] != masks[5]
+
+
+def test_a_divergence_of_the_second_phase_names_its_step():
+    model = MLP((6, 5, 4))
+    before = twin(model)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, T=4, nudging="centered")
+    seen = []
+
+    def loss():
+        seen.append(0)
+        loss = F.cross_entropy(model(torch.ones(5, 6)), torch.arange(5) % 4)
+        return loss * (math.nan if len(seen) == 7 else 1.0)
+
+    with pytest.raises(DivergenceError, match="inference step t = 3 the loss is not finite"):
+        optimizer.step(loss)
+    assert far(model, before)[0] == 0
