@@ -14,6 +14,7 @@ from lightning_problems import ALGORITHMS, Module, data, loader
 
 from lightning_pc import PCStrategy
 from lightning_pc.cli import main
+from lightning_pc.precisions import Spiking
 
 
 class Net(Module):
@@ -83,6 +84,26 @@ def test_registered_names(algorithm, tmp_path):
             ["--trainer.strategy.init_args.softmax_energy=gaussian"],
             lambda s: s.settings.softmax_energy == "gaussian",
         ),
+        (
+            ["--trainer.strategy.init_args.precisions=spiking"],
+            lambda s: s.settings.precisions == "spiking",
+        ),
+        (["--trainer.strategy.init_args.precisions=2"], lambda s: s.settings.precisions == 2.0),
+        (
+            [
+                "--trainer.strategy.init_args.precisions=lightning_pc.precisions.Spiking",
+                "--trainer.strategy.init_args.precisions.init_args.rest=0.01",
+            ],
+            lambda s: s.settings.precisions == Spiking(0.01),
+        ),
+        (
+            [
+                "--trainer.strategy.init_args.algorithm=pc",
+                "--trainer.strategy.init_args.nudging=centered",
+                "--trainer.strategy.init_args.beta=0.5",
+            ],
+            lambda s: s.settings.betas == (0.5, -0.5) and s.report.steps == 15,
+        ),
     ],
     ids=lambda v: v[0].split(".")[-1] if isinstance(v, list) else "",
 )
@@ -100,6 +121,9 @@ def test_overrides(overrides, check, tmp_path):
         ({"T": 2.5}, "2.5"),
         ({"algorithm": "backprop"}, "backprop"),
         ({"reset": "sometimes"}, "sometimes"),
+        ({"nudging": "both"}, "both"),
+        ({"precisions": "spikes"}, "'spikes': expected one of 'constant'"),
+        ({"beta": -1.0}, "beta=-1.0: expected a positive"),
         ({"T": 0}, "T=0: expected a whole number"),
         ({"gamma": -1.0}, "gamma=-1.0: expected a positive"),
     ],
@@ -119,7 +143,7 @@ def test_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for argument in ("algorithm", "T", "gamma", "gamma_decay", "value_nodes", "reset"):
         assert f"--trainer.strategy.{argument} " in text
-    for argument in ("loss_terms", "softmax_energy"):
+    for argument in ("loss_terms", "softmax_energy", "precisions", "nudging", "beta"):
         assert f"--trainer.strategy.{argument} " in text
     assert "Trains a LightningModule with predictive coding" in text
     assert "values and weights move at every inference step" in text

@@ -43,6 +43,7 @@ from lightning_pc.errors import (
     UnsupportedError,
 )
 from lightning_pc.optim import IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.precisions import Decaying, Depth, Spiking
 
 WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {"ipc": IPC, "pc": PC, "zil": ZIL}
 
@@ -79,6 +80,27 @@ ARGUMENTS = [
     ({"loss_terms": math.nan}, "loss_terms=nan"),
     ({"loss_terms": "batch"}, "loss_terms='batch'"),
     ({"softmax_energy": "kl"}, "'kl'.*'categorical'"),
+    ({"precisions": "spikes"}, "'spikes': expected one of 'constant', 'depth', 'spiking', 'dec"),
+    ({"precisions": None}, "precisions=None: expected one of"),
+    ({"precisions": True}, "precisions=True"),
+    ({"precisions": Spiking}, "precisions=<class"),
+    ({"precisions": 0}, r"precisions=0.0: expected a number > 0"),
+    ({"precisions": -1.5}, "precisions=-1.5"),
+    ({"precisions": math.nan}, "precisions=nan"),
+    ({"algorithm": "zil", "precisions": "spiking"}, "zil is exact for plain"),
+    ({"algorithm": "zil", "precisions": 2.0}, "zil is exact for plain"),
+    ({"nudging": "both"}, "'both': expected one of 'positive', 'negative', 'centered'"),
+    ({"nudging": None}, "nudging=None"),
+    ({"beta": 0}, "beta=0: expected a positive strength"),
+    ({"beta": -0.1}, "beta=-0.1: expected a positive strength; nudging= gives the sign"),
+    ({"beta": math.inf}, "beta=inf"),
+    ({"beta": "1"}, "beta='1'"),
+    ({"algorithm": "ipc", "nudging": "centered"}, "centered.*: ipc moves the weights.*'pc'"),
+    ({"algorithm": "pc", "nudging": "centered", "T": 1}, "T=1 leaves the values no step"),
+    ({"algorithm": "pc", "nudging": "centered", "reset": "never"}, "use reset='batch'"),
+    ({"algorithm": "zil", "nudging": "negative"}, "zil is exact for plain"),
+    ({"algorithm": "zil", "nudging": "centered"}, "zil is exact for plain"),
+    ({"algorithm": "zil", "beta": 0.5}, "zil is exact for plain"),
 ]
 
 
@@ -93,6 +115,21 @@ def test_arguments(arguments, message):
     model = mlp()
     with pytest.raises(ConfigError, match=message):
         wrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Spiking(rest=-0.1), r"Spiking: rest=-0.1: expected a number >= 0"),
+        (lambda: Spiking(rest="0"), "Spiking: rest='0'"),
+        (lambda: Decaying(k=0.0), r"Decaying: k=0.0: expected a number > 0"),
+        (lambda: Depth(ratio=-1), "Depth: ratio=-1"),
+        (lambda: Depth(ratio=True), "Depth: ratio=True"),
+    ],
+)
+def test_arguments_of_precisions(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
 
 
 def test_an_unknown_argument():

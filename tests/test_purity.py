@@ -544,7 +544,10 @@ def run(kind: type[Module], strategy: Any, batches: list[Any], **kwargs: Any) ->
     return module, recorder, memory, fit, messages
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+CENTERED = {"algorithm": "pc", "nudging": "centered", "beta": 0.5, "T": 3}  # two phases
+
+
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, CENTERED], ids=[*ALGORITHMS, "centered"])
 @pytest.mark.parametrize("kind", ROWS, ids=lambda k: k.__name__)
 def test_everything_is_as_with_plain_lightning(kind, algorithm, capsys):
     module, recorder, memory, fit, told = run(kind, algorithm, ROWS[kind]())
@@ -569,7 +572,7 @@ def test_batch_norm_counts_batches_not_steps():
     assert int(module.net[1].num_batches_tracked) == 6
 
 
-@pytest.mark.parametrize("algorithm", ["pc", "zil"])
+@pytest.mark.parametrize("algorithm", ["pc", "zil", CENTERED], ids=["pc", "zil", "centered"])
 def test_accumulation_keeps_hooks_and_steps(algorithm):
     runs = [run(Logs, s, data(4), accumulate_grad_batches=2) for s in (algorithm, "auto")]
     assert runs[0][1].order == runs[1][1].order
