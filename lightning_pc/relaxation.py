@@ -117,7 +117,7 @@ class Relaxation:
         if not self.schedule.stagewise:
             reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
             if values or reached:
-                with gate.opened():
+                with gate.opened(moving=moves):
                     torch.autograd.backward(loss, root, inputs=[*values, *reached])
             return
         stage = [node for node in graph.nodes if node.slopes is not None and node.depth == t]
