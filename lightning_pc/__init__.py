@@ -1,6 +1,6 @@
 """Predictive coding for any unmodified ``nn.Module``.
 
-Importing the package registers ``Trainer(strategy="ipc")``, ``"pc"`` and ``"zil"``.
+Importing the package registers ``Trainer(strategy="ipc")``, ``"pc"``, ``"zil"`` and ``"epc"``.
 """
 
 from lightning_pc.callbacks import EnergyMonitor as EnergyMonitor

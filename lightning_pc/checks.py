@@ -136,7 +136,8 @@ def unreached(graph: Graph, T: int, model: nn.Module) -> str:
 def silenced(graph: Graph, peaks: Mapping[str, float], gamma: float, end: int) -> str:
     """Says where errors faded out on their way up, "" where none did.
 
-    Enough steps on paper may not be enough: an error shrinks by about gamma per stage.
+    Enough steps on paper may not be enough: an error shrinks by about gamma per stage, so by
+    about ``gamma**arrival`` before it comes to a node.
 
     Args:
         graph: The batch's graph.
@@ -144,7 +145,7 @@ def silenced(graph: Graph, peaks: Mapping[str, float], gamma: float, end: int) -
         gamma: Inference rate at the start of the batch.
         end: Inference steps taken.
     """
-    far = [n.name for n in graph.nodes if n.arrival < end and gamma**n.depth < 1e-4]
+    far = [n.name for n in graph.nodes if n.arrival < end and gamma**n.arrival < 1e-4]
     silent = [name for name in far if peaks[name] == 0]
     if not silent or not any(peaks.values()):
         return ""

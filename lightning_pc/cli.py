@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-import lightning_pc  # noqa: F401  (registers the strategies ipc, pc and zil)
+import lightning_pc  # noqa: F401  (registers the strategies ipc, pc, zil and epc)
 
 
 def main(args: ArgsType = None) -> LightningCLI:

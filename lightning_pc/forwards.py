@@ -32,6 +32,7 @@ class Discovery(Watch):
 
     Args:
         names: Module -> dotted name.
+        kind: What stands there.
         kept: Values to stand again instead of fresh ones (``reset="never"``), in call order.
         scale: For kept values, the factor from an energy's gradient to the parameters'.
 
@@ -48,11 +49,12 @@ class Discovery(Watch):
         gate: Gate,
         softmax: str,
         names: Mapping[nn.Module, str],
+        kind: type[Node] = Node,
         kept: list[Site] | None = None,
         scale: float = 1.0,
     ) -> None:
         super().__init__(placement, verdicts, gate, softmax, names)
-        self.kept, self.scale = kept, scale
+        self.kind, self.kept, self.scale = kind, kept, scale
         self.sites: list[Site] = []
         self.losses: list[LossCall] = []
         self.weighted: set[object] = set()
@@ -81,7 +83,7 @@ class Discovery(Watch):
         else:
             dtype = torch.promote_types(mu.dtype, torch.float32)
             value = mu.detach().to(dtype, copy=True).requires_grad_()
-            site.node = Node(site.name, value, energy())
+            site.node = self.kind(site.name, value, energy())
         return stand(mu, site.node, self.gate)
 
     @override

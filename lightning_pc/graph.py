@@ -207,8 +207,10 @@ def _set_arrivals(
     On a chain these are the depths. Elsewhere an error comes sooner: a prediction moves as soon as
     the nearest of the values it is made from does (a connection that skips stages), and in iPC as
     soon as a weight that a lower stage shares does; from there errors spread in both directions.
+    A loss whose gradient goes through all nodes moves them all at once.
     """
-    moves = {node: node.depth - 1 for node in nodes}  # first step at which its value moves
+    # First step at which its value moves.
+    moves = {node: 0 if node.through else node.depth - 1 for node in nodes}
     arrivals = dict(depths)
     changed = True
     while changed:

@@ -52,9 +52,9 @@ class Inference:
         pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for node in nodes:
             if node.slopes is not None:
-                pulls[node.slopes.factor].append((node.x, node.slopes.dx))
+                pulls[node.slopes.factor].append((node.coordinates, node.slopes.dx))
             if node.below is not None:
-                pulls[scale].append((node.x, node.below))
+                pulls[scale].append((node.coordinates, node.below))
         for factor, pairs in pulls.items():
             values, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
             if isinstance(self.gamma, Tensor):  # a rate on the device has no alpha

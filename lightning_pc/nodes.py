@@ -3,7 +3,8 @@
 A `_Stand` takes the place of an activation. Forwards it swaps the prediction ``mu`` for the value
 ``x``; backwards it swaps the gradient that comes from below for the node's own prediction error.
 So one ordinary ``loss.backward()`` yields dF/dx of every node and dF/dtheta of every stage, and
-nothing travels further than to the next node.
+nothing travels further than to the next node. (In error coordinates, `ErrorNode`, the gradients
+that values move by do: there a stand hands on what comes from below.)
 
 Who puts stands there is `lightning_pc.watch`, a `TorchFunctionMode` that sees every nonlinearity
 that the module calls. Outside its ``with`` there is no hook, no attribute and no changed method on
@@ -15,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from typing_extensions import override
 
 from lightning_pc.energies import Energy, Slopes
 from lightning_pc.errors import ClosureError
@@ -33,17 +35,21 @@ class Node:
     """One value node.
 
     Attributes:
+        through: Gradients that move values go through it, on to all that is above.
         name: Dotted name of its place; a second call of the same place is ``name#2``.
         x: The value, float32 or wider, [B, *].
         energy: Its node energy.
         depth: Fewest stages on any path to the loss; a node that the loss reads has 1.
         arrival: First inference step at which its error may not be zero: its depth on a chain,
-            sooner where a connection skips stages, or where iPC shares a weight between stages.
+            sooner where a connection skips stages, or where iPC shares a weight between stages;
+            1 where gradients go through.
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         weight: Of its energy in F, at the coming evaluation.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
     """
+
+    through: ClassVar[bool] = False
 
     name: str
     x: Tensor
@@ -60,6 +66,11 @@ class Node:
     below: Tensor | None = None
     edge: GradientEdge | None = None
 
+    @property
+    def coordinates(self) -> Tensor:
+        """What inference moves, [B, *]: the value."""
+        return self.x
+
     @torch.no_grad()
     def evaluate(self, mu: Tensor, scale: float) -> None:
         """Takes in this evaluation's prediction.
@@ -73,6 +84,41 @@ class Node:
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
         self.slopes = self.below = self.edge = None
+
+
+@dataclass(eq=False)
+class ErrorNode(Node):
+    """A node in error coordinates: inference moves ``e``, and ``x = mu + e`` follows.
+
+    Goemaere et al. 2025 (ePC, arXiv 2505.20137): F(e) is the loss of the whole network plus
+    ``0.5 * ||e||^2`` of each node, so dF/de is ``e`` plus the gradient that arrives by ordinary
+    backprop through all that is below, undamped at any depth. Its minima are those of F(x).
+    The energy must depend on ``x - mu`` alone, as the Gaussian does.
+
+    Attributes:
+        e: The error ``x - mu``, in the value's dtype, [B, *]; starts at zero.
+    """
+
+    through: ClassVar[bool] = True
+
+    e: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.e = torch.zeros_like(self.x, requires_grad=False)
+
+    @property
+    @override
+    def coordinates(self) -> Tensor:
+        """What inference moves, [B, *]: the error."""
+        return self.e
+
+    @override
+    @torch.no_grad()
+    def evaluate(self, mu: Tensor, scale: float) -> None:
+        self.x.copy_(mu).add_(self.e)
+        # Not of x and mu, whose difference rounds away an error that is small beside them.
+        zero = self.e.new_zeros(())
+        self.slopes = self.energy.evaluate(self.e, zero, scale, self.weight)
 
 
 @dataclass(eq=False)
@@ -102,15 +148,16 @@ class Gate:
     def __init__(self) -> None:
         self.open = False
         self.sealed = False  # stands stop every gradient: one stage is differentiated alone
+        self.moving = False  # the gradients are for values to move by
 
     @contextmanager
-    def opened(self, sealed: bool = False) -> Iterator[None]:
+    def opened(self, sealed: bool = False, moving: bool = False) -> Iterator[None]:
         """For the length of one backward of ours."""
-        self.open, self.sealed = True, sealed
+        self.open, self.sealed, self.moving = True, sealed, moving
         try:
             yield
         finally:
-            self.open = self.sealed = False
+            self.open = self.sealed = self.moving = False
 
 
 class _Stand(torch.autograd.Function):
@@ -136,6 +183,8 @@ class _Stand(torch.autograd.Function):
         if ctx.gate.sealed:
             return None, None, None, None
         node.below = grads[0] if grads[0] is None else grads[0].to(node.x.dtype)
+        if node.through and ctx.gate.moving:
+            return grads[0], None, None, None
         error = None if node.slopes is None else node.slopes.dmu
         return error, None, None, None
 

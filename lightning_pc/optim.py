@@ -21,7 +21,7 @@ from lightning_pc.step import Learner
 
 
 class PredictiveCodingOptimizer(Optimizer):
-    """Base of `PC`, `IPC` and `ZIL`: a real optimizer that owns nothing but the schedule.
+    """Base of `PC`, `IPC`, `ZIL` and `EPC`: a real optimizer that owns nothing but the schedule.
 
     ``param_groups``, ``state`` and ``state_dict`` are the wrapped optimizer's own, so learning
     rate schedulers, checkpoints and Fabric work as with that optimizer alone.
@@ -29,7 +29,8 @@ class PredictiveCodingOptimizer(Optimizer):
     Args:
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
-        T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil: depth + 1).
+        T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil: depth + 1,
+            epc: 8).
         gamma: Inference rate, > 0; None for 0.1 (zil: 1).
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
@@ -41,7 +42,7 @@ class PredictiveCodingOptimizer(Optimizer):
         loss_terms: The number of terms M that the loss is a mean of, or a callable that gives it;
             None to read it off the loss functions that the closure calls.
         softmax_energy: Energy at the logits of a softmax: ``"categorical"`` (F_KL) or
-            ``"gaussian"``; zil is Gaussian throughout.
+            ``"gaussian"``; zil and epc are Gaussian throughout.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"depth"``,
             ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of
             `lightning_pc.precisions`, or a callable ``(depth, t) -> weight``.
@@ -230,6 +231,17 @@ class ZIL(PredictiveCodingOptimizer):
     """
 
     algorithm = "zil"
+
+
+class EPC(PredictiveCodingOptimizer):
+    """Predictive coding in error coordinates (ePC, Goemaere et al. 2025, arXiv 2505.20137).
+
+    The equilibrium of `PC`, in far fewer inference steps on a deep module: values are x = mu + e,
+    and e moves by the gradient of the whole network's loss, which no depth dampens. Weights learn
+    from local errors, as in `PC`. Arguments as in `PredictiveCodingOptimizer`.
+    """
+
+    algorithm = "epc"
 
 
 @contextmanager

@@ -121,7 +121,9 @@ class Relaxation:
                 self.terms = self.count_terms()
                 self.graph.losses.clear()
                 if len(self.betas) > 1:
-                    self._begun = [(n, n.x.detach().clone(), n.below) for n in self.graph.nodes]
+                    self._begun = [
+                        (n, n.coordinates.detach().clone(), n.below) for n in self.graph.nodes
+                    ]
             if moves:
                 self._move(total, self.losses[-1])
             if self.schedule.updates(step, self.T):
@@ -138,8 +140,8 @@ class Relaxation:
         self.learned_at.clear()
         self.inference.begin()
         self.weigh(0)
-        for node, x, below in self._begun:
-            node.x.data.copy_(x)
+        for node, start, below in self._begun:
+            node.coordinates.data.copy_(start)
             node.below = below
         self._move(self.energies[0].sum(), self.losses[0])
         for node in self.graph.nodes:
@@ -174,7 +176,7 @@ class Relaxation:
         if not self.schedule.stagewise:
             reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
             if values or reached:
-                with gate.opened():
+                with gate.opened(moving=moves):
                     torch.autograd.backward(loss, root, inputs=[*values, *reached])
             return
         stage = [node for node in graph.nodes if node.slopes is not None and node.depth == t]

@@ -17,7 +17,7 @@ class StepReport:
     Axis legend: t inference steps, n nodes in call order.
 
     Attributes:
-        algorithm: ``"ipc"``, ``"pc"`` or ``"zil"``.
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"`` or ``"epc"``.
         steps: Evaluations run: T, with centered nudging 2 T - 1 (first +beta, then -beta).
         depth: Depth of the module: its deepest node's.
         nodes: Node names, in call order.

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from typing_extensions import override
 
 from lightning_pc.errors import ConfigError
+from lightning_pc.nodes import ErrorNode, Node
 
 
 class Schedule(ABC):
@@ -23,6 +24,10 @@ class Schedule(ABC):
     incremental = False
     #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
     stagewise = False
+    #: What stands in the module: the value itself, or the error in whose coordinates it moves.
+    node: type[Node] = Node
+    #: Every node energy is Gaussian, that of a softmax's logits too.
+    gaussian = False
 
     def steps(self, depth: int, T: int | None) -> int:
         """Evaluations per batch; the default is ``max(8, depth + 1)``."""
@@ -72,6 +77,7 @@ class ZIL(Schedule):
     name, paper = "zil", "Salvatori et al. 2024, Algorithm 3; Song et al. 2020"
     fixed_gamma = 1.0
     stagewise = True
+    gaussian = True
 
     @override
     def steps(self, depth: int, T: int | None) -> int:
@@ -92,7 +98,19 @@ class ZIL(Schedule):
         return t == T - 1
 
 
-SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL)}
+class EPC(PC):
+    """PC in error coordinates: the signal crosses the whole module at t = 0, at any depth."""
+
+    name, paper = "epc", "Goemaere et al. 2025, arXiv 2505.20137"
+    node = ErrorNode
+    gaussian = True
+
+    @override
+    def steps(self, depth: int, T: int | None) -> int:
+        return 8 if T is None else T
+
+
+SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL, EPC)}
 
 
 def schedule(algorithm: str) -> Schedule:

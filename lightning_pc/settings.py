@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_pc.energies import softmax_energy
 from lightning_pc.errors import ConfigError
 from lightning_pc.placement import ValueNodes
-from lightning_pc.precisions import Constant, Precisions, precisions
+from lightning_pc.precisions import Constant, Decaying, Precisions, Spiking, precisions
 from lightning_pc.schedules import schedule
 
 #: Name -> the sign of beta in each phase of a batch.
@@ -80,6 +80,11 @@ class Settings:
             raise ConfigError(
                 "zil is exact for plain predictive coding alone: leave precisions, nudging and "
                 "beta at their defaults."
+            )
+        if self.algorithm == "epc" and isinstance(weights, (Spiking, Decaying)):
+            raise ConfigError(
+                f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
+                "epc's errors start everywhere at once: use 'pc' or 'ipc'."
             )
         if self.nudging != "centered":
             return

@@ -72,7 +72,7 @@ class Learner:
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
         self._precisions = precisions(settings.precisions)
-        self._softmax = "gaussian" if self.schedule.stagewise else settings.softmax_energy
+        self._softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
         self._gate, self._verdicts = Gate(), Verdicts()
         self._modules: tuple[nn.Module, ...] = ()
         self._names: dict[nn.Module, str] = {}
@@ -128,8 +128,8 @@ class Learner:
         settings = self.settings
         purity = Purity(self._modules, batch, self._written, shadows or {}, self._draws)
         kept = (self._kept, self._kept_scale)
-        names, softmax = self._names, self._softmax
-        found = Discovery(placement, self._verdicts, self._gate, softmax, names, *kept)
+        kind, names, softmax = self.schedule.node, self._names, self._softmax
+        found = Discovery(placement, self._verdicts, self._gate, softmax, names, kind, *kept)
         try:
             with purity.first(), found.watching():
                 output = forward()

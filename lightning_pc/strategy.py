@@ -56,8 +56,10 @@ class PCStrategy(SingleDeviceStrategy):
 
     Args:
         algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
-            first, then weights once) or ``"zil"`` (backprop's update by local errors).
-        T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil: depth + 1.
+            first, then weights once), ``"zil"`` (backprop's update by local errors) or ``"epc"``
+            (pc in error coordinates, for deep modules: Goemaere et al. 2025).
+        T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil: depth + 1;
+            epc: 8.
         gamma: Inference rate, positive. Default: 0.1; zil: 1.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
@@ -69,7 +71,7 @@ class PCStrategy(SingleDeviceStrategy):
         loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
             the batch. Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: "categorical" (F_KL, Pinchetti et al. 2022)
-            or "gaussian"; zil is Gaussian throughout.
+            or "gaussian"; zil and epc are Gaussian throughout.
         precisions: Weight of each node's energy in F: "constant" (1), a number, "depth",
             "spiking" or "decaying" (Qi et al. 2025), an object of lightning_pc.precisions, or in
             Python a callable (depth, t) -> weight.
@@ -90,7 +92,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        algorithm: Literal["ipc", "pc", "zil"] = "ipc",
+        algorithm: Literal["ipc", "pc", "zil", "epc"] = "ipc",
         *,
         T: int | None = None,
         gamma: float | None = None,
@@ -240,7 +242,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc"``, ``"pc"`` and ``"zil"``."""
+        """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"`` and ``"epc"``."""
         for name, schedule in SCHEDULES.items():
             if name not in strategy_registry:
                 strategy_registry.register(

@@ -1,7 +1,8 @@
 """Predictive coding written out, slow and plain.
 
 `Oracle`: a multilayer perceptron in NumPy, gradients by hand, float64. `Explicit`: any graph whose
-free energy is written down with its values in it; gradients by autograd.
+free energy is written down with its values in it; gradients by autograd. `ErrorCoordinates`: the
+same with the errors in it.
 
 Eq. 5-7 and 9-11 of Salvatori et al. 2024 with F = sum of losses + 1/2 sum ||eps||^2. Layers count
 from the input: v[0] is the input, mu[l] = f(v[l - 1]) @ W[l].T + b[l] (no f on the input),
@@ -153,3 +154,45 @@ class Explicit:
         with torch.no_grad():
             for w, slope in zip(weights, learned, strict=True):
                 w -= 0 if incremental else lr * slope
+
+
+class ErrorCoordinates(Explicit):
+    """ePC (Goemaere et al. 2025): F(e) = loss + 1/2 sum ||e||^2 with x = mu + e in the network.
+
+    The errors descend F(e) through the whole network; then the weights learn from F(x, theta) as
+    in `Explicit`, with every value held at its x.
+    """
+
+    def at(self, mu, dim=None):
+        if self.settled:
+            return super().at(mu)
+        if self.index == len(self.errors):
+            self.errors.append(torch.zeros_like(mu, requires_grad=True))
+        e = self.errors[self.index]
+        weight = self.weigh(self.depths[self.index], self.t) if self.depths else 1.0
+        self.index += 1
+        self.energy = self.energy + weight * 0.5 * e.pow(2).sum()
+        self.values.append((mu + e).detach().requires_grad_())
+        return mu + e
+
+    def batch(self, model, batch, gamma, T, lr, incremental=False, betas=(1.0,)):
+        weights = [p for p in model.parameters() if p.requires_grad]
+        learned = [torch.zeros_like(w) for w in weights]
+        for beta in betas:
+            self.errors, self.settled = [], False
+            for t in range(T):
+                self.values = []
+                free, _ = self.free_energy(model, batch, t, beta)
+                if t < T - 1:
+                    slopes = torch.autograd.grad(free, self.errors)
+                    with torch.no_grad():
+                        for e, slope in zip(self.errors, slopes, strict=True):
+                            e -= gamma * slope
+            self.settled = True
+            free, terms = self.free_energy(model, batch, T - 1, beta)
+            slopes = torch.autograd.grad(free / terms / beta / len(betas), weights)
+            for total, slope in zip(learned, slopes, strict=True):
+                total += slope
+        with torch.no_grad():
+            for w, slope in zip(weights, learned, strict=True):
+                w -= lr * slope

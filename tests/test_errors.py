@@ -42,16 +42,21 @@ from lightning_pc.errors import (
     ReplayError,
     UnsupportedError,
 )
-from lightning_pc.optim import IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 from lightning_pc.precisions import Decaying, Depth, Spiking
 
-WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {"ipc": IPC, "pc": PC, "zil": ZIL}
+WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
+    "ipc": IPC,
+    "pc": PC,
+    "zil": ZIL,
+    "epc": EPC,
+}
 
 
 # --- arguments -----------------------------------------------------------------------------------
 
 ARGUMENTS = [
-    ({"algorithm": "backprop"}, "'backprop' is unknown.*'ipc', 'pc', 'zil'"),
+    ({"algorithm": "backprop"}, "'backprop' is unknown.*'ipc', 'pc', 'zil', 'epc'"),
     ({"algorithm": "IPC"}, "unknown"),
     ({"algorithm": None}, "unknown"),
     ({"T": 0}, "T=0: expected a whole number"),
@@ -665,7 +670,7 @@ def test_trainer_refuses(name, algorithm):
         assert all(p.grad is None for p in original.parameters())
 
 
-@pytest.mark.parametrize("algorithm", ["pc", "zil"])
+@pytest.mark.parametrize("algorithm", ["pc", "zil", "epc"])
 def test_own_optimizer_step_is_fine_where_there_is_one_step(algorithm):
     runs = []
     for kind in (OwnStep, Module):

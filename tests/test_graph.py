@@ -10,7 +10,7 @@ from problems import MLP, Residual, Thrice, Tied, Transformer, far, sequences, t
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.optim import IPC, PC, ZIL
+from lightning_pc.optim import EPC, IPC, PC, ZIL
 
 
 def ce(model, x, y):
@@ -117,7 +117,7 @@ def test_a_residual_stream_without_nodes_is_crossed_in_one_stage():
 def test_default_T_follows_the_depth(layers):
     model = MLP((6, *[5] * layers, 4))
     x, y = vectors(4)
-    for algorithm, T in ((IPC, layers + 1), (PC, layers + 1), (ZIL, layers + 1)):
+    for algorithm, T in ((IPC, layers + 1), (PC, layers + 1), (ZIL, layers + 1), (EPC, 8)):
         optimizer = algorithm(torch.optim.SGD(model.parameters(), 1e-3), model)
         optimizer.step(lambda: ce(model, x, y))
         assert optimizer.report.steps == T
@@ -227,7 +227,7 @@ def test_tied_embeddings_learn_at_every_step():
 MINIMA = {"mlp": lambda: MLP((6, 5, 5, 4)), "residual": Residual, "towers": Towers, "heads": Heads}
 
 
-@pytest.mark.parametrize("algorithm", [IPC, PC, ZIL])
+@pytest.mark.parametrize("algorithm", [IPC, PC, ZIL, EPC])
 @pytest.mark.parametrize("name", MINIMA)
 def test_nothing_moves_at_the_minimum(name, algorithm):
     model = MINIMA[name]()

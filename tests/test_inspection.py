@@ -106,6 +106,7 @@ def test_every_parameter_that_the_loss_depends_on_has_a_stage(name):
 def test_algorithm_and_T():
     model, (x, _) = Dropped(), vectors(5)
     assert describe(model, x, algorithm="zil", print_table=False).T == 3
+    assert describe(model, x, algorithm="epc", print_table=False).T == 8
     assert describe(model, x, algorithm="pc", T=5, print_table=False).T == 5
     with pytest.raises(ConfigError, match="unknown"):
         describe(model, x, algorithm="bp")

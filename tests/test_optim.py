@@ -1,4 +1,4 @@
-"""PC, IPC and ZIL are optimizers like any other: all that torch and Fabric do with one works."""
+"""The wrappers are optimizers like any other: all that torch and Fabric do with one works."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_pc import StepReport
-from lightning_pc.optim import IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 
-WRAPPERS = [PC, IPC, ZIL]
+WRAPPERS = [PC, IPC, ZIL, EPC]
 every = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 

@@ -1,4 +1,4 @@
-"""PC and iPC against explicit equations: NumPy by hand, and F written out for autograd."""
+"""PC, iPC and ePC against explicit equations: NumPy by hand, and F written out for autograd."""
 
 import itertools
 
@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Explicit, Oracle, cross_entropy, squared_error
+from oracle import ErrorCoordinates, Explicit, Oracle, cross_entropy, squared_error
 from problems import MLP, far, relative, twin
 from torch import nn
 
-from lightning_pc.optim import IPC, PC
+from lightning_pc.optim import EPC, IPC, PC
 
 SIZES = (8, 8, 5)  # ragged last batch
 LOSSES = {  # name -> the user's loss, the oracle's, terms M of a batch of n with 4 outputs
@@ -117,6 +117,26 @@ class Skips(nn.Module):
 
     def tail(self, h, y):
         return F.cross_entropy(self.c(torch.relu(h)), y, reduction="sum"), len(y)
+
+
+class Deep(nn.Module):
+    """A multilayer perceptron."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(5))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.run(x, lambda mu: mu)
+
+    def run(self, x, at):
+        for layer in self.layers:
+            x = at(layer(x)).tanh()
+        return self.head(x)
+
+    def explicit(self, at, x, y):
+        return F.cross_entropy(self.run(x, at), y, reduction="sum"), len(y)
 
 
 class LongSkip(nn.Module):
@@ -231,6 +251,7 @@ def tokens(n):
 
 
 GRAPHS = {
+    "deep": (Deep, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
     "skips": (Skips, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
     "long skip": (LongSkip, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
     "recurrent": (Recurrent, lambda n: (torch.randn(n, 6).double(), torch.randint(0, 4, (n,)))),
@@ -240,13 +261,14 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize("algorithm", [PC, IPC, EPC])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_any_graph_equals_its_free_energy_written_out(graph, algorithm):
     make, draw = GRAPHS[graph]
     model = make().double()
     other, lr, T = twin(model), 0.05, 6
-    explicit = Explicit(lambda m, at, *batch: m.explicit(at, *batch))
+    written_out = ErrorCoordinates if algorithm is EPC else Explicit
+    explicit = written_out(lambda m, at, *batch: m.explicit(at, *batch))
     optimizer = algorithm(
         torch.optim.SGD(model.parameters(), lr), model, T=T, gamma=0.2, gamma_decay=1
     )

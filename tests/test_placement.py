@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_pc import describe
 from lightning_pc.errors import ConfigError, PlacementError, ReplayError
-from lightning_pc.optim import IPC, PC, ZIL
+from lightning_pc.optim import EPC, IPC, PC, ZIL
 
 
 def rows(model, batch, value_nodes="auto", **kwargs):
@@ -409,7 +409,7 @@ class Forks(nn.Module):
         return self.head(h)
 
 
-@pytest.mark.parametrize("algorithm", [IPC, PC, ZIL])
+@pytest.mark.parametrize("algorithm", [IPC, PC, ZIL, EPC])
 def test_control_flow_is_followed(algorithm):
     model, (x, y) = Forks(), vectors(4)
     optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.1), model)

@@ -572,7 +572,9 @@ def test_batch_norm_counts_batches_not_steps():
     assert int(module.net[1].num_batches_tracked) == 6
 
 
-@pytest.mark.parametrize("algorithm", ["pc", "zil", CENTERED], ids=["pc", "zil", "centered"])
+@pytest.mark.parametrize(
+    "algorithm", ["pc", "zil", "epc", CENTERED], ids=["pc", "zil", "epc", "centered"]
+)
 def test_accumulation_keeps_hooks_and_steps(algorithm):
     runs = [run(Logs, s, data(4), accumulate_grad_batches=2) for s in (algorithm, "auto")]
     assert runs[0][1].order == runs[1][1].order
@@ -693,7 +695,7 @@ def test_nothing_stays_behind(algorithm, at, error, value_nodes):
     trainer("auto").fit(module, loader(data(1)))  # and plain Lightning trains it on
 
 
-@pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL"])
+@pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL", "EPC"])
 def test_optimizer_leaves_nothing_behind(algorithm):
     model = mlp(nn.Dropout(0.5))
     before = traces(model)

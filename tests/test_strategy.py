@@ -33,9 +33,9 @@ from lightning_problems import (
 from torch import nn
 
 import lightning_pc
-from lightning_pc.optim import IPC, PC, ZIL
+from lightning_pc.optim import EPC, IPC, PC, ZIL
 
-WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL}
+WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC}
 
 
 def squared(scores: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ def joined(batches: list[Any]) -> list[Any]:
 # --- accumulation --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["pc", "zil"])
+@pytest.mark.parametrize("algorithm", ["pc", "zil", "epc"])
 @pytest.mark.parametrize("loss", [F.cross_entropy, squared, summed])
 def test_accumulating_two_batches_is_one_twice_as_large(algorithm, loss):
     runs = []
@@ -84,7 +84,7 @@ def test_accumulating_two_batches_is_one_twice_as_large(algorithm, loss):
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", ["pc", "zil"])
+@pytest.mark.parametrize("algorithm", ["pc", "zil", "epc"])
 def test_what_is_left_over_at_the_end_of_an_epoch_is_stepped(algorithm):
     """Three batches, accumulated by two: Lightning divides all by two and steps twice."""
     runs = {}
@@ -132,7 +132,7 @@ class Moves(L.Callback):
 @pytest.mark.parametrize(
     ("how", "order"), [("norm", 2.0), ("value", float("inf"))], ids=["norm", "value"]
 )
-@pytest.mark.parametrize(("algorithm", "steps"), [("ipc", 5), ("pc", 1)])
+@pytest.mark.parametrize(("algorithm", "steps"), [("ipc", 5), ("pc", 1), ("epc", 1)])
 def test_every_step_is_clipped(how, order, algorithm, steps):
     moves, lr, clip = Moves(order), 0.3, 1e-3
     fit = trainer(
@@ -149,7 +149,7 @@ def test_every_step_is_clipped(how, order, algorithm, steps):
         assert far > 0.9 * steps * lr * clip  # each of the steps was that long
 
 
-@pytest.mark.parametrize(("algorithm", "times"), [("ipc", 5), ("pc", 1), ("zil", 1)])
+@pytest.mark.parametrize(("algorithm", "times"), [("ipc", 5), ("pc", 1), ("zil", 1), ("epc", 1)])
 def test_the_users_own_clipping_acts_at_each_step(algorithm, times):
     class Clips(Chosen):
         clipped = 0
@@ -482,7 +482,7 @@ class StepsItsScheduler(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-@pytest.mark.parametrize("algorithm", ["ipc", "pc", "zil"])
+@pytest.mark.parametrize("algorithm", ["ipc", "pc", "zil", "epc"])
 @pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*")
 def test_a_scheduler_stepped_in_training_step_steps_once(algorithm):
     ends = []

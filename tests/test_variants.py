@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import Explicit
+from oracle import ErrorCoordinates, Explicit
 from problems import MLP, Residual, far, relative, twin
 from test_efficiency import chain, matrix_products
 from test_oracle import Attends, Recurrent, Skips, tokens
 from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError
-from lightning_pc.optim import IPC, PC
+from lightning_pc.optim import EPC, IPC, PC
 from lightning_pc.precisions import (
     PRECISIONS,
     Constant,
@@ -124,6 +124,36 @@ def test_nudging_equals_f_written_out(nudging, graph, algorithm):
     if (nudging, algorithm) != ("centered", IPC):
         betas = NUDGINGS[nudging]
         compare(graph, algorithm, lambda d, t: 1.0, betas, nudging=nudging, beta=0.3)
+
+
+@pytest.mark.parametrize("graph", ["mlp", "residual"])
+@pytest.mark.parametrize("nudging", NUDGINGS)
+@pytest.mark.parametrize("weights", ["depth 2", "callable"])
+def test_error_coordinates_take_both(weights, nudging, graph):
+    given, weigh = WEIGHTS[weights]
+    make, forward, depths, draw = GRAPHS[graph]
+    model = make().double()
+    other = twin(model)
+    oracle = ErrorCoordinates(forward, depths, lambda d, t: weigh(d, t, T - 1))
+    optimizer = EPC(
+        torch.optim.SGD(model.parameters(), 0.05),
+        model,
+        **{"T": T, "gamma": 0.2, "gamma_decay": 1, "precisions": given},
+        nudging=nudging,
+        beta=0.3,
+    )
+    for n in (8, 5):
+        x, y = draw(n)
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        oracle.batch(other, (x, y), 0.2, T, 0.05, betas=NUDGINGS[nudging])
+    assert far(model, other)[0] < 1e-9
+
+
+@pytest.mark.parametrize("weights", ["spiking", "decaying"])
+def test_no_wave_runs_through_error_coordinates(weights):
+    model = MLP((6, 5, 4))
+    with pytest.raises(ConfigError, match="use 'pc' or 'ipc'"):
+        EPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions=weights)
 
 
 @pytest.mark.parametrize("weights", ["depth 2", "spiking", "decaying"])

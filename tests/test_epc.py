@@ -1,0 +1,290 @@
+"""ePC: error coordinates have PC's equilibrium, and the signal crosses any depth at once."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import (
+    CNN,
+    MLP,
+    TINY,
+    Dropped,
+    Residual,
+    Transformer,
+    UNet,
+    double,
+    far,
+    images,
+    relative,
+    sequences,
+    twin,
+    vectors,
+)
+from torch import nn
+
+from lightning_pc import describe
+from lightning_pc.optim import EPC, PC
+
+CHAIN = "linear"  # nodes at the outputs of the linear modules
+
+
+def chain(layers, width=6, f=None):
+    """Orthogonal weights: signals keep their size at any depth."""
+    modules = []
+    for a, b in itertools.pairwise([6, *[width] * layers, 4]):
+        modules += [nn.Linear(a, b), *([] if f is None else [f()])]
+        nn.init.orthogonal_(modules[-1 if f is None else -2].weight)
+    return nn.Sequential(*(modules if f is None else modules[:-1])).double()
+
+
+class Skips(nn.Module):
+    """A residual stream that runs around every node, and around all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = x
+        for layer in self.layers:
+            h = h + torch.tanh(layer(torch.tanh(h)))
+        return self.head(h + x)
+
+
+def regression(n):
+    return torch.randn(n, 6).double(), torch.randn(n, 4).double()
+
+
+def squared(model, x, y):
+    return F.mse_loss(model(x), y, reduction="sum")
+
+
+def ce(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def settle(algorithm, model, loss, **kwargs):
+    """One batch whose weights stay: what inference found, and the gradients in ``.grad``."""
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.0), model, gamma_decay=1, **kwargs)
+    optimizer.step(loss)
+    return optimizer
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def backprop(model, loss):
+    model.zero_grad()
+    loss().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+MODELS = {  # name -> module, value nodes, gamma of epc, gamma of pc
+    "linear chain": (lambda: chain(5), CHAIN, 0.1, 0.3),
+    "tanh": (lambda: chain(5, f=nn.Tanh), "auto", 0.1, 0.3),
+    "skips": (lambda: Skips().double(), "auto", 0.1, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_equilibrium_is_that_of_pc(name):
+    make, value_nodes, *gammas = MODELS[name]
+    model, (x, y) = make(), regression(5)
+    found = []
+    for algorithm, gamma in zip((EPC, PC), gammas, strict=True):
+        own = twin(model)
+        loss = lambda own=own: squared(own, x, y)  # noqa: E731
+        optimizer = settle(algorithm, own, loss, T=1500, gamma=gamma, value_nodes=value_nodes)
+        found.append((optimizer, gradients(own)))
+    (epc, own), (pc, theirs) = found
+    for value, other in zip(epc.values.values(), pc.values.values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=1e-8)
+    torch.testing.assert_close(own, theirs, rtol=0, atol=1e-8)
+    torch.testing.assert_close(epc.report.energy[-1], pc.report.energy[-1], rtol=1e-7, atol=1e-9)
+    assert epc.report.energy[-1].min() > 1e-3
+
+
+@pytest.mark.parametrize(("f", "fewer"), [(None, 50), (nn.Tanh, 5)])
+def test_20_layers_settle_in_fewer_steps(f, fewer):
+    """Steps until F is within 1 % of its minimum, each algorithm at the best of its gammas."""
+    model, (x, y) = chain(20, 16, f), regression(8)
+    loss = lambda: squared(model, x, y)  # noqa: E731
+
+    def energies(algorithm, gamma, T):
+        return settle(
+            algorithm, model, loss, T=T, gamma=gamma, value_nodes=CHAIN
+        ).report.free_energy
+
+    minimum = energies(EPC, 0.02, 500)[-1]
+
+    def steps(algorithm, gamma, T):
+        close = (energies(algorithm, gamma, T) <= 1.01 * minimum).nonzero()
+        return int(close[0]) if len(close) else T
+
+    epc = min(steps(EPC, gamma, 100) for gamma in (0.02, 0.04, 0.1, 0.2))
+    pc = min(steps(PC, gamma, 500) for gamma in (0.2, 0.3, 0.4, 0.5))
+    assert epc < 20
+    assert pc > fewer * epc
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_weights_learn_from_local_errors(name):
+    """Each stage's gradient is that of its own error, made from the values that it reads."""
+    model, draw = {"mlp": (MLP((6, 7, 5, 4)), vectors), "cnn": (CNN(), images)}[name]
+    model, (x, y) = model.double(), map(double, draw(6))
+    optimizer = settle(EPC, model, lambda: ce(model, x, y), T=5, gamma=0.2)
+    own = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    below, free = x, 0.0
+    for index, layer in enumerate(model):
+        if str(index) in optimizer.values:
+            value = optimizer.values[str(index)].detach().clone()
+            free, below = free + 0.5 * (value - below).pow(2).sum() / len(x), value
+        below = layer(below)
+    (free + F.cross_entropy(below, y)).backward()
+    for gradient, p in zip(own, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_one_step_teaches_the_loss_alone_and_says_so():
+    model, (x, y) = chain(4, f=nn.Tanh), regression(5)
+    with pytest.warns(UserWarning, match=r"T=1 .* 8 parameters.*T=2 reaches all"):
+        optimizer = settle(EPC, model, lambda: squared(model, x, y), T=1)
+    assert [name for name, times in optimizer.report.learned.items() if times] == [
+        "8.weight",
+        "8.bias",
+    ]
+    head = [p.grad for p in model[8].parameters()]
+    assert all(p.grad is None for p in model[:8].parameters())
+    expected = backprop(model, lambda: squared(model, x, y))
+    torch.testing.assert_close(head, expected[-2:])
+
+
+def maps(n):
+    return torch.randn(n, 1, 4, 4), torch.randint(0, 2, (n, 4, 4))
+
+
+WHOLE = {  # name -> module, value nodes, batch
+    "deep": (lambda: chain(12, f=nn.Tanh), "auto", vectors),
+    "in place": (CNN, "auto", images),
+    "skips": (Residual, "auto", vectors),
+    "u-net": (UNet, "auto", maps),
+    "dropout": (Dropped, "auto", vectors),
+    "transformer": (lambda: Transformer(dropout=0.0), "blocks", sequences),
+}
+
+
+@pytest.mark.filterwarnings("ignore:T=1 inference steps never reach")
+@pytest.mark.parametrize("name", WHOLE)
+def test_two_steps_are_backprop_times_gamma(name):
+    """To first order: e = -gamma dL/dx of the whole network, whatever its shape and depth."""
+    make, value_nodes, draw = WHOLE[name]
+    model, (x, y) = make().double(), map(double, draw(6))
+
+    def loss():
+        torch.manual_seed(3)
+        return ce(model, x, y)
+
+    expected = backprop(model, loss)
+    settle(EPC, model, loss, T=1, value_nodes=value_nodes)
+    hidden = [i for i, p in enumerate(model.parameters()) if p.grad is None]
+    assert len(hidden) > 2
+    distances = []
+    for gamma in (1e-3, 1e-5):
+        settle(EPC, model, loss, T=2, gamma=gamma, value_nodes=value_nodes)
+        own = [p.grad / gamma for p in model.parameters()]
+        difference = torch.cat([(own[i] - expected[i]).flatten() for i in hidden])
+        whole = torch.cat([expected[i].flatten() for i in hidden])
+        distances.append(float(difference.norm() / whole.norm()))
+    assert distances[0] < 0.05
+    assert distances[1] < 0.02 * distances[0]
+
+
+def test_the_default_T_reaches_any_depth():
+    model, (x, y) = chain(30, f=nn.Tanh).float(), regression(5)
+    x, y = x.float(), y.float()
+    start = twin(model)
+    optimizer = EPC(torch.optim.SGD(model.parameters(), 0.01), model)
+    for _ in range(3):
+        optimizer.step(lambda: squared(model, x, y))
+    report = optimizer.report
+    assert (report.steps, report.depth) == (8, 30)
+    assert set(report.learned.values()) == {1}
+    assert min(report.peak_energy.values()) > 1e-6
+    assert not any(map(torch.equal, model.parameters(), start.parameters()))
+
+
+def test_values_and_energies_are_real():
+    """Values are x, not e; energies are those of x and its prediction."""
+    model, (x, y) = MLP((6, 7, 5, 4)).double(), vectors(5)
+    x = x.double()
+    optimizer = settle(EPC, model, lambda: ce(model, x, y), T=4, gamma=0.3)
+    first, second = (optimizer.values[name].detach() for name in ("1", "3"))
+    errors = first - model[0](x), second - model[2](first.tanh())
+    expected = torch.stack([0.5 * e.pow(2).sum() for e in errors])
+    torch.testing.assert_close(optimizer.report.energy[-1], expected.detach())
+    loss = F.cross_entropy(model[4](second.tanh()), y)
+    assert optimizer.report.loss[-1].item() == pytest.approx(loss.item(), rel=1e-12)
+    assert optimizer.report.energy[0].max() == 0  # t = 0 is the module's own forward
+    assert (optimizer.report.free_energy.diff() < 0).all()
+
+
+def test_errors_far_below_a_values_precision_are_learned_from():
+    """Beside a value of about 1 they would be lost, in bf16 and in the value's float32."""
+    torch.manual_seed(0)
+    model = MLP((6, 7, 5, 4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    x, y = vectors(5)
+    model, x = model.to(torch.bfloat16), x.bfloat16()
+    exact = backprop(model, lambda: ce(model, x, y))[:-2]
+    settle(EPC, model, lambda: ce(model, x, y), T=2, gamma=1e-5)
+    for p, gradient in zip(model.parameters(), exact, strict=False):
+        assert relative(p.grad.float() / 1e-5, gradient.float()) < 0.02
+
+
+@pytest.mark.parametrize("calls", [[10], [4] * 3, [2] * 9])
+def test_kept_errors_go_on_from_call_to_call(calls):
+    """reset="never": a call of T steps moves the values T - 1 times."""
+    torch.manual_seed(0)
+    model, (x, y) = Dropped().double(), vectors(5)
+    x = x.double()
+    kwargs = {"gamma": 0.2, "gamma_decay": 1}
+    sgd = torch.optim.SGD(model.parameters(), 0.0)
+    torch.manual_seed(3)
+    one = EPC(sgd, model, T=1 + sum(t - 1 for t in calls), **kwargs)
+    one.step(lambda: ce(model, x, y))
+    expected = gradients(model)
+    torch.manual_seed(3)
+    many = EPC(sgd, model, T=calls[0], reset="never", **kwargs)
+    for _ in calls:
+        many.step(lambda: ce(model, x, y))
+    assert relative(gradients(model), expected) < 1e-12
+    for value, other in zip(many.values.values(), one.values.values(), strict=True):
+        assert relative(value.detach(), other.detach()) < 1e-12
+
+
+def test_kept_errors_follow_moving_weights():
+    model, (x, y) = MLP((6, 7, 5, 4)).double(), vectors(8)
+    x = x.double()
+    start = twin(model)
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = EPC(sgd, model, T=3, reset="never")
+    losses = [optimizer.step(lambda: ce(model, x, y)).item() for _ in range(50)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert far(model, start)[0] > 0.01
+
+
+def test_every_energy_is_gaussian():
+    tiny = TINY["bert"]
+    model, batch = tiny.make(), tiny.draw()
+    rows = describe(model, lambda: model(**batch).loss, algorithm="epc").rows
+    assert {row.energy for row in rows if "softmax" in row.name} == {"gaussian_logits"}
+    optimizer = EPC(torch.optim.AdamW(model.parameters(), 1e-2), model)  # its batch has a mask
+    losses = [optimizer.step(lambda: model(**batch).loss).item() for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert set(optimizer.report.learned.values()) <= {0, 1}
