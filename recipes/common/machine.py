@@ -1,0 +1,26 @@
+"""What figures were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import lightning
+import torch
+
+import lightning_pc
+
+
+def machine(torch_threads: int | None = None) -> dict[str, Any]:
+    """Kind of machine, torch threads (default: this process's) and versions."""
+    return {
+        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "torch_threads": torch_threads or torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "lightning_pc": lightning_pc.__version__,
+        },
+    }

@@ -1,0 +1,1 @@
+"""Does training succeed without tuning? Learning rates, depths and architectures."""

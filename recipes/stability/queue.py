@@ -1,0 +1,189 @@
+"""A queue of jobs that can be stopped and resumed at any time, and its command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor as Thread
+from dataclasses import dataclass
+from math import inf
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from recipes.common.machine import machine
+
+HERE = Path(__file__).parent
+
+Job = dict[str, Any]  # every setting of a run, "size" and "seed" among them
+Figures = dict[str, Any]  # what came out of it
+Row = dict[str, Any]  # a job and its figures in one
+
+
+@dataclass(frozen=True)
+class Study:
+    """One command.
+
+    Attributes:
+        name: Stem of the results file and of the picture.
+        data: What is learned, in words.
+        jobs: All jobs; those of the smallest ``"size"`` run first.
+        run: Figures of a job, from the job and the folder of the data; a function of a module,
+            since other processes may call it.
+        tables: Tables of the rows of one size.
+        picture: Picture of the rows of one size.
+    """
+
+    name: str
+    data: str
+    jobs: Callable[[], list[Job]]
+    run: Callable[[Job, str | None], Figures]
+    tables: Callable[[list[Row]], list[Table]]
+    picture: Callable[[list[Row]], Figure]
+
+
+class Results:
+    """The results file: figures by job, and the sittings that they come from.
+
+    Args:
+        path: JSON file, read where it exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        written = json.loads(path.read_text()) if path.exists() else {"sittings": [], "jobs": []}
+        self.sittings: list[dict[str, Any]] = written["sittings"]
+        self._done: dict[str, dict[str, Any]] = {key(e["settings"]): e for e in written["jobs"]}
+
+    def __contains__(self, job: Job) -> bool:
+        return key(job) in self._done
+
+    def rows(self, jobs: Sequence[Job]) -> list[Row]:
+        """Those of ``jobs`` that are done, with their figures."""
+        return [job | self._done[key(job)]["figures"] for job in jobs if job in self]
+
+    def add(self, job: Job, figures: Figures, header: dict[str, Any]) -> None:
+        """Adds a job of the last sitting and writes the file, all of it or nothing."""
+        sitting = len(self.sittings) - 1
+        self._done[key(job)] = {"settings": job, "figures": figures, "sitting": sitting}
+        jobs = [json.dumps(entry) for entry in self._done.values()]
+        text = json.dumps(header | {"sittings": self.sittings, "jobs": []}, indent=2)
+        text = text.removesuffix("[]\n}") + "[\n    " + ",\n    ".join(jobs) + "\n  ]\n}\n"
+        new = self.path.with_suffix(".json.new")
+        new.write_text(text)
+        os.replace(new, self.path)
+
+
+def key(job: Job) -> str:
+    """What tells a job from every other: all of its settings."""
+    return json.dumps(job, sort_keys=True)
+
+
+def ordered(jobs: Sequence[Job], sizes: Sequence[int] | None = None) -> list[Job]:
+    """All jobs of the smallest size first; of ``sizes`` alone, if given."""
+    return sorted((j for j in jobs if sizes is None or j["size"] in sizes), key=lambda j: j["size"])
+
+
+def work(
+    run: Callable[[Job, str | None], Figures],
+    jobs: Sequence[Job],
+    data_dir: str | None = None,
+    processes: int = 1,
+    deadline: float = inf,
+) -> Iterator[tuple[Job, Future[Figures]]]:
+    """Runs jobs in order, and starts none after the deadline.
+
+    Args:
+        run: Figures of a job, as in `Study`.
+        jobs: What to run.
+        data_dir: Folder of the data.
+        processes: How many at a time; one runs in this process.
+        deadline: In seconds of `time.monotonic`.
+
+    Yields:
+        Each job as it ends.
+    """
+    waiting, running = iter(jobs), dict[Future[Figures], Job]()
+    with _executor(processes) as pool:
+        while True:
+            while len(running) < processes and time.monotonic() < deadline:
+                job = next(waiting, None)
+                if job is None:
+                    break
+                running[pool.submit(run, job, data_dir)] = job
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future
+
+
+def _executor(processes: int) -> Executor:
+    if processes == 1:
+        return Thread(1, initializer=torch.set_num_threads, initargs=(1,))
+    spawn = get_context("spawn")
+    return ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,))
+
+
+def main(study: Study, args: Sequence[str] | None = None) -> None:
+    """Runs a study from the command line."""
+    parser = argparse.ArgumentParser(prog=f"python -m recipes.stability.{study.name}")
+    parser.add_argument("--data_dir", help="folder of the data; without it they are downloaded")
+    parser.add_argument(
+        "--minutes", type=float, default=inf, help="start no job after; 0 only shows"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="jobs at a time, a thread each")
+    parser.add_argument("--size", type=int, nargs="+", help="only jobs of these sizes")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / f"{study.name}.json", help="the picture goes beside it"
+    )
+    given = list(sys.argv[1:] if args is None else args)
+    options = parser.parse_args(given)
+    command = shlex.join(["python", "-m", f"recipes.stability.{study.name}", *given])
+
+    console, results = Console(), Results(options.out)
+    jobs = ordered(study.jobs(), options.size)
+    todo = [job for job in jobs if job not in results]
+    header = {"data": study.data, "seeds": sorted({job["seed"] for job in jobs})}
+    sitting = {"command": command, "processes": options.processes, **machine(torch_threads=1)}
+    results.sittings.append(sitting)
+    failures: Counter[str] = Counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        bar = progress.add_task("", total=len(jobs), completed=len(jobs) - len(todo))
+        deadline = time.monotonic() + 60 * options.minutes
+        for job, future in work(study.run, todo, options.data_dir, options.processes, deadline):
+            error = future.exception()
+            if isinstance(error, Exception):
+                failures[f"{type(error).__name__}: {error}"] += 1
+                continue
+            results.add(job, future.result(), header)
+            progress.update(bar, advance=1, description=f"size {job['size']}")
+    show(study, jobs, results, console)
+    for message, count in failures.items():
+        console.print(f"{count} jobs are left to the next sitting, for {message}", markup=False)
+    if failures:
+        raise SystemExit(1)
+
+
+def show(study: Study, jobs: Sequence[Job], results: Results, console: Console) -> None:
+    """Prints the tables of every size, and draws the largest size that is complete."""
+    for number, size in enumerate(sorted({job["size"] for job in jobs})):
+        of_size = [job for job in jobs if job["size"] == size]
+        rows = results.rows(of_size)
+        if rows:
+            console.print(*study.tables(rows))
+            if number == 0 or len(rows) == len(of_size):
+                study.picture(rows).savefig(results.path.with_suffix(".png"), dpi=120)

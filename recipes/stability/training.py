@@ -1,0 +1,121 @@
+"""One job's training: backprop or predictive coding, until it is done or has diverged."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_pc import optim
+from lightning_pc.errors import DivergenceError
+from lightning_pc.optim import PredictiveCodingOptimizer
+from recipes.stability.data import Images
+from recipes.stability.queue import Figures, Job
+
+#: The algorithms of the package that a study can have rows for, by name.
+ALGORITHMS: dict[str, Any] = {
+    name: getattr(optim, name.upper())
+    for name in ("pc", "ipc", "epc")
+    if hasattr(optim, name.upper())
+}
+CLASSES = 10
+
+
+class Learner:
+    """AdamW, alone for ``"bp"`` or inside of predictive coding.
+
+    Args:
+        net: What learns.
+        job: Its ``algorithm``, ``gamma``, ``lr`` and ``weight_decay`` are used.
+        options: Further arguments of the predictive coding optimizer.
+    """
+
+    def __init__(self, net: nn.Module, job: Job, **options: Any) -> None:
+        adamw = torch.optim.AdamW(
+            net.parameters(), job["lr"], weight_decay=job["weight_decay"], fused=True
+        )
+        self.optimizer: torch.optim.Optimizer = adamw
+        if job["algorithm"] != "bp":
+            algorithm = ALGORITHMS[job["algorithm"]]
+            self.optimizer = algorithm(adamw, net, gamma=job["gamma"], **options)
+
+    def step(self, loss: Callable[[], Tensor]) -> float:
+        """Learns one batch.
+
+        Raises:
+            DivergenceError: The loss or an energy is not finite.
+        """
+        if isinstance(self.optimizer, PredictiveCodingOptimizer):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # rates that are known to be unsuited
+                first = self.optimizer.step(loss)
+            assert first is not None
+        else:
+            self.optimizer.zero_grad()
+            first = loss()
+            torch.autograd.backward(first)
+            self.optimizer.step()
+        value = float(first.detach())
+        if not isfinite(value):
+            raise DivergenceError(f"The loss is {value}.")
+        return value
+
+    @property
+    def gamma(self) -> float | None:
+        """Inference rate at the end of the last batch; None for backprop."""
+        report = getattr(self.optimizer, "report", None)
+        return None if report is None else float(f"{report.gamma:.4g}")
+
+
+def classify(net: nn.Module, images: Images, job: Job) -> Figures:
+    """Trains a classifier and tests it after each epoch.
+
+    Args:
+        net: Images [B, *] to logits [B, C].
+        images: What it learns and is tested on.
+        job: Beside what `Learner` needs, its ``seed``, ``epochs`` and ``batch`` size are used.
+
+    Returns:
+        ``accuracy`` at the end and ``best_accuracy`` of all epochs, in percent, ``loss``, the mean
+        of the last epoch, or None where it ``diverged``, ``seconds``, ``cpu_seconds``
+        (the measure on a busy machine) and ``gamma_at_end``.
+    """
+    inputs, labels = images.train
+    learner, order = Learner(net, job), torch.Generator().manual_seed(job["seed"])
+    accuracies: list[float] = []
+    losses: list[float] = []
+    start, diverged = (time.perf_counter(), time.process_time()), False
+    try:
+        for _ in range(job["epochs"]):
+            losses.clear()
+            for batch in torch.split(torch.randperm(len(inputs), generator=order), job["batch"]):
+                x, y = inputs[batch], labels[batch]
+                losses.append(learner.step(lambda x=x, y=y: F.cross_entropy(net(x), y)))  # type: ignore[misc]
+            accuracies.append(accuracy(net, *images.test))
+    except DivergenceError:
+        diverged = True
+        accuracies.append(accuracy(net, *images.test))
+    return {
+        "accuracy": accuracies[-1],
+        "best_accuracy": max(accuracies),
+        "loss": None if diverged else round(sum(losses) / len(losses), 5),
+        "seconds": round(time.perf_counter() - start[0], 2),
+        "cpu_seconds": round(time.process_time() - start[1], 2),
+        "gamma_at_end": learner.gamma,
+        "diverged": diverged,
+    }
+
+
+def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    """In percent; chance where a logit is not finite."""
+    with torch.no_grad():
+        logits = net(inputs)
+    if not logits.isfinite().all():
+        return 100 / CLASSES
+    return round(100 * float((logits.argmax(1) == labels).float().mean()), 2)

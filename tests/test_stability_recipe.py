@@ -1,0 +1,301 @@
+"""The stability studies: their queue resumes, divergence is a result, criteria are as stated."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import nn
+
+from recipes.stability import architectures, depth, learning_rates, queue, training
+from recipes.stability.data import Images, cifar10
+from recipes.stability.queue import Results, Study, main, ordered, work
+
+STUDIES = [learning_rates.STUDY, depth.STUDY, architectures.STUDY]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def study(jobs, run):
+    return Study("numbers", "none", lambda: jobs, run, lambda rows: [Table()], lambda _: Figure())
+
+
+def double(job, data_dir=None):
+    return {"twice": 2 * job["x"]}
+
+
+def numbers(count, **more):
+    return [{"size": 0, "seed": 0, "x": x} | more for x in range(count)]
+
+
+def images(train=24, test=16):
+    torch.manual_seed(0)
+    return Images(*((torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))) for n in (train, test)))
+
+
+def test_smallest_size_of_all_first():
+    jobs = [{"size": size, "x": x} for x in "ab" for size in (2, 0, 1)]
+    assert [(j["size"], j["x"]) for j in ordered(jobs)] == [
+        *((0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b"))
+    ]
+    assert {j["size"] for j in ordered(jobs, [1])} == {1}
+
+
+def test_done_jobs_are_not_run_again(tmp_path):
+    ran, out = [], tmp_path / "numbers.json"
+
+    def run(job, data_dir):
+        ran.append(job["x"])
+        return double(job)
+
+    main(study(numbers(2), run), ["--out", str(out)])
+    main(study(numbers(4), run), ["--out", str(out)])
+    assert ran == [0, 1, 2, 3]
+    written = json.loads(out.read_text())
+    assert [entry["figures"]["twice"] for entry in written["jobs"]] == [0, 2, 4, 6]
+    assert [entry["sitting"] for entry in written["jobs"]] == [0, 0, 1, 1]
+    assert written["data"] == "none"
+    assert written["seeds"] == [0]
+    for sitting in written["sittings"]:
+        assert sitting["command"].startswith("python -m recipes.stability.numbers")
+        assert sitting["torch_threads"] == 1
+        assert {"machine", "versions"} <= set(sitting)
+    assert out.with_suffix(".png").exists()
+
+
+def test_other_settings_are_other_jobs(tmp_path):
+    out = tmp_path / "numbers.json"
+    main(study(numbers(2, epochs=1), double), ["--out", str(out)])
+    main(study(numbers(2, epochs=2), double), ["--out", str(out)])
+    results = Results(out)
+    assert len(json.loads(out.read_text())["jobs"]) == 4
+    assert [row["epochs"] for row in results.rows(numbers(2, epochs=2))] == [2, 2]
+    assert results.rows(numbers(2, epochs=3)) == []
+
+
+def test_killed_in_the_middle(tmp_path):
+    out = tmp_path / "numbers.json"
+
+    def killed(job, data_dir):
+        if job["x"] == 2:
+            raise KeyboardInterrupt
+        return double(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        main(study(numbers(4), killed), ["--out", str(out)])
+    assert [entry["settings"]["x"] for entry in json.loads(out.read_text())["jobs"]] == [0, 1]
+    main(study(numbers(4), double), ["--out", str(out)])
+    assert len(Results(out).rows(numbers(4))) == 4
+
+
+def test_killed_while_writing(tmp_path, monkeypatch):
+    results = Results(tmp_path / "numbers.json")
+    results.sittings.append({})
+    first, second = numbers(2)
+    results.add(first, {"twice": 0}, {})
+
+    def killed(*paths):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        results.add(second, {"twice": 2}, {})
+    assert first in Results(results.path)
+    assert second not in Results(results.path)
+
+
+def test_failed_jobs_are_left_to_the_next_sitting(tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+
+    def fails(job, data_dir):
+        if job["x"] == 0:
+            raise ValueError("no such gamma")
+        return double(job)
+
+    with pytest.raises(SystemExit, match="1"):
+        main(study(numbers(3), fails), ["--out", str(out)])
+    assert "ValueError: no such gamma" in capsys.readouterr().out
+    assert len(Results(out).rows(numbers(3))) == 2
+
+
+def test_no_job_starts_after_the_deadline(tmp_path):
+    out = tmp_path / "numbers.json"
+    main(study(numbers(3), double), ["--out", str(out), "--minutes", "0"])
+    assert not out.exists()
+
+
+def test_several_processes():
+    get = dict.get  # a function that other processes can import at once
+    found = {job["x"]: future.result() for job, future in work(get, numbers(5), "x", 2)}
+    assert found == {x: x for x in range(5)}
+
+
+@pytest.mark.parametrize("algorithm", ["bp", "pc", "ipc"])
+def test_divergence_is_a_result(algorithm):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 10))
+    data = images()
+    data.train[0][20:] = math.inf
+    job = {"algorithm": algorithm, "gamma": None if algorithm == "bp" else 0.1, "seed": 0}
+    job |= {"lr": 1e-3, "weight_decay": 0.0, "epochs": 2, "batch": 8}
+    figures = training.classify(net, data, job)
+    assert figures["diverged"]
+    assert figures["loss"] is None
+    assert 0 <= figures["accuracy"] <= figures["best_accuracy"] <= 100
+    json.dumps(figures, allow_nan=False)
+
+
+def test_accuracy_of_a_broken_network_is_chance():
+    net = nn.Linear(2, 10)
+    nn.init.constant_(net.weight, math.nan)
+    assert training.accuracy(net, torch.ones(4, 2), torch.zeros(4, dtype=torch.long)) == 10
+
+
+def searched(algorithm, gamma, accuracies):
+    pairs = [(rate, decay) for rate in learning_rates.RATES for decay in learning_rates.DECAYS]
+    return [
+        {"size": 0, "algorithm": algorithm, "gamma": gamma, "lr": rate, "weight_decay": decay}
+        | {"best_accuracy": best, "diverged": best == 10.0}
+        for (rate, decay), best in zip(pairs, accuracies, strict=False)
+    ]
+
+
+def cells(table):
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+def test_the_papers_criterion():
+    rows = [
+        *searched("bp", None, [40.0, 30.1, 30.0, 10.0]),
+        *searched("pc", 0.1, [50.0, 40.0, 40.1, 10.0]),
+        *searched("pc", 0.5, [10.0]),
+        *searched("pc", "auto", [45.0, 30.0, 45.0, 45.0]),
+    ]
+    assert [row["best_accuracy"] for row in learning_rates.converged(rows)] == [
+        *(40.0, 30.1, 50.0, 40.1, 45.0, 45.0, 45.0)
+    ]
+    (table,) = learning_rates.tables(rows)
+    assert cells(table) == [
+        ["bp", "-", "2/4", "2/2", "1", "40.0 %"],
+        ["pc", "0.1", "2/4", "1/2", "1", "50.0 %"],
+        ["pc", "0.5", "0/1", "0/2", "1", "10.0 %"],
+        ["pc", "all fixed", "2/5", "", "2", "50.0 %"],
+        ["pc", "auto", "3/4", "1/2", "0", "45.0 %"],
+    ]
+    assert isinstance(learning_rates.picture(rows), Figure)
+
+
+def test_depth_table():
+    rows = [
+        {"size": 0, "network": "mlp", "depth": d, "algorithm": name, "gamma": gamma}
+        | {"lr": rate, "accuracy": accuracy, "seed": seed}
+        for name, gamma, rate, d, seed, accuracy in [
+            ("bp", None, 1e-3, 2, 0, 80.0),
+            ("bp", None, 3e-4, 2, 0, 90.0),
+            ("pc", 1.0, 1e-3, 2, 0, 60.0),
+            ("pc", 1.0, 1e-3, 2, 1, 80.0),
+            ("pc", 0.1, 1e-3, 2, 0, 50.0),
+            ("pc", "auto", 1e-3, 2, 0, 69.5),
+            ("pc", "auto", 1e-3, 64, 0, 20.0),
+        ]
+    ]
+    found = depth.curves(rows, "mlp")
+    assert found["bp", None] == {2: 90.0}
+    assert found["pc", 1.0] == {2: 70.0}
+    assert depth.shortfall(found, "pc") == {2: 0.5}
+    plain, residual = depth.tables(rows)
+    assert ["pc", "behind", "[green]+0.5[/]", "", "", "", "", ""] in cells(plain)
+    assert all(row[2:] == [""] * 6 for row in cells(residual))
+    assert isinstance(depth.picture(rows), Figure)
+
+
+def test_architectures_table():
+    rows = [
+        {"size": 0, "network": network, "algorithm": "ipc", "gamma": gamma, "loss": loss}
+        | {"steps": 50}
+        for network, gamma, loss in [
+            ("BERT", 1.0, None),
+            ("BERT", 0.1, 2.0),
+            ("BERT", "auto", 2.2),
+            ("T5", 0.1, 1.0),
+            ("T5", "auto", 1.2),
+            ("UNet", 0.1, 1.0),
+            ("UNet", "auto", None),
+        ]
+    ]
+    found = architectures.losses(rows, "BERT", "ipc")
+    assert found == {1.0: math.inf, 0.1: 2.0, "auto": 2.2}
+    assert architectures.ratio(found) == pytest.approx(1.1)
+    assert architectures.ratio({0.1: 0.0, "auto": 0.0}) == 1
+    assert architectures.ratio({0.1: 1.0}) is None
+    table, _ = architectures.tables(rows)
+    assert table.caption.endswith("1 of 3")
+    assert isinstance(architectures.picture(rows), Figure)
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_smallest_jobs(study, tmp_path, monkeypatch):
+    digits = Images(*((x[:, 0, :28, :28], y) for x, y in images()))
+    monkeypatch.setattr(learning_rates, "cifar10", lambda *_: images())
+    monkeypatch.setattr(depth, "mnist", lambda *_: digits)
+    chosen = {}
+    for job in ordered(study.jobs()):
+        tiny = {name: 2 for name in ("epochs", "steps") if name in job}
+        if job["gamma"] != "auto" and job["algorithm"] in ("bp", "pc", "ipc"):
+            chosen.setdefault(job["algorithm"], job | tiny)
+    jobs = list(chosen.values())
+    assert {"pc", "ipc"} <= set(chosen)
+    out = tmp_path / f"{study.name}.json"
+    main(replace(study, jobs=lambda: jobs), ["--out", str(out)])
+    rows = Results(out).rows(jobs)
+    assert len(rows) == len(jobs)
+    assert all(not row["diverged"] and math.isfinite(row["loss"]) for row in rows)
+    assert all((row["gamma_at_end"] is None) == (row["algorithm"] == "bp") for row in rows)
+    assert out.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_every_job_is_its_own(study):
+    jobs = study.jobs()
+    assert len({queue.key(job) for job in jobs}) == len(jobs)
+    assert {"auto", 0.1} <= {job["gamma"] for job in jobs}
+    assert all(json.loads(queue.key(job)) == job for job in jobs)
+
+
+def test_numbers_of_jobs():
+    smallest = [job for job in learning_rates.jobs() if job["size"] == 0]
+    assert len(smallest) == 32 + 2 * 128
+    assert len(architectures.NETWORKS) == 12
+    assert {job["depth"] for job in depth.jobs()} == {2, 4, 8, 16, 32, 64}
+
+
+def test_data_dir_without_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train-\*\.parquet"):
+        cifar10(str(tmp_path), 1, 1)
+
+
+@pytest.mark.parametrize("network", architectures.NETWORKS)
+def test_architectures_are_reproducible(network):
+    values = [architectures.problem(network, 0)[1]().item() for _ in range(2)]
+    assert values[0] == values[1]
+    assert architectures.problem(network, 1)[1]().item() != values[0]
+
+
+def test_deep_networks_carry_signals():
+    x = torch.randn(8, 28, 28)
+    for make in (depth.mlp, depth.Residual):
+        net = make(64, 32)
+        net(x).square().mean().backward()
+        first = next(p for p in net.parameters() if p.ndim == 2)
+        last = [p for p in net.parameters() if p.ndim == 2][-1]
+        assert 1e-3 < float(first.grad.norm() / last.grad.norm()) < 1e3
