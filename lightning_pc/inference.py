@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lightning_pc.nodes import Node
 
+#: ``T="auto"`` ends inference when a step moves F by less than this share of all its movement.
+CONVERGED = 0.01
+
 
 class Inference:
     """The values' gradient descent over one batch.
@@ -28,7 +31,21 @@ class Inference:
     def begin(self) -> None:
         """Values descend from their start, be it once more."""
         self.gamma: float | Tensor = self.start_gamma
+        self._first: Tensor | None = None
         self._last: Tensor | None = None
+        self._moved: Tensor | None = None
+
+    @property
+    def converged(self) -> Tensor | None:
+        """Whether F moved by less than 1 % of what it has moved so far, []; None at first."""
+        if self._moved is None or self._last is None or self._first is None:
+            return None
+        return self._moved.abs() <= CONVERGED * (self._last - self._first).abs()
+
+    @property
+    def rose(self) -> Tensor | None:
+        """Whether F has risen since the values began to move, []; None at first."""
+        return None if self._last is None or self._first is None else self._last > self._first
 
     @torch.no_grad()
     def observe(self, energy: Tensor) -> None:
@@ -39,6 +56,10 @@ class Inference:
             else:
                 kept = torch.as_tensor(self.gamma, dtype=energy.dtype, device=energy.device)
                 self.gamma = torch.where(energy < self._last, kept, kept * self.gamma_decay)
+        if self._last is None:
+            self._first = energy
+        else:
+            self._moved = energy - self._last
         self._last = energy
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,6 +19,9 @@ from lightning_pc.report import StepReport
 from lightning_pc.settings import Settings
 from lightning_pc.step import Learner
 
+#: Where an optimizer's state dict holds the learner's.
+STATE = "lightning_pc"
+
 
 class PredictiveCodingOptimizer(Optimizer):
     """Base of `PC`, `IPC`, `ZIL` and `EPC`: a real optimizer that owns nothing but the schedule.
@@ -30,8 +33,10 @@ class PredictiveCodingOptimizer(Optimizer):
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
         T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil: depth + 1,
-            epc: 8).
-        gamma: Inference rate, > 0; None for 0.1 (zil: 1).
+            epc: 8); ``"auto"`` ends inference when F moves by less than 1 % of what it has moved
+            so far, after depth + 1 to max(32, 4 (depth + 1)) steps.
+        gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
+            which is looked at every 200 evaluations (`lightning_pc.curvature`); zil: 1.
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
@@ -62,8 +67,8 @@ class PredictiveCodingOptimizer(Optimizer):
         optimizer: Optimizer,
         model: nn.Module,
         *,
-        T: int | None = None,
-        gamma: float | None = None,
+        T: int | Literal["auto"] | None = None,
+        gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
         value_nodes: ValueNodes = "auto",
         reset: Literal["batch", "never"] = "batch",
@@ -104,10 +109,17 @@ class PredictiveCodingOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         learner = self._learner
-        return {"optimizer": self.optimizer, "model": learner.model, "settings": learner.settings}
+        return {
+            "optimizer": self.optimizer,
+            "model": learner.model,
+            "settings": learner.settings,
+            STATE: learner.state_dict(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._wrap(**state)
+        rest, ours = without_state(state)
+        self._wrap(**rest)
+        self._learner.load_state_dict(ours)
 
     @property
     def report(self) -> StepReport | None:
@@ -169,12 +181,17 @@ class PredictiveCodingOptimizer(Optimizer):
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, which loads into that optimizer alone as well."""
-        return self.optimizer.state_dict()
+        """The wrapped optimizer's, which loads into that optimizer alone as well.
+
+        With ``gamma="auto"`` the rate stands beside it, under ``"lightning_pc"``.
+        """
+        return with_state(self.optimizer.state_dict(), self._learner)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As the wrapped optimizer's."""
-        self.optimizer.load_state_dict(state_dict)
+        """As the wrapped optimizer's; one of a plain optimizer leaves the automatic gamma alone."""
+        rest, ours = without_state(state_dict)
+        self.optimizer.load_state_dict(rest)
+        self._learner.load_state_dict(ours)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the wrapped optimizer's."""
@@ -257,6 +274,17 @@ def _fabric_agrees() -> Iterator[None]:
     finally:
         for wrappers, flag in zip(loaded, before, strict=True):
             wrappers._in_fabric_backward = flag
+
+
+def with_state(state_dict: dict[str, Any], learner: Learner) -> dict[str, Any]:
+    """An optimizer's state with the learner's beside it, which torch's optimizers pass over."""
+    ours = learner.state_dict()
+    return {**state_dict, STATE: ours} if ours else state_dict
+
+
+def without_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An optimizer's state alone, and the learner's ({} where it has none)."""
+    return {k: v for k, v in state_dict.items() if k != STATE}, state_dict.get(STATE, {})
 
 
 def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:

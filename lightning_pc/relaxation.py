@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pc.checks import divergence
+from lightning_pc.curvature import AutoGamma, largest_curvature
 from lightning_pc.graph import Graph
 from lightning_pc.inference import Inference
 from lightning_pc.losses import ask_for_gradients
@@ -32,7 +33,8 @@ class Relaxation:
         schedule: Who moves when.
         inference: How values move.
         gate: Opened while we differentiate.
-        T: Inference steps.
+        least: Evaluations before which inference does not end, be it converged.
+        most: Evaluations at which it ends in any case.
         start: Inference steps that the values have behind them (``reset="never"``).
         seed: Factor of the loss in parameter gradients (1 / accumulated batches), of one phase.
         betas: The nudging of each phase, not 0; its sign is that of the loss in F.
@@ -42,8 +44,10 @@ class Relaxation:
             parameters'.
         count_terms: Gives M, after the first backward.
         update: One optimizer step on the gradients so far, but for the last of the batch.
+        auto: Chooses gamma, None where it is given.
 
     Attributes:
+        T: Evaluations of this phase, as far as is known: ``most`` until inference has converged.
         terms: M, the number of terms that the loss is a mean of.
         beta: Of the phase that runs.
         pull: The loss's own weight at this step.
@@ -57,7 +61,8 @@ class Relaxation:
     schedule: Schedule
     inference: Inference
     gate: Gate
-    T: int
+    least: int
+    most: int
     start: int
     seed: float
     betas: tuple[float, ...]
@@ -65,6 +70,8 @@ class Relaxation:
     evaluate: Callable[[int, float], Tensor]
     count_terms: Callable[[], float]
     update: Callable[[], None]
+    auto: AutoGamma | None
+    T: int = 0
     terms: float = math.nan
     beta: float = math.nan
     pull: float = 1.0
@@ -85,16 +92,18 @@ class Relaxation:
         Raises:
             DivergenceError: Loss or an energy is not finite; no weight has moved on it.
         """
+        self.T = self.most
         self.weigh(0)
         ask_for_gradients(self.graph.losses, self.seed * self.pull)
         if self.schedule.incremental:  # an unreached one takes no step, not one of gradient zero
             _clear_gradients(list(self.graph.arrivals))
         self.beta = self.betas[0]
-        self._descend(range(self.T))
+        self._descend(0)
         for beta in self.betas[1:]:
             self.beta = beta
             self._begin_again()
-            self._descend(range(1, self.T))
+            self.T = self.most
+            self._descend(1)
 
     def weigh(self, step: int) -> None:
         """Sets the weights of this step's energies."""
@@ -107,9 +116,9 @@ class Relaxation:
         for node in self.graph.nodes:
             node.weight = weights[node.depth]
 
-    def _descend(self, steps: range) -> None:
+    def _descend(self, step: int) -> None:
         parameters = list(self.graph.arrivals)
-        for step in steps:
+        while step < self.T:
             t = self.start + step
             self.weigh(step)
             loss = self.evaluate(t, self.scale)
@@ -124,8 +133,12 @@ class Relaxation:
                     self._begun = [
                         (n, n.coordinates.detach().clone(), n.below) for n in self.graph.nodes
                     ]
+                if moves:
+                    self._choose_gamma()
             if moves:
                 self._move(total, self.losses[-1])
+                if self.least <= step + 2 < self.T and self._has_converged(step):
+                    self.T = step + 2
             if self.schedule.updates(step, self.T):
                 self.learned_at.append(t)
                 if step < self.T - 1:
@@ -134,6 +147,42 @@ class Relaxation:
                     _clear_gradients(parameters)
             for node in self.graph.nodes:
                 node.forget()
+            step += 1
+
+    def _choose_gamma(self) -> None:
+        """Before the first move, the gradients in the nodes: looks at the curvature where due."""
+        if self.auto is None:
+            return
+        if self.auto.due():
+            curvature, _ = self.look(seed=self.auto.looks)
+            self.auto.take_in(curvature)
+        self.inference.start_gamma = self.auto.gamma
+        self.inference.begin()
+
+    def look(self, seed: int = 0) -> tuple[float, Node]:
+        """The largest curvature of F at this moment and the node it is largest at."""
+        nodes = self.graph.nodes
+        t = self.start + max(node.arrival for node in nodes)  # all nodes' energies count
+        weights = [node.weight for node in nodes]
+        if self.precisions.varies:  # the curvature is that of whatever step has it largest
+            for node in nodes:
+                node.weight = 1.0
+
+        def evaluate() -> None:
+            self._backward(self.evaluate(t, self.scale), t, moves=True, learns=False)
+
+        try:
+            return largest_curvature(nodes, evaluate, 1.0 / self.scale, seed)
+        finally:
+            for node, weight in zip(nodes, weights, strict=True):
+                node.weight = weight
+
+    def _has_converged(self, step: int) -> bool:
+        """Whether inference may end; a device is asked at every fourth step."""
+        converged = self.inference.converged
+        if converged is None or (converged.device.type != "cpu" and step % 4 != 3):
+            return False
+        return bool(converged)
 
     def _begin_again(self) -> None:
         """The next phase's t = 0: the first's values and gradients, down its own F."""

@@ -24,6 +24,8 @@ class StepReport:
         loss: The user's loss at each evaluation, [t].
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
+        curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
+            goes; None where gamma is given. gamma * curvature must stay below 2.
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
     """
@@ -35,6 +37,7 @@ class StepReport:
     loss: Tensor
     loss_terms: float
     gamma: float
+    curvature: float | None
     energies: Tensor
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())

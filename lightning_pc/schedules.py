@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from typing_extensions import override
 
@@ -20,6 +21,8 @@ class Schedule(ABC):
     paper: str
     #: The only gamma it allows, None for any.
     fixed_gamma: float | None = None
+    #: What gamma="auto" makes of gamma * curvature, and the band in which it leaves it alone.
+    aim, band = 0.8, (0.5, 1.2)
     #: Weights move while values do.
     incremental = False
     #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
@@ -29,9 +32,16 @@ class Schedule(ABC):
     #: Every node energy is Gaussian, that of a softmax's logits too.
     gaussian = False
 
-    def steps(self, depth: int, T: int | None) -> int:
-        """Evaluations per batch; the default is ``max(8, depth + 1)``."""
-        return max(8, depth + 1) if T is None else T
+    def steps(self, depth: int, T: int | Literal["auto"] | None) -> tuple[int, int]:
+        """Least and most evaluations per batch; the default is ``max(8, depth + 1)``.
+
+        "auto" takes depth + 1 at least, to reach every node, and at most four times as many (32 in
+        shallow modules).
+        """
+        if T == "auto":
+            return depth + 1, max(32, 4 * (depth + 1))
+        steps = max(8, depth + 1) if T is None else T
+        return steps, steps
 
     def moves(self, t: int, T: int) -> bool:
         """Whether values move at t."""
@@ -50,6 +60,9 @@ class IPC(Schedule):
     """Values and parameters move at every t."""
 
     name, paper = "ipc", "Salvatori et al. 2024, Algorithm 1"
+    # Weights that learn at every step keep the curvature near 2 / gamma by themselves, and learn
+    # less well where gamma gives way (recipes/stability).
+    aim, band = 1.4, (0.7, 2.5)
     incremental = True
 
     @override
@@ -80,10 +93,10 @@ class ZIL(Schedule):
     gaussian = True
 
     @override
-    def steps(self, depth: int, T: int | None) -> int:
+    def steps(self, depth: int, T: int | Literal["auto"] | None) -> tuple[int, int]:
         if T is not None:
-            raise ConfigError(f"T={T}: zil always takes depth + 1 evaluations, leave T at None.")
-        return depth + 1
+            raise ConfigError(f"T={T!r}: zil always takes depth + 1 evaluations, leave T at None.")
+        return depth + 1, depth + 1
 
     @override
     def moves(self, t: int, T: int) -> bool:
@@ -106,8 +119,8 @@ class EPC(PC):
     gaussian = True
 
     @override
-    def steps(self, depth: int, T: int | None) -> int:
-        return 8 if T is None else T
+    def steps(self, depth: int, T: int | Literal["auto"] | None) -> tuple[int, int]:
+        return super().steps(1, T)
 
 
 SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL, EPC)}

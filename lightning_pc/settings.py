@@ -27,8 +27,8 @@ class Settings:
     """
 
     algorithm: str = "ipc"
-    T: int | None = None
-    gamma: float | None = None
+    T: int | Literal["auto"] | None = None
+    gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
@@ -40,15 +40,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         fixed = schedule(self.algorithm).fixed_gamma
-        if self.T is not None and not (_is_whole(self.T) and self.T >= 1):
-            raise ConfigError(f"T={self.T!r}: expected a whole number of inference steps, >= 1.")
-        schedule(self.algorithm).steps(1, self.T)
-        if self.gamma is not None and not (_is_number(self.gamma) and self.gamma > 0):
-            raise ConfigError(f"gamma={self.gamma!r}: expected a positive inference rate.")
-        if fixed is not None and self.gamma not in (None, fixed):
+        T, gamma = self.T, self.gamma
+        if T not in (None, "auto") and not (_is_whole(T) and T >= 1):  # type: ignore[operator]
             raise ConfigError(
-                f"gamma={self.gamma}: {self.algorithm} is exact at gamma = {fixed:g} alone, "
-                "leave gamma at None."
+                f"T={T!r}: expected a whole number of inference steps, >= 1, 'auto' or None."
+            )
+        schedule(self.algorithm).steps(1, T)
+        if gamma != "auto" and not (_is_number(gamma) and gamma > 0):
+            raise ConfigError(f"gamma={gamma!r}: expected a positive inference rate or 'auto'.")
+        if fixed is not None and gamma not in ("auto", fixed):
+            raise ConfigError(
+                f"gamma={gamma}: {self.algorithm} is exact at gamma = {fixed:g} alone, "
+                "leave gamma at 'auto'."
             )
         if not (_is_number(self.gamma_decay) and 0 < self.gamma_decay <= 1):
             raise ConfigError(
@@ -81,6 +84,11 @@ class Settings:
                 "zil is exact for plain predictive coding alone: leave precisions, nudging and "
                 "beta at their defaults."
             )
+        if self.T == "auto" and weights.varies:
+            raise ConfigError(
+                "T='auto' stops where the energy does, but varying precisions move it by "
+                "themselves: give a number of steps."
+            )
         if self.algorithm == "epc" and isinstance(weights, (Spiking, Decaying)):
             raise ConfigError(
                 f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
@@ -106,10 +114,10 @@ class Settings:
         return tuple(sign * self.beta for sign in NUDGINGS[self.nudging])
 
     @property
-    def start_gamma(self) -> float:
-        """Gamma at the start of each batch; 0.1 unless given or fixed by the algorithm."""
+    def fixed_gamma(self) -> float | None:
+        """Gamma at the start of each batch, None where it is chosen automatically."""
         fixed = schedule(self.algorithm).fixed_gamma
-        return fixed or (0.1 if self.gamma is None else self.gamma)
+        return fixed if self.gamma == "auto" else self.gamma
 
 
 def _is_whole(value: object) -> bool:

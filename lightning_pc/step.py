@@ -20,6 +20,7 @@ from lightning_pc.checks import (
     silenced,
     unreached,
 )
+from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
@@ -47,7 +48,7 @@ class _Batch:
     loss: Tensor | None
     graph: Graph
     placement: Placement
-    T: int
+    steps: tuple[int, int]  # least and most
     terms: Callable[[], float]
 
 
@@ -62,6 +63,7 @@ class Learner:
     Attributes:
         report: What the last step did.
         values: Node name -> value of the last batch, [B, *].
+        auto: Chooses gamma, None where it is given.
     """
 
     def __init__(
@@ -71,6 +73,9 @@ class Learner:
         self.schedule: Schedule = schedule(settings.algorithm)
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
+        self.auto: AutoGamma | None = None
+        if settings.fixed_gamma is None:
+            self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
         self._precisions = precisions(settings.precisions)
         self._softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
         self._gate, self._verdicts = Gate(), Verdicts()
@@ -90,6 +95,15 @@ class Learner:
     def is_replay(self) -> bool:
         """Whether the forward that runs now is a re-run of a batch."""
         return self._batch is not None and self._batch.purity.replaying
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside model and optimizer: plain numbers, often none."""
+        return {} if self.auto is None else self.auto.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of `state_dict`; with a gamma that is given nothing is taken."""
+        if self.auto is not None and state:
+            self.auto.load_state_dict(state)
 
     def check(self) -> None:
         """Refuses models and placements that can never work, before any batch.
@@ -151,10 +165,10 @@ class Learner:
         def terms() -> float:
             return self._terms(graph, batch, batch_size)
 
-        T = self.schedule.steps(graph.depth, settings.T)
-        self._batch = _Batch(again, purity, loss, graph, placement, T, terms)
+        steps = self.schedule.steps(graph.depth, settings.T)
+        self._batch = _Batch(again, purity, loss, graph, placement, steps, terms)
         if settings.reset == "batch":
-            self._warn("unreached", unreached(graph, T, self.model))
+            self._warn("unreached", unreached(graph, steps[0], self.model))
         return output
 
     def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:
@@ -194,14 +208,15 @@ class Learner:
         self.begin(forward, loss_of)
         if self._batch is None:
             raise ClosureError("The forward returned no loss, so there is no graph to describe.")
-        graph, T = self._batch.graph, self._batch.T
+        graph, T = self._batch.graph, self._batch.steps[1]
         self._batch.purity.undo()
         self._batch = None
         return graph, T
 
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
         graph = batch.graph
-        inference = Inference(self.settings.start_gamma, self.settings.gamma_decay)
+        gamma = self.settings.fixed_gamma or START
+        inference = Inference(gamma, self.settings.gamma_decay)
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}
@@ -210,7 +225,8 @@ class Learner:
             self.schedule,
             inference,
             self._gate,
-            T=batch.T,
+            least=batch.steps[0],
+            most=batch.steps[1],
             start=self._age,
             seed=seed / len(self.settings.betas),
             betas=self.settings.betas,
@@ -218,17 +234,23 @@ class Learner:
             evaluate=lambda t, scale: self._evaluate(batch, t, scale),
             count_terms=batch.terms,
             update=update,
+            auto=self.auto,
         )
         relaxation.run()
+        steps = len(relaxation.losses)
+        if self.auto is not None:
+            self.auto.evaluations += steps
+            falls = not self._precisions.varies and self.settings.betas[0] > 0
+            self.auto.alarmed = falls and bool(inference.rose)
         if self.settings.reset == "never":
-            self._kept, self._age = graph.sites, self._age + batch.T
+            self._kept, self._age = graph.sites, self._age + steps
             self._kept_scale, self._draws = relaxation.scale, self._draws or batch.purity
             relaxation.weigh(0)  # the next first forward is evaluated before its relaxation
         self.report = self._report(relaxation)
         if not self._looked_for_silence:  # once: reading the energies waits for the device
             self._looked_for_silence = True
-            peaks, gamma = self.report.peak_energy, self.settings.start_gamma
-            self._warn("silent", silenced(graph, peaks, gamma, relaxation.start + batch.T))
+            peaks, gamma = self.report.peak_energy, inference.start_gamma
+            self._warn("silent", silenced(graph, peaks, gamma, relaxation.start + steps))
         return relaxation.losses[0]
 
     def _report(self, relaxation: Relaxation) -> StepReport:
@@ -243,6 +265,7 @@ class Learner:
             loss=torch.stack(relaxation.losses),
             loss_terms=relaxation.terms,
             gamma=float(relaxation.inference.gamma),
+            curvature=None if self.auto is None else self.auto.curvature,
             energies=torch.stack(relaxation.energies),
             _pulls=tuple(relaxation.pulls),
             _depths={

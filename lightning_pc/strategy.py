@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, PCError
-from lightning_pc.optim import once, refuse_optimizer
+from lightning_pc.optim import once, refuse_optimizer, with_state, without_state
 from lightning_pc.precisions import Precisions
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
@@ -59,8 +59,10 @@ class PCStrategy(SingleDeviceStrategy):
             first, then weights once), ``"zil"`` (backprop's update by local errors) or ``"epc"``
             (pc in error coordinates, for deep modules: Goemaere et al. 2025).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil: depth + 1;
-            epc: 8.
-        gamma: Inference rate, positive. Default: 0.1; zil: 1.
+            epc: 8. "auto" ends inference when F moves by less than 1 % of what it has moved so
+            far, after depth + 1 to max(32, 4 (depth + 1)) steps.
+        gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
+            which is looked at every 200 evaluations; zil: 1.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
         value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
@@ -94,8 +96,8 @@ class PCStrategy(SingleDeviceStrategy):
         self,
         algorithm: Literal["ipc", "pc", "zil", "epc"] = "ipc",
         *,
-        T: int | None = None,
-        gamma: float | None = None,
+        T: int | Literal["auto"] | None = None,
+        gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
         value_nodes: str
         | type[nn.Module]
@@ -239,6 +241,20 @@ class PCStrategy(SingleDeviceStrategy):
             raise MisconfigurationException(str(error)) from error
         torch.clear_autocast_cache()
         return result
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state, as a checkpoint keeps it, with the automatic gamma beside it."""
+        state = super().optimizer_state(optimizer)
+        return state if self._learner is None else with_state(state, self._learner)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Loads the optimizers' states, and the automatic gamma where the checkpoint has it."""
+        states = [without_state(state) for state in checkpoint["optimizer_states"]]
+        super().load_optimizer_state_dict(
+            {**checkpoint, "optimizer_states": [rest for rest, _ in states]}
+        )
+        for _, ours in states:
+            self._require_learner().load_state_dict(ours)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

@@ -1,0 +1,174 @@
+"""The automatic inference rate, from the largest curvature of the free energy.
+
+The values' descent is stable while gamma * curvature < 2, the curvature being the largest
+eigenvalue of d2F/dx2. It differs from module to module and grows with the weights, so it is looked
+at before the first move of a batch, now and then. A look is a power iteration: each product of
+d2F/dx2 and a direction is the difference of two gradients at the same weights. (Two successive
+inference steps would give such a difference for nothing, but in iPC the weights have moved between
+them, which passes for curvature; and errors that start at the output point where it is small.)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_pc.nodes import Node
+
+#: Products of a look, one value-only evaluation each (about 0.75 of an ordinary one).
+PRODUCTS = 4
+#: Evaluations from one look to the next: looks take 1.5 % of the time. The first come sooner.
+EVERY = 200
+#: Evaluations after which a look may follow a batch whose inference has raised the energy.
+SOONEST = 40
+#: Length of the step along a direction, against the size of the values: far above the rounding of
+#: bfloat16, yet small enough for the gradient to change in proportion.
+REACH = 0.02
+#: gamma until a look has succeeded, and the largest: at 1 a node that nothing reads meets its
+#: prediction in one step.
+START, LARGEST = 0.1, 1.0
+
+
+@dataclass
+class AutoGamma:
+    """Chooses gamma, and remembers it from batch to batch.
+
+    gamma is ``aim / curvature``, and is chosen again when gamma * curvature has left the band
+    (during the first `EVERY` evaluations at every look). The band matters in iPC: a gamma that
+    followed the curvature down at once would let the weights grow further, a gamma that stays
+    makes them learn to keep the curvature near the limit, 2 / gamma.
+
+    Args:
+        aim: gamma * curvature where gamma is chosen, in (0, 2).
+        low: Least gamma * curvature that is left alone.
+        high: Largest gamma * curvature that is left alone.
+
+    Attributes:
+        gamma: The rate in use.
+        curvature: As of the last look; None before the first.
+        evaluations: Evaluations of training so far.
+        looked_at: ``evaluations`` at the last look.
+        looks: Number of looks.
+        alarmed: Inference raised the energy in the last batch.
+    """
+
+    aim: float
+    low: float
+    high: float
+    gamma: float = START
+    curvature: float | None = None
+    evaluations: int = 0
+    looked_at: int = 0
+    looks: int = 0
+    alarmed: bool = False
+
+    def due(self) -> bool:
+        """Whether to look before the values of this batch move."""
+        since = self.evaluations - self.looked_at
+        wait = min(EVERY, self.looked_at)
+        return not self.looks or since >= (min(wait, SOONEST) if self.alarmed else wait)
+
+    def take_in(self, curvature: float) -> None:
+        """Chooses gamma after a look; one that has failed (not finite, not positive) is ignored."""
+        self.looks += 1
+        self.looked_at = self.evaluations
+        if not (math.isfinite(curvature) and curvature > 0):
+            return
+        self.curvature = curvature
+        kept = self.evaluations >= EVERY and self.low <= self.gamma * curvature <= self.high
+        if not kept:
+            self.gamma = min(self.aim / curvature, LARGEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: plain numbers."""
+        state = asdict(self)
+        return {name: state[name] for name in state if name not in ("aim", "low", "high")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of `state_dict`."""
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
+
+@torch.no_grad()
+def largest_curvature(
+    nodes: Sequence[Node], evaluate: Callable[[], None], scale: float, seed: int
+) -> tuple[float, Node]:
+    """The largest eigenvalue of d2F/dx2 by power iteration, from below (0.7 to 0.95 of it).
+
+    Args:
+        nodes: The batch's nodes with the gradients at their values; both are left as they are.
+        evaluate: Gives every node its gradients at the values where they are now.
+        scale: Factor from the gradients that come from below to those of F.
+        seed: Of the first, random direction; torch's own generators are left alone.
+
+    Returns:
+        The curvature (nan where it cannot be had) and the node that has most of its direction.
+    """
+    starts = [node.coordinates.detach().clone() for node in nodes]
+    before = [(node.slopes, node.below) for node in nodes]
+    generator = torch.Generator(starts[0].device).manual_seed(seed)
+    direction = [
+        torch.empty_like(x).uniform_(-1, 1, generator=generator).masked_fill_(~x.isfinite(), 0)
+        for x in starts
+    ]
+    length = REACH * _size([node.x for node in nodes]) * sum(x.numel() for x in starts) ** 0.5
+    base = [_gradient(node, scale) for node in nodes]
+    curvature, largest = math.nan, nodes[0]
+    try:
+        for _ in range(PRODUCTS):
+            norm = math.sqrt(sum(float(v.square().sum()) for v in direction))
+            if not (math.isfinite(norm) and norm > 0):
+                return math.nan, largest
+            step = length / norm
+            for node, x, v in zip(nodes, starts, direction, strict=True):
+                node.forget()
+                node.coordinates.copy_(x).add_(v, alpha=step)
+            evaluate()
+            along = 0.0
+            for i, node in enumerate(nodes):
+                change = _gradient(node, scale)
+                node.forget()
+                at_rest = base[i]
+                if change is None:
+                    change = torch.zeros_like(starts[i])
+                if at_rest is not None:
+                    change = change - at_rest
+                along += float((change * direction[i]).sum())
+                direction[i] = change.div_(step)
+            curvature = along / (step * norm**2)
+    finally:
+        for node, x, (slopes, below) in zip(nodes, starts, before, strict=True):
+            node.coordinates.copy_(x)
+            node.slopes, node.below = slopes, below
+    shares = [float(v.square().sum()) for v in direction]
+    return curvature, nodes[shares.index(max(shares))]
+
+
+def _gradient(node: Node, scale: float) -> Tensor | None:
+    """dF/dx of a node, None where there is none yet."""
+    total = None if node.slopes is None else node.slopes.dx * node.slopes.factor
+    if node.below is not None:
+        below = node.below * scale
+        total = below if total is None else total.add_(below)
+    return total
+
+
+def _size(values: Sequence[Tensor]) -> float:
+    """The usual size of an entry: of each node's the lower quartile, of these the median.
+
+    Robust against masks (-1e9 among attention logits) and against single nodes of another scale.
+    """
+    sizes = []
+    for x in values:
+        entries = x.detach().flatten()[:: max(1, x.numel() // 4096)].abs().float()
+        entries = entries[entries.isfinite() & (entries > 0)]
+        if entries.numel():
+            sizes.append(math.log(float(entries.quantile(0.25))))
+    return math.exp(statistics.median(sizes)) if sizes else 1.0
