@@ -5,6 +5,7 @@ Importing the package registers ``Trainer(strategy="ipc")``, ``"pc"``, ``"zil"``
 
 from lightning_pc.callbacks import EnergyMonitor as EnergyMonitor
 from lightning_pc.callbacks import RandomState as RandomState
+from lightning_pc.diagnosis import explain as explain
 from lightning_pc.inspection import Description as Description
 from lightning_pc.inspection import describe as describe
 from lightning_pc.report import StepReport as StepReport

@@ -4,39 +4,63 @@ from __future__ import annotations
 
 import random
 from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
+from lightning_pc.plots import plot_history
 from lightning_pc.strategy import PCStrategy
+
+#: Batches that an `EnergyMonitor` remembers.
+MOST = 1000
 
 
 class EnergyMonitor(pl.Callback):
     """Logs what inference did in each batch, to whatever logger the Trainer has.
 
     ``pc/energy`` is the energy of all nodes at the last inference step, per loss term; it also
-    stands in the progress bar. ``pc/gamma`` is the inference rate in use, ``pc/steps`` the number
-    of inference steps.
+    stands in the progress bar. ``pc/gamma`` is the inference rate in use, ``pc/curvature`` the
+    curvature by which ``gamma="auto"`` goes (gamma times it must stay below 2), ``pc/steps`` the
+    number of inference steps.
 
     Args:
         per_node: Log ``pc/energy/<node>`` as well.
+        plot: A picture of each node's energy over training is saved there when the fit ends; needs
+            matplotlib (the ``plots`` extra). None for no picture.
+
+    Attributes:
+        history: ``(batch, {node: energy per loss term})`` of batches evenly spread over the fit,
+            1,000 at most; the energies are scalar tensors.
 
     Raises:
-        MisconfigurationException: The Trainer's strategy is no `PCStrategy`.
+        MisconfigurationException: The Trainer's strategy is no `PCStrategy`, or matplotlib is
+            missing.
     """
 
-    def __init__(self, per_node: bool = False) -> None:
-        self.per_node = per_node
+    def __init__(self, per_node: bool = False, plot: str | None = None) -> None:
+        self.per_node, self.plot = per_node, plot
+        self.history: list[tuple[int, dict[str, Tensor]]] = []
+        self._batches, self._every = 0, 1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the strategy."""
-        if stage == "fit" and not isinstance(trainer.strategy, PCStrategy):
+        if stage != "fit":
+            return
+        if not isinstance(trainer.strategy, PCStrategy):
             raise MisconfigurationException(
                 f"EnergyMonitor watches a PCStrategy, the Trainer uses "
                 f"{type(trainer.strategy).__name__}: remove one of the two."
+            )
+        if self.plot is not None and find_spec("matplotlib") is None:
+            raise MisconfigurationException(
+                f"EnergyMonitor(plot={self.plot!r}) needs matplotlib: pip install "
+                "'lightning_pc[plots]'."
             )
 
     def on_train_batch_end(
@@ -51,10 +75,29 @@ class EnergyMonitor(pl.Callback):
         log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
         log("pc/energy", last.sum(), prog_bar=True)
         log("pc/gamma", report.gamma)
+        if report.curvature is not None:
+            log("pc/curvature", report.curvature)
         log("pc/steps", float(report.steps))
         if self.per_node:
             for name, energy in zip(report.nodes, last, strict=True):
                 log(f"pc/energy/{name}", energy)
+        if self._batches % self._every == 0:
+            self.history.append((self._batches, dict(zip(report.nodes, last, strict=True))))
+        if len(self.history) > MOST:
+            del self.history[1::2]
+            self._every *= 2
+        self._batches += 1
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Saves the picture."""
+        if self.plot is None or not self.history:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        plot_history(self.history, figure.subplots())
+        Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.plot, dpi=150)
 
 
 class RandomState(pl.Callback):

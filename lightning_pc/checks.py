@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from lightning_pc.errors import ClosureError, DivergenceError, PlacementError, UnsupportedError
+from lightning_pc.errors import ClosureError, PlacementError, UnsupportedError
 from lightning_pc.graph import Graph
 from lightning_pc.nodes import Node, Site
 from lightning_pc.placement import Placement
@@ -99,26 +97,6 @@ def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
         )
 
 
-def divergence(
-    graph: Graph, losses: list[Tensor], energies: list[Tensor], start: int
-) -> DivergenceError:
-    """Names the first loss or energy that was not finite."""
-    evaluations = zip(range(start, start + len(losses)), losses, energies, strict=True)
-    for t, loss, energy in evaluations:  # noqa: B007
-        finite = energy.isfinite().tolist()
-        bad = [n.name for n, fine in zip(graph.nodes, finite, strict=True) if not fine]
-        if bad or not loss.isfinite():
-            break
-    where = f"the energy of value node '{bad[0]}'" if bad else "the loss"
-    remedy = "Lower gamma, or the learning rate."
-    if not t:
-        remedy = "Inference has not begun: look at the batch, the model, the learning rate."
-    return DivergenceError(
-        f"At inference step t = {t} {where} is not finite (loss {float(loss):g}). No weight "
-        f"has moved on it. {remedy}"
-    )
-
-
 def unreached(graph: Graph, T: int, model: nn.Module) -> str:
     """Says which parameters no error reaches within ``T`` steps, "" where it reaches all."""
     last = max(graph.arrivals.values(), default=0)
@@ -130,30 +108,6 @@ def unreached(graph: Graph, T: int, model: nn.Module) -> str:
     return (
         f"T={T} inference steps never reach {len(missed)} parameters, which do not learn: "
         f"{', '.join(missed[:20])}{more}. T={last + 1} reaches all of them."
-    )
-
-
-def silenced(graph: Graph, peaks: Mapping[str, float], gamma: float, end: int) -> str:
-    """Says where errors faded out on their way up, "" where none did.
-
-    Enough steps on paper may not be enough: an error shrinks by about gamma per stage, so by
-    about ``gamma**arrival`` before it comes to a node.
-
-    Args:
-        graph: The batch's graph.
-        peaks: Node name -> largest energy it had.
-        gamma: Inference rate at the start of the batch.
-        end: Inference steps taken.
-    """
-    far = [n.name for n in graph.nodes if n.arrival < end and gamma**n.arrival < 1e-4]
-    silent = [name for name in far if peaks[name] == 0]
-    if not silent or not any(peaks.values()):
-        return ""
-    return (
-        f"In the first batch no error reached {', '.join(map(repr, silent[:5]))} "
-        f"({len(silent)} of {len(graph.nodes)} value nodes) within {end} inference steps: it "
-        "shrinks by about gamma per stage and fell below the precision of the values. A larger "
-        "gamma or T carries it further."
     )
 
 

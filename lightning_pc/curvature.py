@@ -25,14 +25,14 @@ from lightning_pc.nodes import Node
 PRODUCTS = 4
 #: Evaluations from one look to the next: looks take 1.5 % of the time. The first come sooner.
 EVERY = 200
-#: Evaluations after which a look may follow a batch whose inference has raised the energy.
+#: Evaluations after which a look may follow a batch whose inference has raised the energy; four
+#: times as many after each such look that has found gamma right, until gamma changes.
 SOONEST = 40
 #: Length of the step along a direction, against the size of the values: far above the rounding of
 #: bfloat16, yet small enough for the gradient to change in proportion.
 REACH = 0.02
-#: gamma until a look has succeeded, and the largest: at 1 a node that nothing reads meets its
-#: prediction in one step.
-START, LARGEST = 0.1, 1.0
+#: gamma until a look has succeeded, and the largest, which is the paper's own gamma.
+START, LARGEST = 0.1, 0.5
 
 
 @dataclass
@@ -56,6 +56,7 @@ class AutoGamma:
         looked_at: ``evaluations`` at the last look.
         looks: Number of looks.
         alarmed: Inference raised the energy in the last batch.
+        soonest: Evaluations from the last look to one that follows an alarm.
     """
 
     aim: float
@@ -67,23 +68,35 @@ class AutoGamma:
     looked_at: int = 0
     looks: int = 0
     alarmed: bool = False
+    soonest: int = SOONEST
 
     def due(self) -> bool:
         """Whether to look before the values of this batch move."""
         since = self.evaluations - self.looked_at
         wait = min(EVERY, self.looked_at)
-        return not self.looks or since >= (min(wait, SOONEST) if self.alarmed else wait)
+        return not self.looks or since >= (min(wait, self.soonest) if self.alarmed else wait)
 
     def take_in(self, curvature: float) -> None:
         """Chooses gamma after a look; one that has failed (not finite, not positive) is ignored."""
+        fresh = not self.looks or self.evaluations < EVERY
         self.looks += 1
         self.looked_at = self.evaluations
         if not (math.isfinite(curvature) and curvature > 0):
             return
         self.curvature = curvature
-        kept = self.evaluations >= EVERY and self.low <= self.gamma * curvature <= self.high
-        if not kept:
-            self.gamma = min(self.aim / curvature, LARGEST)
+        if fresh or not self.low <= self.gamma * curvature <= self.high:
+            self.gamma, self.soonest = min(self.aim / curvature, LARGEST), SOONEST
+        elif self.alarmed:
+            self.soonest = min(4 * self.soonest, EVERY)
+
+    def after(self, evaluations: int, rose: bool) -> None:
+        """Takes in a batch that is done: its evaluations, and whether inference raised F."""
+        self.evaluations += evaluations
+        self.alarmed = rose
+
+    def after_divergence(self) -> None:
+        """The next batch looks, and gamma is chosen anew."""
+        self.looks = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""

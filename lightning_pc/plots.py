@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from lightning_pc.report import StepReport
 
@@ -20,16 +23,12 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     Returns:
         The axes drawn on.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    if ax is None:
-        ax = plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
+    ax = _axes(ax)
     steps = range(report.steps)
     per_term = report.energy / report.loss_terms
-    colours = plt.get_cmap("viridis")
-    for index, name in enumerate(report.nodes):
-        colour = colours(0.85 * index / max(1, len(report.nodes) - 1))
+    for index, (name, colour) in enumerate(zip(report.nodes, _colours(report.nodes), strict=True)):
         ax.plot(steps, per_term[:, index].tolist(), color=colour, marker="o", ms=3, label=name)
     ax.plot(
         steps,
@@ -41,8 +40,46 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     ax.set(xlabel="inference step t", ylabel="energy per loss term")
     ax.set_title(f"{report.algorithm}: energy during one batch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _dressed(ax, len(report.nodes))
+
+
+def plot_history(
+    history: Sequence[tuple[int, Mapping[str, Tensor]]], ax: Axes | None = None
+) -> Axes:
+    """Each node's energy over training, on a logarithmic scale.
+
+    Args:
+        history: As `lightning_pc.EnergyMonitor` keeps it: batch and energy per loss term by node.
+        ax: Where to draw; None for a new figure.
+
+    Returns:
+        The axes drawn on.
+    """
+    ax = _axes(ax)
+    names = list(dict.fromkeys(name for _, energies in history for name in energies))
+    for name, colour in zip(names, _colours(names), strict=True):
+        points = [(batch, float(e[name])) for batch, e in history if name in e]
+        ax.plot(*zip(*points, strict=True), color=colour, lw=1, label=name)
+    ax.set(xlabel="batch", ylabel="energy per loss term", title="energy after inference")
+    return _dressed(ax, len(names))
+
+
+def _axes(ax: Axes | None) -> Axes:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1] if ax is None else ax
+
+
+def _colours(names: Sequence[str]) -> list[tuple[float, float, float, float]]:
+    from matplotlib import colormaps
+
+    shades = [0.85 * index / max(1, len(names) - 1) for index in range(len(names))]
+    return [colormaps["viridis"](shade) for shade in shades]
+
+
+def _dressed(ax: Axes, nodes: int) -> Axes:
     ax.set_yscale("log", nonpositive="mask")  # a node appears when the first error reaches it
     ax.spines[["top", "right"]].set_visible(False)
-    if len(report.nodes) <= 12:
+    if nodes <= 12:
         ax.legend(frameon=False, fontsize="small")
     return ax

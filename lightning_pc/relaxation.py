@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pc.checks import divergence
 from lightning_pc.curvature import AutoGamma, largest_curvature
+from lightning_pc.diagnosis import divergence
+from lightning_pc.errors import DivergenceError
 from lightning_pc.graph import Graph
 from lightning_pc.inference import Inference
 from lightning_pc.losses import ask_for_gradients
@@ -45,6 +46,7 @@ class Relaxation:
         count_terms: Gives M, after the first backward.
         update: One optimizer step on the gradients so far, but for the last of the batch.
         auto: Chooses gamma, None where it is given.
+        curious: Look at the curvature, whoever gave gamma.
 
     Attributes:
         T: Evaluations of this phase, as far as is known: ``most`` until inference has converged.
@@ -54,6 +56,7 @@ class Relaxation:
         losses: The loss at each evaluation, [] each.
         pulls: ``beta * pull`` at each evaluation: the factor of the loss terms' sum in F.
         energies: Each node's energy at each evaluation, [n] each.
+        seen: What ``curious`` saw: the largest curvature and the node where it is largest.
         learned_at: Inference steps at which the optimizer stepped.
     """
 
@@ -71,6 +74,8 @@ class Relaxation:
     count_terms: Callable[[], float]
     update: Callable[[], None]
     auto: AutoGamma | None
+    curious: bool = False
+    seen: tuple[float, Node] | None = None
     T: int = 0
     terms: float = math.nan
     beta: float = math.nan
@@ -151,15 +156,17 @@ class Relaxation:
 
     def _choose_gamma(self) -> None:
         """Before the first move, the gradients in the nodes: looks at the curvature where due."""
+        if self.curious:
+            self.seen = self._look()
         if self.auto is None:
             return
         if self.auto.due():
-            curvature, _ = self.look(seed=self.auto.looks)
+            curvature, _ = self._look(seed=self.auto.looks)
             self.auto.take_in(curvature)
         self.inference.start_gamma = self.auto.gamma
         self.inference.begin()
 
-    def look(self, seed: int = 0) -> tuple[float, Node]:
+    def _look(self, seed: int = 0) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes = self.graph.nodes
         t = self.start + max(node.arrival for node in nodes)  # all nodes' energies count
@@ -209,9 +216,20 @@ class Relaxation:
         self.energies.append(_energies(self.graph, self.losses[0]))
         total = self.energies[-1].sum()
         if check and not math.isfinite(self.losses[-1] + total):
-            first = t + 1 - len(self.losses)
-            raise divergence(self.graph, self.losses, self.energies, first)
+            raise self._divergence(t + 1 - len(self.losses))
         return total
+
+    def _divergence(self, first: int) -> DivergenceError:
+        energies = zip(self.losses, self.energies, self.pulls, strict=True)
+        return divergence(
+            [node.name for node in self.graph.nodes],
+            self.losses,
+            self.energies,
+            [float(loss * self.terms * pull + energy.sum()) for loss, energy, pull in energies],
+            first,
+            self.inference.start_gamma,
+            self.auto is not None,
+        )
 
     def _backward(self, loss: Tensor, t: int, moves: bool, learns: bool) -> None:
         """One backward: dF/dx into the nodes, seed * dF/dtheta / M into ``.grad``.

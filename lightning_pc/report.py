@@ -21,6 +21,7 @@ class StepReport:
         steps: Evaluations run: T, with centered nudging 2 T - 1 (first +beta, then -beta).
         depth: Depth of the module: its deepest node's.
         nodes: Node names, in call order.
+        depths: Their depths: 1 for a node that the loss reads.
         loss: The user's loss at each evaluation, [t].
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
@@ -34,6 +35,7 @@ class StepReport:
     steps: int
     depth: int
     nodes: list[str]
+    depths: list[int]
     loss: Tensor
     loss_terms: float
     gamma: float
@@ -53,6 +55,19 @@ class StepReport:
         """Node name -> the largest energy it had; zero means that it never inferred anything."""
         peaks = self.energy.amax(0) if len(self.energy) else torch.zeros(len(self.nodes))
         return dict(zip(self.nodes, peaks.tolist(), strict=True))
+
+    @cached_property
+    def energy_by_depth(self) -> dict[int, float]:
+        """Depth -> its nodes' share of all energy at the last evaluation, in [0, 1]; {} of none.
+
+        Energy piles up next to the loss (depth 1), and little of it reaches the top.
+        """
+        last = self.energy[-1]
+        total = float(last.sum())
+        shares: dict[int, float] = {}
+        for depth, energy in zip(self.depths, last.tolist(), strict=True):
+            shares[depth] = shares.get(depth, 0.0) + energy / total if total else 0.0
+        return dict(sorted(shares.items())) if total else {}
 
     @cached_property
     def free_energy(self) -> Tensor:

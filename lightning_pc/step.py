@@ -17,11 +17,11 @@ from lightning_pc.checks import (
     check_model,
     check_nodes,
     checked_loss,
-    silenced,
     unreached,
 )
 from lightning_pc.curvature import START, AutoGamma
-from lightning_pc.errors import ClosureError, ConfigError, PCError
+from lightning_pc.diagnosis import silenced, unstable
+from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
 from lightning_pc.inference import Inference
@@ -37,6 +37,9 @@ from lightning_pc.settings import Settings
 from lightning_pc.watch import Verdicts
 
 Output = TypeVar("Output")
+#: Batches on end in which inference raises the energy before the curvature is looked at, to tell
+#: the user of a gamma that is too large; and batches until the next look where it is not.
+PATIENCE, SECOND_LOOK = 3, 500
 
 
 @dataclass
@@ -85,7 +88,8 @@ class Learner:
         self._written: set[Any] | None = None
         self._batch: _Batch | None = None
         self._warned: set[str] = set()
-        self._looked_for_silence = False
+        self._batches = 0
+        self._rises = 0  # batches on end whose inference has raised the energy
         # reset="never": the places with their values, steps taken, and whose draws they saw.
         self._kept: list[Site] | None = None
         self._age, self._kept_scale = 0, 1.0
@@ -191,7 +195,9 @@ class Learner:
         try:
             batch.purity.ready()
             return self._infer(batch, seed, update)
-        except BaseException:
+        except BaseException as error:
+            if self.auto is not None and isinstance(error, DivergenceError):
+                self.auto.after_divergence()
             self._kept, self._age, self._draws = None, 0, None
             raise
         finally:
@@ -235,23 +241,37 @@ class Learner:
             count_terms=batch.terms,
             update=update,
             auto=self.auto,
+            curious=self._rises >= PATIENCE and "unstable" not in self._warned,
         )
         relaxation.run()
         steps = len(relaxation.losses)
-        if self.auto is not None:
-            self.auto.evaluations += steps
-            falls = not self._precisions.varies and self.settings.betas[0] > 0
-            self.auto.alarmed = falls and bool(inference.rose)
         if self.settings.reset == "never":
             self._kept, self._age = graph.sites, self._age + steps
             self._kept_scale, self._draws = relaxation.scale, self._draws or batch.purity
             relaxation.weigh(0)  # the next first forward is evaluated before its relaxation
         self.report = self._report(relaxation)
-        if not self._looked_for_silence:  # once: reading the energies waits for the device
-            self._looked_for_silence = True
-            peaks, gamma = self.report.peak_energy, inference.start_gamma
-            self._warn("silent", silenced(graph, peaks, gamma, relaxation.start + steps))
+        self._batches += 1
+        self._look_after(relaxation, steps)
         return relaxation.losses[0]
+
+    def _look_after(self, relaxation: Relaxation, steps: int) -> None:
+        """What the automatic gamma and the user are told of a batch."""
+        assert self.report is not None
+        inference, varies = relaxation.inference, self._precisions.varies
+        rose = not varies and self.settings.betas[0] > 0 and bool(inference.rose)
+        if self.auto is not None:
+            self.auto.after(steps, rose)
+        elif relaxation.seen is not None:
+            curvature, node = relaxation.seen
+            gamma, since = inference.start_gamma, self._batches - self._rises
+            self._warn("unstable", unstable(node, gamma, curvature, since))
+            self._rises = -SECOND_LOOK
+        elif not self.schedule.fixed_gamma:
+            self._rises = self._rises + 1 if rose or self._rises < 0 else 0
+        if self._batches == 1:  # once: reading the energies waits for the device
+            end = relaxation.start + steps
+            nodes = relaxation.graph.nodes
+            self._warn("silent", silenced(self.report, nodes, inference.start_gamma, end))
 
     def _report(self, relaxation: Relaxation) -> StepReport:
         graph = relaxation.graph
@@ -262,6 +282,7 @@ class Learner:
             steps=len(relaxation.losses),
             depth=graph.depth,
             nodes=[node.name for node in graph.nodes],
+            depths=[node.depth for node in graph.nodes],
             loss=torch.stack(relaxation.losses),
             loss_terms=relaxation.terms,
             gamma=float(relaxation.inference.gamma),

@@ -82,12 +82,24 @@ def outline(value: Any) -> Any:
     )
 
 
+@pytest.mark.parametrize("gamma", [0.1, "auto"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_checkpoint_has_nothing_of_ours(algorithm, tmp_path):
+def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamma, tmp_path):
+    """Plain numbers beside the optimizer's state; with a gamma that is given not even these."""
+    if algorithm == "zil":
+        gamma = 1.0
     saved = []
-    for strategy in (algorithm, "auto"):
-        _, fit = fitted(strategy, tmp_path / strategy, 2, loader(data()))
+    for strategy in ({"algorithm": algorithm, "gamma": gamma}, "auto"):
+        _, fit = fitted(strategy, tmp_path / str(len(saved)), 2, loader(data()))
         saved.append(torch.load(fit.checkpoint_callback.last_model_path, weights_only=True))
+    ours = saved[0]["optimizer_states"][0].pop("lightning_pc", None)
+    assert (ours is not None) == (gamma == "auto")
+    if ours is not None:
+        kinds = {name: type(value) for name, value in ours.items()}
+        floats, counts = ("gamma", "curvature"), ("evaluations", "looked_at", "looks", "soonest")
+        assert kinds == dict.fromkeys(floats, float) | dict.fromkeys(counts, int) | {
+            "alarmed": bool
+        }
     assert outline(saved[0]) == outline(saved[1])
     assert "lightning_pc" not in repr(saved[0])
     assert saved[0]["global_step"] == saved[1]["global_step"] == 6

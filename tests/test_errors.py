@@ -523,7 +523,8 @@ def test_divergence_names_node_and_step(algorithm):
 def test_a_loss_that_becomes_nan_in_a_replay(algorithm):
     model = mlp()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer = WRAPPERS[algorithm](sgd, model)
+    fixed = {} if algorithm == "zil" else {"gamma": 0.1}  # every evaluation is an inference step
+    optimizer = WRAPPERS[algorithm](sgd, model, **fixed)
     x, y = data()[0]
     calls = iter(range(100))
 
@@ -799,7 +800,7 @@ def test_a_closure_that_gives_no_tensor(wrapper):
 @pytest.mark.parametrize("wrapper", [IPC, PC])
 def test_a_closure_that_gives_none_in_a_replay(wrapper):
     model = mlp()
-    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model, gamma=0.1)
     x, y = data()[0]
 
     def closure():

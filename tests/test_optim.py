@@ -18,6 +18,7 @@ from lightning_pc import StepReport
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 
 WRAPPERS = [PC, IPC, ZIL, EPC]
+FIXED = {PC: {"gamma": 0.1}, IPC: {"gamma": 0.1}, ZIL: {}, EPC: {"gamma": 0.1}}
 every = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
@@ -50,17 +51,26 @@ def test_is_an_optimizer_that_shares_everything(wrapper):
 
 
 @every
-def test_state_loads_into_the_plain_optimizer_and_back(wrapper):
-    model, optimizer = made(wrapper)
+@pytest.mark.parametrize("gamma", ["fixed", "auto"])
+def test_state_loads_into_the_plain_optimizer_and_back(wrapper, gamma):
+    """Beside the wrapped optimizer's state there is the automatic gamma's alone, plain numbers."""
+    fixed = FIXED[wrapper] if gamma == "fixed" else {}
+    model, optimizer = made(wrapper, **fixed)
     step(model, optimizer)
     saved = copy.deepcopy(optimizer.state_dict())
     plain = torch.optim.Adam(model.parameters(), lr=1.0)
-    assert saved.keys() == plain.state_dict().keys()
+    automatic = gamma == "auto" and wrapper is not ZIL
+    assert saved.keys() - plain.state_dict().keys() == ({"lightning_pc"} if automatic else set())
+    assert {type(v) for v in saved.get("lightning_pc", {}).values()} <= {float, int, bool}
     plain.load_state_dict(saved)
     assert plain.param_groups[0]["lr"] == 0.01
-    other_model, other = made(wrapper)
+    assert plain.state_dict().keys() == {"state", "param_groups"}
+    other_model, other = made(wrapper, **fixed)
     other_model.load_state_dict(model.state_dict())
     other.load_state_dict(plain.state_dict())
+    if automatic:  # the plain optimizer has not kept it
+        assert other.state_dict()["lightning_pc"]["looks"] == 0
+        other.load_state_dict(saved)
     assert other.optimizer.state is other.state
     for _ in range(3):
         step(model, optimizer, 1)
@@ -237,7 +247,7 @@ def test_optimizers_with_closures(wrapper):
 @every
 def test_the_closure_may_do_all_that_a_closure_does(wrapper):
     """zero_grad, several forwards, in-place data, logging of floats."""
-    model, optimizer = made(wrapper)
+    model, optimizer = made(wrapper, **FIXED[wrapper])
     x, y = data()[0]
     seen = []
 

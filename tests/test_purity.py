@@ -621,7 +621,8 @@ def test_is_replay(algorithm):
         def on_before_zero_grad(self, optimizer):
             tell(("hook", self.trainer.strategy.is_replay))
 
-    fit = trainer({"algorithm": algorithm} | ({} if algorithm == "zil" else {"T": 3}))
+    steps = {} if algorithm == "zil" else {"T": 3, "gamma": 0.1}
+    fit = trainer({"algorithm": algorithm} | steps)
     fit.fit(Tells(), loader(data(2)))
     assert told == [False, ("hook", False), True, True] * 2
     assert fit.strategy.is_replay is False
@@ -737,7 +738,8 @@ def test_evaluation_has_no_nodes():
         def training_step(self, batch, batch_idx):
             return self._look(batch)
 
-    module, fit, batches = Evaluates(), trainer({"algorithm": "pc", "T": 3}), loader(data(1))
+    strategy = {"algorithm": "pc", "T": 3, "gamma": 0.1}
+    module, fit, batches = Evaluates(), trainer(strategy), loader(data(1))
     fit.fit(module, batches, batches)
     assert nodes == [0, 2, 2, 2, 0]  # sanity check, three inference steps, validation
     before = weights(module)

@@ -74,7 +74,9 @@ def test_accumulating_two_batches_is_one_twice_as_large(algorithm, loss):
     runs = []
     for batches, accumulated in ((pairs(6), 2), (joined(pairs(6)), 1)):
         module = Chosen(loss)
-        settings = {"algorithm": algorithm, "gamma_decay": 1.0}  # decay looks at a batch's energy
+        # decay looks at a batch's energy, an automatic gamma at a batch's curvature
+        settings = {"algorithm": algorithm, "gamma_decay": 1.0}
+        settings |= {} if algorithm == "zil" else {"gamma": 0.1}
         fit = trainer(settings, accumulate_grad_batches=accumulated, precision="64-true")
         fit.fit(module, loader(batches))
         assert fit.global_step == 3
@@ -136,7 +138,7 @@ class Moves(L.Callback):
 def test_every_step_is_clipped(how, order, algorithm, steps):
     moves, lr, clip = Moves(order), 0.3, 1e-3
     fit = trainer(
-        {"algorithm": algorithm, "T": 5},
+        {"algorithm": algorithm, "T": 5, "gamma": 0.1},
         gradient_clip_val=clip,
         gradient_clip_algorithm=how,
         callbacks=[moves],

@@ -331,7 +331,8 @@ def test_nudging_costs_nothing_but_centered_a_second_phase():
     calls, products = {}, {}
     for nudging in NUDGINGS:
         net, seen = chain(), []
-        optimizer = PC(torch.optim.SGD(net.parameters(), 0.1), net, T=9, nudging=nudging, beta=0.5)
+        sgd = torch.optim.SGD(net.parameters(), 0.1)
+        optimizer = PC(sgd, net, T=9, gamma=0.1, nudging=nudging, beta=0.5)
 
         def loss(net=net, seen=seen):
             seen.append(0)
@@ -341,7 +342,7 @@ def test_nudging_costs_nothing_but_centered_a_second_phase():
         calls[nudging] = len(seen)
     net = chain()
     plain = matrix_products(
-        PC(torch.optim.SGD(net.parameters(), 0.1), net, T=9),
+        PC(torch.optim.SGD(net.parameters(), 0.1), net, T=9, gamma=0.1),
         lambda: F.cross_entropy(net(x), y),
     )
     assert products["positive"] == products["negative"] == plain
@@ -354,7 +355,7 @@ def test_both_phases_see_the_same_masks():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), dropout, nn.Linear(5, 4))
     dropout.register_forward_hook(lambda m, i, o: masks.append((o != 0).flatten().tolist()))
     sgd = torch.optim.SGD(model.parameters(), 0.1)
-    optimizer = PC(sgd, model, T=3, nudging="centered", beta=0.1)
+    optimizer = PC(sgd, model, T=3, gamma=0.1, nudging="centered", beta=0.1)
     x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
     for _ in range(2):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
@@ -368,7 +369,7 @@ def test_a_divergence_of_the_second_phase_names_its_step():
     model = MLP((6, 5, 4))
     before = twin(model)
     sgd = torch.optim.SGD(model.parameters(), 0.1)
-    optimizer = PC(sgd, model, T=4, nudging="centered")
+    optimizer = PC(sgd, model, T=4, gamma=0.1, nudging="centered")
     seen = []
 
     def loss():

@@ -1,0 +1,168 @@
+"""What inference did, in sentences: which value node, since when, and what to change.
+
+Axis legend: t inference steps, n nodes in call order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_pc.errors import DivergenceError
+from lightning_pc.nodes import Node
+from lightning_pc.report import StepReport
+
+#: Stable moves of the values have gamma * curvature below this.
+LIMIT = 2.0
+
+
+def divergence(
+    names: Sequence[str],
+    losses: Sequence[Tensor],
+    energies: Sequence[Tensor],
+    free: Sequence[float],
+    start: int,
+    gamma: float,
+    automatic: bool,
+) -> DivergenceError:
+    """Names the first loss or energy that was not finite, and why it came to that.
+
+    Args:
+        names: Of the nodes.
+        losses: The loss at each evaluation, [] each.
+        energies: Each node's energy at each evaluation, [n] each.
+        free: F at each evaluation before the last.
+        start: t of the first of these evaluations.
+        gamma: Inference rate at the start of the batch.
+        automatic: It was chosen by ``gamma="auto"``.
+    """
+    for t, (loss, energy) in enumerate(zip(losses, energies, strict=True)):  # noqa: B007
+        finite = energy.isfinite().tolist()
+        bad = [name for name, fine in zip(names, finite, strict=True) if not fine]
+        if bad or not loss.isfinite():
+            break
+    where = f"the energy of value node '{bad[0]}'" if bad else "the loss"
+    why = "Lower gamma, or the learning rate."
+    if not t + start:
+        why = "Inference has not begun: look at the batch, the model, the learning rate."
+    rising = _rising([value for value in free[:t] if math.isfinite(value)])
+    if rising is not None:
+        since, product = rising
+        energy = energies[t - 1]
+        most = int(energy.argmax())
+        share = float(energy[most] / energy.sum())
+        remedy = f"Use gamma='auto', or gamma < {LIMIT * gamma / product:.2g}."
+        if automatic:
+            remedy = "The weights have changed since gamma was chosen: lower the learning rate."
+        why = (
+            f"F has risen since t = {start + since}, so fast that gamma = {gamma:.3g} times its "
+            f"curvature is about {product:.2g}, above the limit of {LIMIT:g}; {share:.0%} of the "
+            f"energy was at '{names[most]}'. {remedy}"
+        )
+    return DivergenceError(
+        f"At inference step t = {start + t} {where} is not finite (loss {float(loss):g}). No "
+        f"weight has moved on it. {why}"
+    )
+
+
+def _rising(free: Sequence[float]) -> tuple[int, float] | None:
+    """Step since which F rises, and gamma * curvature by the growth of its last step."""
+    if len(free) < 2 or not free[-1] > free[-2] > 0:
+        return None
+    since = len(free) - 1
+    while since > 1 and free[since - 1] > free[since - 2]:
+        since -= 1
+    # An unstable error grows by gamma * curvature - 1 per step, F by the square of that.
+    return since, 1 + math.sqrt(free[-1] / free[-2])
+
+
+def unstable(node: Node, gamma: float, curvature: float, since: int) -> str:
+    """Says that inference raises the energy, "" where gamma is not to blame.
+
+    Args:
+        node: Where the curvature is largest.
+        gamma: Inference rate.
+        curvature: Largest curvature of F in the values.
+        since: The first of the batches on end in which it did.
+    """
+    if not gamma * curvature > LIMIT:
+        return ""
+    return (
+        f"Since batch {since} inference raises the energy instead of lowering it: gamma = "
+        f"{gamma:.3g} times the curvature of {curvature:.3g}, which is largest at value node "
+        f"'{node.name}', is {gamma * curvature:.3g}, above the limit of {LIMIT:g}. Use "
+        f"gamma='auto', or gamma < {LIMIT / curvature:.2g}."
+    )
+
+
+def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) -> str:
+    """Says where errors faded out on their way up, "" where none did.
+
+    Enough steps on paper may not be enough: an error shrinks by about gamma per stage, so by
+    about ``gamma**arrival`` before it comes to a node.
+
+    Args:
+        report: Of the batch.
+        nodes: Its nodes.
+        gamma: Inference rate at the start of the batch.
+        end: Inference steps taken.
+    """
+    peaks = report.peak_energy
+    if not any(peaks.values()):
+        if end < 2 or not float(report.loss[0]):
+            return ""
+        return (
+            f"In the first batch no value moved: all {len(nodes)} value nodes have energy zero "
+            f"after {end} inference steps at gamma = {gamma:.3g}, so that only the stage of the "
+            "loss learns. Either gamma is too small, or no gradient of the loss reaches the nodes "
+            "(dead units, a constant loss)."
+        )
+    far = [n.name for n in nodes if n.arrival < end and gamma**n.arrival < 1e-4]
+    silent = [name for name in far if peaks[name] == 0]
+    if not silent:
+        return ""
+    return (
+        f"In the first batch no error reached {', '.join(map(repr, silent[:5]))} "
+        f"({len(silent)} of {len(nodes)} value nodes) within {end} inference steps: it "
+        "shrinks by about gamma per stage and fell below the precision of the values. A larger "
+        "gamma or T carries it further, algorithm='epc' at once."
+    )
+
+
+def explain(report: StepReport) -> str:
+    """What inference did in one batch, a sentence each for F, stability, depth and learning.
+
+    Args:
+        report: What the step left.
+    """
+    free, energy = report.free_energy, report.energy
+    moved = float(free[0] - free[-1])
+    share = f" ({moved / float(free[0]):.1%} of it)" if moved > 0 else ""
+    lines = [
+        f"F went from {float(free[0]):.4g} to {float(free[-1]):.4g} in {report.steps} evaluations"
+        f"{share}."
+    ]
+    if moved < 0:
+        worst = report.nodes[int(energy[-1].argmax())]
+        lines.append(f"It rose: most of the energy is at '{worst}'; gamma is too large.")
+    if report.curvature is not None:
+        lines.append(
+            f"gamma {report.gamma:.3g} times the curvature {report.curvature:.3g} is "
+            f"{report.gamma * report.curvature:.2g}; the limit is {LIMIT:g}."
+        )
+    shares = report.energy_by_depth
+    if shares and len(shares) > 1:
+        last = max(shares)
+        lines.append(
+            f"{shares[min(shares)]:.1%} of the energy is next to the loss (depth {min(shares)}), "
+            f"{shares[last]:.2g} of it at the top (depth {last})."
+        )
+    silent = [name for name, peak in report.peak_energy.items() if peak == 0]
+    if silent:
+        lines.append(f"No error reached {', '.join(map(repr, silent[:5]))} ({len(silent)} nodes).")
+    idle = [name for name, times in report.learned.items() if not times]
+    if idle:
+        lines.append(f"Parameters that did not learn: {', '.join(idle[:5])} ({len(idle)} in all).")
+    return "\n".join(lines)

@@ -1,0 +1,904 @@
+"""gamma="auto": its curvature against exact ones, its cost, its state, and odd batches."""
+
+import copy
+import itertools
+import math
+import pickle
+import warnings
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_problems import Module, data, loader, mlp, seed_all, trainer
+from oracle import ErrorCoordinates, Explicit
+from problems import (
+    CNN,
+    MLP,
+    TINY,
+    Dropped,
+    Residual,
+    Tied,
+    Transformer,
+    UNet,
+    double,
+    images,
+    sequences,
+    twin,
+    vectors,
+)
+from sklearn.datasets import load_digits
+from test_oracle import Attends, ConvNorm, Skips, Towers, tokens
+from torch import nn
+
+from lightning_pc import RandomState, curvature
+from lightning_pc.curvature import EVERY, LARGEST, PRODUCTS, SOONEST, START, AutoGamma
+from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.optim import EPC, IPC, PC, ZIL
+
+ALGORITHMS = [PC, IPC, EPC]
+every = pytest.mark.parametrize("algorithm", ALGORITHMS)
+
+
+def sgd(model, lr=0.05):
+    return torch.optim.SGD(model.parameters(), lr)
+
+
+def classifier(model, x, y):
+    return lambda: F.cross_entropy(model(x), y)
+
+
+class Counted:
+    """A closure that counts its calls."""
+
+    def __init__(self, closure):
+        self.closure, self.calls = closure, 0
+
+    def __call__(self):
+        self.calls += 1
+        return self.closure()
+
+
+# --- the oracle: a linear-Gaussian chain, whose curvature follows from its weights ----------------
+
+
+def chain(depth, gain=1.0, width=12):
+    layers = [nn.Linear(width, width) for _ in range(depth)]
+    for layer in layers:
+        layer.weight.data *= gain
+    return nn.Sequential(*layers, nn.Linear(width, 5))
+
+
+def squared(model, x, y):
+    """F is the sum of squares, its curvature in the output is 2."""
+    return lambda: F.mse_loss(model(x), y)
+
+
+def states_curvature(net):
+    """Largest eigenvalue of d2F/dx2, block by block."""
+    weights = [layer.weight.detach().double() for layer in net]
+    size, n = len(weights[0]), len(weights) - 1
+    hessian = torch.eye(n * size, dtype=torch.float64)
+    parts = [slice(i * size, (i + 1) * size) for i in range(n)]
+    for i, weight in enumerate(weights[1:]):
+        hessian[parts[i], parts[i]] += (1 if i + 1 < n else 2) * weight.T @ weight
+        if i + 1 < n:
+            hessian[parts[i + 1], parts[i]] -= weight
+            hessian[parts[i], parts[i + 1]] -= weight.T
+    return float(torch.linalg.eigvalsh(hessian)[-1])
+
+
+def errors_curvature(net):
+    """Largest eigenvalue of I + 2 J^T J, J from all errors to the output."""
+    below, jacobians = torch.eye(5, dtype=torch.float64), []
+    for layer in list(net)[:0:-1]:
+        below = below @ layer.weight.detach().double()
+        jacobians.append(below)
+    return 1 + 2 * float(torch.linalg.matrix_norm(torch.cat(jacobians, 1), 2)) ** 2
+
+
+def exact_curvature(net, algorithm):
+    return errors_curvature(net) if algorithm in (EPC, "epc") else states_curvature(net)
+
+
+def test_the_exact_curvatures_are_those_of_f_written_out():
+    """The two ways to count agree with a Hessian by autograd."""
+    net, x, y = chain(3, 2.0, 4).double(), torch.randn(2, 4).double(), torch.randn(2, 5).double()
+
+    def forward(model, at, x, y):
+        for layer in model[:-1]:
+            x = at(layer(x))
+        return (model[-1](x) - y).square().sum(), y.numel()
+
+    for written_out, found in ((Explicit, states_curvature), (ErrorCoordinates, errors_curvature)):
+        hessian = hessian_of(written_out, forward, net, (x, y))
+        assert found(net) == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-9)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("gain", [1.0, 3.0])
+@pytest.mark.parametrize("depth", [1, 5, 10])
+@every
+def test_gamma_is_within_bounds_of_two_over_the_exact_curvature(algorithm, depth, gain, autocast):
+    make = torch.optim.SGD if autocast == (gain > 1) else torch.optim.Adam
+    net = chain(depth, gain)
+    x, y = torch.randn(16, 12), torch.randn(16, 5)
+    lr = 1e-3 if depth * gain < 30 else 1e-7  # beyond which backprop diverges, too
+    optimizer = algorithm(make(net.parameters(), lr), net, value_nodes="linear")
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step(squared(net, x, y))
+    gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
+    ratio = gamma * exact_curvature(net, algorithm) / 2
+    assert 0.25 <= ratio <= 0.95
+
+
+def hessian_of(written_out, forward, model, batch):
+    """d2F/dx2 at the start of inference, by autograd; float64."""
+    oracle = written_out(forward)
+    oracle.errors, oracle.settled = [], False
+    oracle.free_energy(model, batch)
+    starts = oracle.errors if written_out is ErrorCoordinates else oracle.values
+    starts = [x.detach().clone() for x in starts]
+    shapes, sizes = [x.shape for x in starts], [x.numel() for x in starts]
+
+    def free_energy(flat):
+        parts = [p.view(s) for p, s in zip(flat.split(sizes), shapes, strict=True)]
+        oracle.errors, oracle.values = (parts, []) if oracle.errors else ([], parts)
+        return oracle.free_energy(model, batch)[0]
+
+    flat = torch.cat([x.flatten() for x in starts])
+    return torch.autograd.functional.hessian(free_energy, flat)
+
+
+# --- the power iteration --------------------------------------------------------------------------
+
+
+class Written(Explicit):
+    """As `Explicit`, with logits that a mask has set to -1e9."""
+
+    def at(self, mu, dim=None):
+        if dim is None:
+            return super().at(mu)
+        if self.index == len(self.values):
+            self.values.append(mu.detach().clone().requires_grad_())
+        x = self.values[self.index]
+        self.index += 1
+        p, log_p, log_q = x.softmax(dim), x.log_softmax(dim), mu.log_softmax(dim)
+        self.energy = self.energy + (p * (log_p - log_q)).sum()
+        return x
+
+
+class Masked(nn.Module):
+    """Causal attention, its logits masked by the -inf or the -1e9 of the user."""
+
+    def __init__(self, mask=-math.inf):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
+        self.head, self.mask = nn.Linear(4, 3), mask
+        with torch.no_grad():
+            self.q.weight.mul_(4), self.v.weight.mul_(6)  # the attention logits have a say
+
+    def forward(self, x):
+        return self.run(x, lambda mu, dim=None: mu, self.mask)
+
+    def explicit(self, at, x, y):
+        out = self.run(x, at, -1e9)
+        return F.cross_entropy(out, y, reduction="sum", ignore_index=-100), int((y >= 0).sum())
+
+    def run(self, x, at, mask):
+        hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        logits = (self.q(x) @ self.k(x).transpose(1, 2) / 2).masked_fill(hidden, mask)
+        h = at(self.o(x + at(logits, -1).softmax(-1) @ self.v(x)))
+        return self.head(torch.tanh(h)).transpose(1, 2)
+
+
+class SmoothResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.a, self.b = (nn.ModuleList(nn.Linear(6, 6) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x):
+        return self.run(x, lambda mu: mu)
+
+    def explicit(self, at, x, y):
+        return F.cross_entropy(self.run(x, at), y, reduction="sum"), len(y)
+
+    def run(self, x, at):
+        x = self.stem(x)
+        for a, b in zip(self.a, self.b, strict=True):
+            x = x + b(torch.tanh(at(a(torch.tanh(at(x))))))
+        return self.head(x)
+
+
+def tabular(n):
+    return torch.randn(n, 6).double(), torch.randint(0, 4, (n,))
+
+
+def pictures(n):
+    return torch.randn(n, 1, 7, 7).double(), torch.randint(0, 4, (n,))
+
+
+def explicit_mlp(model, at, x, y):
+    for layer in model:
+        x = layer(at(x)) if isinstance(layer, nn.Tanh) else layer(x)
+    return F.cross_entropy(x, y, reduction="sum"), len(y)
+
+
+def own(model, at, *batch):
+    return model.explicit(at, *batch)
+
+
+GRAPHS = {  # module, F written out, batches, factor of its weights
+    "mlp": (lambda: MLP((6, 7, 5, 5, 4)), explicit_mlp, tabular, 1.0),
+    "steep mlp": (lambda: MLP((6, 7, 5, 5, 4)), explicit_mlp, tabular, 4.0),
+    "residual": (SmoothResidual, own, tabular, 2.0),
+    "skips": (Skips, own, tabular, 2.0),
+    "towers": (Towers, own, tabular, 2.0),
+    "conv": (ConvNorm, own, pictures, 1.0),
+    "attention": (Attends, own, tokens, 1.0),
+    "masked with -inf": (Masked, own, tokens, 1.0),
+    "masked with -1e9": (lambda: Masked(-1e9), own, tokens, 1.0),
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize("algorithm", [PC, EPC])
+def test_a_look_finds_the_largest_eigenvalue_of_the_hessian(algorithm, graph, monkeypatch):
+    """In error coordinates F is steep enough to bend within the usual reach."""
+    make, forward, draw, factor = GRAPHS[graph]
+    if algorithm is EPC and "mask" in graph:
+        pytest.skip("Gaussian logits of -inf are not written out")
+    if algorithm is EPC:
+        monkeypatch.setattr(curvature, "REACH", 1e-4)
+    model = make().double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(factor)
+    x, y = draw(4)
+    written_out = ErrorCoordinates if algorithm is EPC else Written
+    exact = torch.linalg.eigvalsh(hessian_of(written_out, forward, model, (x, y)))[-1]
+    optimizer = algorithm(sgd(model, 0.0), model)
+    optimizer.step(classifier(model, x, y))
+    found = optimizer.report.curvature
+    assert 0.6 * exact <= found <= (1.01 if algorithm is EPC else 1.001) * exact
+
+
+def everything(model, optimizer):
+    """All that a look could have touched."""
+    parameters = list(model.parameters())
+    moments = [v for p in parameters for v in optimizer.state[p].values()]
+    gradients = [p.grad for p in parameters]
+    report = optimizer.report
+    return [
+        *model.state_dict().values(),
+        *moments,
+        *gradients,
+        *optimizer.values.values(),
+        report.energies,
+        report.loss,
+        torch.tensor([report.gamma, report.steps]),
+        torch.get_rng_state(),
+    ]
+
+
+class Norm(nn.Module):
+    """BatchNorm and dropout, in train mode, around nodes of both kinds."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.head(torch.softmax(h, -1) * h)
+
+
+@every
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_a_look_leaves_no_trace(algorithm, autocast):
+    """A batch with a look equals, to the bit, one whose gamma was given as that which it chose."""
+    start, (x, y) = Norm(), vectors(12)
+    found = {}
+    gamma = "auto"
+    for kind in ("auto", "given"):
+        model = twin(start)
+        optimizer = algorithm(torch.optim.Adam(model.parameters(), 0.01), model, gamma=gamma)
+        torch.manual_seed(4)
+        counted = Counted(classifier(model, x, y))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            optimizer.step(counted)
+        found[kind] = everything(model, optimizer)
+        looks = PRODUCTS if kind == "auto" else 0
+        assert counted.calls == optimizer.report.steps + looks
+        if kind == "auto":
+            gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
+            assert gamma != START
+    assert len(found["auto"]) == len(found["given"]) > 20
+    for one, other in zip(*found.values(), strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@every
+def test_a_look_that_meets_nan_is_passed_over(algorithm):
+    """The loss of a look alone is not finite: gamma stays, the next batch looks again."""
+    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
+    optimizer, calls = algorithm(sgd(model), model), itertools.count()
+
+    def closure():
+        return F.cross_entropy(model(x), y) * (math.nan if next(calls) == 1 else 1.0)
+
+    optimizer.step(closure)
+    assert next(calls) == 1 + 1 + 7
+    state = optimizer.state_dict()["lightning_pc"]
+    assert (state["gamma"], state["curvature"]) == (START, None)
+    assert optimizer.report.curvature is None
+    optimizer.step(closure)
+    state = optimizer.state_dict()["lightning_pc"]
+    assert state["curvature"] > 0
+    assert state["gamma"] != START
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC, EPC, ZIL])
+def test_a_given_gamma_never_looks(algorithm):
+    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
+    optimizer = algorithm(sgd(model), model, **({} if algorithm is ZIL else {"gamma": 0.1}))
+    counted = Counted(classifier(model, x, y))
+    for _ in range(40):
+        before = counted.calls
+        optimizer.step(counted)
+        assert counted.calls - before == optimizer.report.steps
+    assert optimizer.report.curvature is None
+    assert "lightning_pc" not in optimizer.state_dict()
+
+
+def digits(n):
+    found = load_digits()
+    pick = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))[:n]
+    pixels = torch.tensor(found.data, dtype=torch.float32)[pick] / 16
+    return pixels, torch.tensor(found.target)[pick]
+
+
+@pytest.mark.parametrize(("algorithm", "make"), [(PC, "adam"), (IPC, "sgd"), (EPC, "sgd")])
+def test_looks_take_two_percent_of_the_time_at_most(algorithm, make):
+    """A look's evaluations cost 0.75 of an ordinary one: they differentiate no weight."""
+    model, (x, y) = MLP((64, 32, 32, 10), "relu"), digits(1024)
+    inner = {"sgd": (torch.optim.SGD, 0.05), "adam": (torch.optim.Adam, 1e-3)}[make]
+    optimizer = algorithm(inner[0](model.parameters(), inner[1]), model)
+    steps = looks = 0
+    for i in range(180):  # 400 evaluations, and over 1,000
+        at = slice(i % 16 * 64, (i % 16 + 1) * 64)
+        counted = Counted(classifier(model, x[at], y[at]))
+        optimizer.step(counted)
+        if i * 8 >= 400:
+            steps += optimizer.report.steps
+            looks += counted.calls - optimizer.report.steps
+    assert steps > 1000
+    assert 0 < 0.75 * looks <= 0.02 * steps
+
+
+def test_the_first_looks_come_at_once():
+    """At evaluations 0, 8, 16, 32, .. 256, then every 200: what is new changes fast."""
+    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
+    optimizer, at = PC(sgd(model, 1e-3), model), []
+    for i in range(100):
+        counted = Counted(classifier(model, x, y))
+        optimizer.step(counted)
+        if counted.calls > 8:
+            assert counted.calls == 8 + PRODUCTS
+            at.append(8 * i)
+    assert at == [0, 8, 16, 32, 64, 128, 256, 456, 656]
+
+
+# --- what it remembers ----------------------------------------------------------------------------
+
+
+def train(model, optimizer, batches, start, end):
+    for i in range(start, end):
+        x, y = batches[i % len(batches)]
+        torch.manual_seed(i)
+        optimizer.step(classifier(model, x, y))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "how"),
+    [*((a, "state_dict") for a in ALGORITHMS), (IPC, "deepcopy"), (PC, "pickle")],
+)
+def test_a_saved_run_goes_on_to_the_bit(algorithm, how):
+    """Stopped between two looks; without the state the run would be another."""
+    batches = [vectors(12) for _ in range(4)]
+
+    def made():
+        torch.manual_seed(8)
+        model = Dropped()
+        return model, algorithm(torch.optim.Adam(model.parameters(), 0.02), model)
+
+    whole, optimizer = made()
+    train(whole, optimizer, batches, 0, 20)
+    model, half = made()
+    train(model, half, batches, 0, 5)
+    if how == "state_dict":
+        other, again = made()
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        again.load_state_dict(copy.deepcopy(half.state_dict()))
+        assert not [k for k in model.state_dict() if "pc" in k or "gamma" in k]
+    elif how == "deepcopy":
+        other, again = copy.deepcopy((model, half))
+    else:
+        other, again = pickle.loads(pickle.dumps((model, half)))
+    assert again.state_dict()["lightning_pc"] == half.state_dict()["lightning_pc"]
+    train(other, again, batches, 5, 20)
+    assert again.state_dict()["lightning_pc"] == optimizer.state_dict()["lightning_pc"]
+    for one, same in zip(whole.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, same)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    forgetful = algorithm(half.optimizer, model)
+    train(model, forgetful, batches, 5, 20)
+    assert not torch.equal(next(whole.parameters()), next(model.parameters()))
+
+
+@every
+def test_states_of_plain_optimizers_and_of_given_gammas(algorithm):
+    """A plain state leaves the automatic gamma alone, an automatic one a given gamma."""
+    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
+    optimizer = algorithm(torch.optim.Adam(model.parameters(), 0.01), model)
+    for _ in range(5):
+        optimizer.step(classifier(model, x, y))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(optimizer.optimizer.state_dict()))
+    assert optimizer.state_dict()["lightning_pc"] == saved["lightning_pc"]
+
+    fixed = algorithm(torch.optim.Adam(model.parameters(), 9.0), model, gamma=0.05, gamma_decay=1)
+    fixed.load_state_dict(saved)
+    assert fixed.param_groups[0]["lr"] == 0.01
+    counted = Counted(classifier(model, x, y))
+    fixed.step(counted)
+    assert counted.calls == fixed.report.steps
+    assert fixed.report.gamma == 0.05
+    assert "lightning_pc" not in fixed.state_dict()
+
+
+class Masks(Module):
+    """Dropout, so that a resumed run needs the generators as well."""
+
+    def __init__(self):
+        super().__init__(net=mlp(nn.Dropout(0.5)))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.02)
+
+
+@pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
+@pytest.mark.parametrize("then", ["automatic", "state lost", "gamma given"])
+def test_a_resumed_trainer_goes_on_to_the_bit(algorithm, then, tmp_path):
+    def fitted(epochs, gamma="auto", ckpt=None):
+        seed_all(1 if ckpt is None else 99)
+        module = Masks()
+        saves = ModelCheckpoint(tmp_path, save_last=True, filename="{epoch}", save_top_k=-1)
+        fit = trainer(
+            {"algorithm": algorithm, "gamma": gamma},
+            max_epochs=epochs,
+            callbacks=[saves, RandomState()],
+            enable_checkpointing=True,
+        )
+        fit.fit(module, loader(data(5)), ckpt_path=ckpt)
+        state = fit.strategy.optimizer_state(fit.optimizers[0]).get("lightning_pc")
+        return module, state, fit
+
+    whole, state, _ = fitted(4)
+    checkpoint = tmp_path / "epoch=1.ckpt"
+    assert state["evaluations"] == 160
+    if then == "state lost":
+        saved = torch.load(checkpoint, weights_only=True)
+        del saved["optimizer_states"][0]["lightning_pc"]
+        torch.save(saved, checkpoint)
+    resumed, again, fit = fitted(4, 0.05 if then == "gamma given" else "auto", checkpoint)
+    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
+    same = [torch.equal(p, q) for p, q in pairs]
+    if then == "automatic":
+        assert all(same)
+        assert again == state
+    else:
+        assert not any(same)
+        assert fit.global_step == 20
+    if then == "gamma given":
+        assert again is None
+        assert fit.strategy.report.curvature is None
+
+
+# --- what it chooses ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gamma_is_within_bounds_under_the_trainer(algorithm, precision):
+    class Chain(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = chain(5)
+
+        def training_step(self, batch):
+            return F.mse_loss(self.net(batch[0]).float(), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-3)
+
+    module, strategy = Chain(), {"algorithm": algorithm, "value_nodes": "linear"}
+    fit = trainer(strategy, precision=precision)
+    fit.fit(module, loader([(torch.randn(16, 12), torch.randn(16, 5))] * 20))
+    report = fit.strategy.report
+    state = fit.strategy.optimizer_state(fit.optimizers[0])["lightning_pc"]
+    exact = exact_curvature(module.net, algorithm)
+    assert 0.25 <= state["gamma"] * exact / 2 <= 0.95
+    assert 0.5 <= report.curvature / exact <= 1.05
+    assert report.curvature == state["curvature"]
+
+
+def test_gamma_is_left_alone_within_its_band_once_the_start_is_over():
+    auto = AutoGamma(0.8, 0.5, 1.2)
+    auto.take_in(4.0)
+    assert auto.gamma == pytest.approx(0.2)
+    auto.evaluations = EVERY - 1
+    auto.take_in(4.1)  # at the start it follows everything
+    assert auto.gamma == pytest.approx(0.8 / 4.1)
+    auto.evaluations = EVERY
+    for found, gamma in ((5.9, 0.8 / 4.1), (2.6, 0.8 / 4.1), (6.3, 0.8 / 6.3), (0.01, LARGEST)):
+        auto.take_in(found)
+        assert auto.gamma == pytest.approx(gamma)
+    for failed in (math.nan, math.inf, 0.0, -1.0):
+        auto.take_in(failed)
+        assert (auto.gamma, auto.curvature) == (LARGEST, 0.01)
+
+
+def test_false_alarms_are_heard_ever_less_often():
+    """Inference that raises the energy at a gamma that is right costs no look after look."""
+    auto = AutoGamma(0.8, 0.5, 1.2, evaluations=EVERY)
+    auto.take_in(4.0)
+    auto.alarmed, at = True, []
+    while len(at) < 6:
+        auto.evaluations += 8
+        if auto.due():
+            at.append(auto.evaluations - auto.looked_at)
+            auto.take_in(4.0)
+    assert at == [SOONEST, 4 * SOONEST, EVERY, EVERY, EVERY, EVERY]
+    auto.alarmed = False
+    auto.take_in(4.0)
+    assert auto.soonest == EVERY
+    auto.alarmed = True
+    auto.take_in(8.0)  # a true one
+    assert auto.soonest == SOONEST
+
+
+def pixels(n):
+    return torch.randn(n, 1, 4, 4), torch.randint(0, 2, (n, 4, 4))
+
+
+TASKS = {  # module, batch
+    "mlp": (lambda: MLP((6, 9, 7, 4)), vectors, 16),
+    "deep": (lambda: MLP((6, 8, 8, 8, 8, 8, 8, 4), "relu"), vectors, 16),
+    "digits": (lambda: MLP((64, 64, 64, 10), "relu"), digits, 64),
+    "dropout": (Dropped, vectors, 16),
+    "cnn": (CNN, images, 16),
+    "residual": (Residual, vectors, 16),
+    "transformer": (Transformer, sequences, 8),
+    "tied": (Tied, sequences, 8),
+    "unet": (UNet, pixels, 8),
+    "gpt2": None,
+    "resnet": None,
+    "vit": None,
+}
+#: Where convolutions and BatchNorm spread the curvature so far that one gamma is too small.
+SLOW = {(PC, "cnn"), (IPC, "cnn"), (PC, "resnet"), (IPC, "resnet")}
+_slow = pytest.mark.xfail(reason="the curvatures of its nodes differ too far for one gamma")
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "name"),
+    [
+        pytest.param(*case, marks=_slow if case in SLOW else [])
+        for case in itertools.product(ALGORITHMS, TASKS)
+        if not (case[0] is EPC and TASKS[case[1]] is None)
+    ],
+)
+def test_inference_infers(algorithm, name):
+    """At the defaults F comes at least halfway to its minimum, the weights fixed.
+
+    The minimum is that of 80 or 400 steps, which 2,000 at a tenth of the rate confirm.
+    """
+    if TASKS[name] is None:
+        model, batch = TINY[name].make(), TINY[name].draw()
+    else:
+        make, draw, n = TASKS[name]
+        model = make()
+        batch = draw(n)
+
+    def settled(kind, **arguments):
+        own = twin(model)
+        optimizer = kind(sgd(own, 0.0), own, **arguments)
+        torch.manual_seed(5)  # of the dropout
+        if TASKS[name] is None:
+            optimizer.step(lambda: own(**batch).loss)
+        else:
+            optimizer.step(classifier(own, *batch))
+        return optimizer
+
+    chosen = settled(algorithm)
+    gamma, steps = chosen.state_dict()["lightning_pc"]["gamma"], chosen.report.steps
+    assert steps == max(8, chosen.report.depth + 1 if algorithm is not EPC else 0)
+    free = chosen.report.free_energy
+    kind = EPC if algorithm is EPC else PC
+    long = 400 if (PC, name) in SLOW else 80
+    slow = gamma / 2 if algorithm is IPC else gamma  # stable though the weights do not give way
+    least = settled(kind, gamma=slow, gamma_decay=1, T=long).report.free_energy.min()
+    least = min(least, free.min())
+    assert free[0] - least > 1e-3 * free[0].abs()
+    assert free[0] - free[-1] >= 0.5 * (free[0] - least)
+
+
+# --- T="auto" -------------------------------------------------------------------------------------
+
+
+def assert_stopped(report, least, most):
+    """At the first step, not before `least`, that moved F by less than 1 % of what it has moved."""
+    free = report.free_energy
+    moved, all_of_it = free.diff().abs(), (free[1:] - free[0]).abs()
+    done = (moved <= 0.01 * all_of_it).tolist()
+    # after step i, which compares F(i) with F(i - 1), evaluation i + 1 is the last
+    ends = [i + 2 for i in range(1, len(free) - 1) if done[i - 1] and i + 2 >= least]
+    assert least <= report.steps <= most
+    assert ends == ([report.steps] if report.steps < most else [])
+
+
+@every
+def test_inference_ends_when_it_has_converged(algorithm):
+    """And T of the run is what the report says: a run of that T is the same run."""
+    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
+    other = twin(model)
+    optimizer = algorithm(sgd(model), model, gamma=0.3, gamma_decay=1, T="auto")
+    counted = Counted(classifier(model, x, y))
+    optimizer.step(counted)
+    report = optimizer.report
+    assert counted.calls == report.steps == len(report.loss) == len(report.energy)
+    least = 2 if algorithm is EPC else report.depth + 1
+    assert_stopped(report, least, 32)
+    if algorithm is not IPC:
+        assert least < report.steps < 32
+    fixed = algorithm(sgd(other), other, gamma=0.3, gamma_decay=1, T=report.steps)
+    fixed.step(classifier(other, x, y))
+    assert fixed.report.learned == report.learned
+    if algorithm is not IPC:
+        assert set(report.learned.values()) == {1}
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(fixed.report.free_energy, report.free_energy)
+
+
+@every
+@pytest.mark.parametrize("layers", [1, 12])
+@pytest.mark.filterwarnings("ignore")  # it is said that gamma is small
+def test_inference_that_does_not_converge_takes_the_most_steps(algorithm, layers):
+    model, (x, y) = MLP((6, *[6] * layers, 4)), vectors(12)
+    optimizer = algorithm(sgd(model, 1e-6), model, gamma=1e-4, T="auto")
+    optimizer.step(classifier(model, x, y))
+    assert optimizer.report.depth == layers
+    most = 32 if algorithm is EPC else max(32, 4 * (layers + 1))
+    assert optimizer.report.steps == most
+    assert_stopped(optimizer.report, 2 if algorithm is EPC else layers + 1, most)
+
+
+@every
+@pytest.mark.filterwarnings("ignore")  # the error fades out on its way, which is said
+def test_inference_does_not_end_before_the_error_is_everywhere(algorithm):
+    """Twelve stages, and F as good as settled after the first two."""
+    model, (x, y) = MLP((6, *[6] * 12, 4)), vectors(12)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.05)
+    optimizer = algorithm(sgd(model, 0.0), model, T="auto", gamma=1.0, gamma_decay=1)
+    optimizer.step(classifier(model, x, y))
+    assert optimizer.report.steps in ((2, 3, 4) if algorithm is EPC else (13,))
+    assert min(optimizer.report.learned.values()) >= 1
+
+
+@pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
+def test_t_auto_under_the_trainer(algorithm):
+    seen = []
+
+    class Tells(Module):
+        calls = 0
+
+        def training_step(self, batch, batch_idx):
+            type(self).calls += 1
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, *args):
+            seen.append((self.trainer.strategy.report, type(self).calls))
+            type(self).calls = 0
+
+    fit = trainer({"algorithm": algorithm, "T": "auto", "gamma": 0.3})
+    fit.fit(Tells(), loader(data(4)))
+    for report, calls in seen:
+        assert calls == report.steps
+        assert_stopped(report, 2 if algorithm == "epc" else report.depth + 1, 32)
+    assert fit.global_step == 4
+
+
+def test_t_auto_works_with_an_automatic_gamma_and_centered_nudging():
+    model, (x, y) = MLP((6, 9, 7, 4)).double(), map(double, vectors(12))
+    optimizer = PC(sgd(model), model, T="auto", nudging="centered", beta=0.1)
+    for _ in range(4):
+        optimizer.step(classifier(model, x, y))
+        assert 2 * 4 - 1 <= optimizer.report.steps <= 63
+        assert set(optimizer.report.learned.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "arguments", "says"),
+    [
+        (ZIL, {"T": "auto"}, "zil always takes depth"),
+        (PC, {"T": "auto", "precisions": "spiking"}, "varying precisions move it by themselves"),
+        (IPC, {"T": "auto", "precisions": "decaying"}, "give a number of steps"),
+        (EPC, {"T": "auto", "precisions": lambda d, t: 1.0}, "give a number of steps"),
+        (PC, {"T": "Auto"}, "T='Auto': expected a whole number"),
+        (IPC, {"T": "automatic"}, "'auto' or None"),
+        (PC, {"T": 2.5}, "whole number"),
+        (PC, {"T": True}, "whole number"),
+        (PC, {"gamma": "Auto"}, "gamma='Auto': expected a positive inference rate or 'auto'"),
+        (IPC, {"gamma": None}, "gamma=None"),
+        (EPC, {"gamma": "0.1"}, "gamma='0.1'"),
+        (PC, {"gamma": math.nan}, "gamma=nan"),
+        (ZIL, {"gamma": 0.1}, "leave gamma at 'auto'"),
+    ],
+)
+def test_what_is_no_setting_is_told(wrapper, arguments, says):
+    model = MLP((6, 5, 4))
+    with pytest.raises(ConfigError, match=says):
+        wrapper(sgd(model), model, **arguments)
+
+
+# --- odd batches and changes of regime ------------------------------------------------------------
+
+
+def plain(f=nn.Tanh, bias=None, last=None):
+    model = nn.Sequential(nn.Linear(6, 9), f(), nn.Linear(9, 7), f(), nn.Linear(7, 4))
+    with torch.no_grad():
+        if bias is not None:
+            model[0].bias.fill_(bias)
+        if last is not None:
+            model[2].weight.zero_(), model[2].bias.zero_()
+    return model
+
+
+class Flat(nn.Module):
+    """A normalised node whose input is the same everywhere: its variance is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 9), nn.BatchNorm1d(9), nn.Linear(9, 4)
+        nn.init.zeros_(self.a.weight)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.norm(self.a(x))))
+
+
+def errors(model, x, y):
+    return lambda: F.mse_loss(model(x), F.one_hot(y, 4).to(x.dtype))
+
+
+def no_errors(model, x, y):
+    return lambda: F.mse_loss(model(x), model(x).detach())
+
+
+ODD = {  # module, change of the inputs, change of the targets, loss, whether values have a slope
+    "zeros": (plain, torch.zeros_like, None, classifier, True),
+    "zeros into relu": (lambda: plain(nn.ReLU), torch.zeros_like, None, classifier, True),
+    "one sample": (plain, lambda x: x[:1], lambda y: y[:1], classifier, True),
+    "constant targets": (plain, None, torch.zeros_like, classifier, True),
+    "constant regression": (plain, None, torch.zeros_like, errors, True),
+    "no variance": (lambda: plain(last=0), None, None, classifier, True),
+    "no variance to normalise": (Flat, None, None, classifier, True),
+    "1e4": (plain, lambda x: 1e4 * x, None, classifier, True),
+    "1e4 into relu": (lambda: plain(nn.ReLU), lambda x: 1e4 * x, None, classifier, True),
+    "1e4 into relu, regression": (lambda: plain(nn.ReLU), lambda x: 1e4 * x, None, errors, True),
+    "1e-6": (plain, lambda x: 1e-6 * x, None, classifier, True),
+    "1e-6 into relu": (lambda: plain(nn.ReLU), lambda x: 1e-6 * x, None, classifier, True),
+    "1e-6, regression": (plain, lambda x: 1e-6 * x, None, errors, True),
+    "dead relus below": (lambda: plain(nn.ReLU, -100.0), None, None, classifier, True),
+    "all relus dead": (lambda: plain(nn.ReLU, last=0), None, None, classifier, False),
+    "no loss": (plain, None, None, no_errors, False),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@every
+def test_odd_batches_neither_freeze_nor_ruin_anything(algorithm, name):
+    make, inputs, targets, loss, slope = ODD[name]
+    torch.manual_seed(3)
+    start, (x, y) = make(), vectors(16)
+    x, y = x if inputs is None else inputs(x), y if targets is None else targets(y)
+    for kind in ("sgd", "adam"):
+        model = twin(start)
+        lr = 1e-10 if "1e4" in name else 0.05  # of SGD, with inputs of that size
+        inner = sgd(model, lr) if kind == "sgd" else torch.optim.Adam(model.parameters(), 1e-3)
+        optimizer, gammas = algorithm(inner, model), []
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for i in range(6):
+                value = optimizer.step(loss(model, x, y))
+                report = optimizer.report
+                gammas.append(optimizer.state_dict()["lightning_pc"]["gamma"])
+                if i == 0:
+                    assert (sum(report.peak_energy.values()) > 0) == slope
+                if slope:  # inference does what it is for
+                    assert report.free_energy.min() < report.free_energy[0]
+        assert len([w for w in said if w.category is UserWarning]) <= 1
+        assert value.isfinite()
+        assert report.energies.isfinite().all()
+        assert all(p.isfinite().all() for p in model.parameters())
+        assert all(math.isfinite(gamma) and 1e-6 < gamma <= LARGEST for gamma in gammas)
+
+
+@every
+def test_gamma_follows_weights_that_grow_in_mid_run(algorithm):
+    """To some 20 times the curvature: within 40 evaluations and a batch."""
+    net = chain(3)
+    x, y = torch.randn(16, 12), torch.randn(16, 5)
+    inner = torch.optim.Adam(net.parameters(), 1e-4)
+    optimizer = algorithm(inner, net, value_nodes="linear")
+    for _ in range(60):
+        optimizer.step(squared(net, x, y))
+    exact = exact_curvature(net, algorithm)
+    assert optimizer.state_dict()["lightning_pc"]["gamma"] * exact < 2
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2.5 if algorithm is EPC else 5)
+    for _ in range(1 + SOONEST // 8):
+        optimizer.step(squared(net, x, y))
+    grown = exact_curvature(net, algorithm)
+    assert grown > 8 * exact
+    gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
+    assert 0.25 <= gamma * grown / 2 <= 1
+    optimizer.step(squared(net, x, y))
+    assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
+
+
+@pytest.mark.parametrize(("f", "factor"), [("tanh", 30.0), ("relu", 30.0), ("relu", 1 / 30)])
+@every
+def test_gamma_stands_inputs_that_change_their_scale(algorithm, f, factor):
+    model, (x, y) = MLP((64, 32, 32, 10), f), digits(64)
+    optimizer = algorithm(torch.optim.Adam(model.parameters(), 1e-3), model)
+    for _ in range(20):
+        optimizer.step(classifier(model, x, y))
+    x = factor * x
+    losses = [optimizer.step(classifier(model, x, y)).item() for _ in range(20)]
+    assert losses[-1] <= losses[0]
+    fresh = (EPC if algorithm is EPC else PC)(sgd(model, 0.0), model)
+    fresh.step(classifier(model, x, y))
+    gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
+    assert gamma * fresh.report.curvature < 2.5
+
+
+@pytest.mark.xfail(reason="an alarm needs a batch that ends", strict=True)
+@every
+def test_after_a_divergence_the_next_batch_looks(algorithm):
+    """Who passes over the batch goes on: gamma was too large, not the batch at fault."""
+    net = chain(3)
+    x, y = torch.randn(16, 12), torch.randn(16, 5)
+    optimizer = algorithm(sgd(net, 0.0), net, value_nodes="linear")
+    for _ in range(60):
+        optimizer.step(squared(net, x, y))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1e4)
+    with pytest.raises(DivergenceError):
+        optimizer.step(squared(net, x, y))
+    optimizer.step(squared(net, x, y))
+    gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
+    assert 0.25 <= gamma * exact_curvature(net, algorithm) / 2 <= 1
