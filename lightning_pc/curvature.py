@@ -154,7 +154,7 @@ def largest_curvature(
                 if at_rest is not None:
                     change = change - at_rest
                 along += float((change * direction[i]).sum())
-                direction[i] = change.div_(step)
+                direction[i] = change.div_(step * norm)
             curvature = along / (step * norm**2)
     finally:
         for node, x, (slopes, below) in zip(nodes, starts, before, strict=True):

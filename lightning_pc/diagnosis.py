@@ -58,7 +58,7 @@ def divergence(
             remedy = "The weights have changed since gamma was chosen: lower the learning rate."
         why = (
             f"F has risen since t = {start + since}, so fast that gamma = {gamma:.3g} times its "
-            f"curvature is about {product:.2g}, above the limit of {LIMIT:g}; {share:.0%} of the "
+            f"curvature is at least {product:.2g}, above the limit of {LIMIT:g}; {share:.0%} of the "
             f"energy was at '{names[most]}'. {remedy}"
         )
     return DivergenceError(
@@ -78,16 +78,17 @@ def _rising(free: Sequence[float]) -> tuple[int, float] | None:
     return since, 1 + math.sqrt(free[-1] / free[-2])
 
 
-def unstable(node: Node, gamma: float, curvature: float, since: int) -> str:
+def unstable(node: Node, gamma: float, curvature: float, bearable: float, since: int) -> str:
     """Says that inference raises the energy, "" where gamma is not to blame.
 
     Args:
         node: Where the curvature is largest.
         gamma: Inference rate.
         curvature: Largest curvature of F in the values.
+        bearable: Largest gamma * curvature that the algorithm lives with.
         since: The first of the batches on end in which it did.
     """
-    if not gamma * curvature > LIMIT:
+    if not gamma * curvature > bearable:
         return ""
     return (
         f"Since batch {since} inference raises the energy instead of lowering it: gamma = "

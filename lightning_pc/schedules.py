@@ -23,6 +23,8 @@ class Schedule(ABC):
     fixed_gamma: float | None = None
     #: What gamma="auto" makes of gamma * curvature, and the band in which it leaves it alone.
     aim, band = 0.8, (0.5, 1.2)
+    #: The user is told of a gamma whose product with the curvature exceeds this.
+    bearable = 2.0
     #: Weights move while values do.
     incremental = False
     #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
@@ -63,6 +65,7 @@ class IPC(Schedule):
     # Weights that learn at every step keep the curvature near 2 / gamma by themselves, and learn
     # less well where gamma gives way (recipes/stability).
     aim, band = 1.4, (0.7, 2.5)
+    bearable = 4.0
     incremental = True
 
     @override

@@ -264,7 +264,8 @@ class Learner:
         elif relaxation.seen is not None:
             curvature, node = relaxation.seen
             gamma, since = inference.start_gamma, self._batches - self._rises
-            self._warn("unstable", unstable(node, gamma, curvature, since))
+            bearable = self.schedule.bearable
+            self._warn("unstable", unstable(node, gamma, curvature, bearable, since))
             self._rises = -SECOND_LOOK
         elif not self.schedule.fixed_gamma:
             self._rises = self._rises + 1 if rose or self._rises < 0 else 0

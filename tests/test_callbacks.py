@@ -9,7 +9,9 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning_problems import ALGORITHMS, Memory, Module, data, loader, trainer
 
+import lightning_pc.callbacks
 from lightning_pc import EnergyMonitor
+from lightning_pc.plots import plot_history
 
 SHORT = {"pc/energy", "pc/gamma", "pc/steps"}
 NODES = {"pc/energy/net.1", "pc/energy/net.3"}
@@ -33,11 +35,15 @@ def test_logs_every_batch(algorithm, per_node):
     assert len(memory.seen) == 3
     for (index, (step, logged)), report in zip(enumerate(memory.seen), module.reports, strict=True):
         assert step == index
-        assert set(logged) - {"epoch"} == SHORT | (NODES if per_node else set())
+        chosen = {"pc/curvature"} if report.curvature is not None else set()
+        assert set(logged) - {"epoch"} == SHORT | chosen | (NODES if per_node else set())
+        assert bool(chosen) == (algorithm != "zil")
         expected = report.energy[-1] / report.loss_terms
         assert logged["pc/energy"] == pytest.approx(float(expected.sum()), rel=1e-6)
         assert logged["pc/gamma"] == pytest.approx(report.gamma, rel=1e-6)
         assert logged["pc/steps"] == report.steps
+        if chosen:
+            assert logged["pc/curvature"] == pytest.approx(report.curvature, rel=1e-6)
         if per_node:
             each = [logged[f"pc/energy/{name}"] for name in report.nodes]
             assert each == pytest.approx(expected.tolist(), rel=1e-6)
@@ -74,7 +80,7 @@ def test_any_logger_and_frequency(tmp_path):
 def test_without_a_logger():
     fit = trainer("ipc", callbacks=[EnergyMonitor()])
     fit.fit(Module(), loader(data(1)))
-    assert set(fit.callback_metrics) == SHORT
+    assert set(fit.callback_metrics) == SHORT | {"pc/curvature"}
 
 
 def test_batches_that_are_skipped():
@@ -85,6 +91,29 @@ def test_batches_that_are_skipped():
     memory = Memory()
     trainer("ipc", logger=memory, callbacks=[EnergyMonitor()]).fit(Skips(), loader(data(2)))
     assert [step for step, _ in memory.seen] == [1]
+
+
+def test_history_is_spread_over_the_fit(monkeypatch, tmp_path):
+    monkeypatch.setattr(lightning_pc.callbacks, "MOST", 4)
+    picture = tmp_path / "deep" / "energy.png"
+    module, monitor = Reports(), EnergyMonitor(plot=str(picture))
+    trainer("pc", callbacks=[monitor], max_epochs=3).fit(module, loader(data(3)))
+    assert [batch for batch, _ in monitor.history] == [0, 4, 8]
+    for batch, energies in monitor.history:
+        report = module.reports[batch]
+        assert list(energies) == report.nodes
+        expected = (report.energy[-1] / report.loss_terms).tolist()
+        assert [float(e) for e in energies.values()] == pytest.approx(expected)
+    assert picture.stat().st_size > 1000
+    axes = plot_history(monitor.history)
+    assert [line.get_label() for line in axes.lines] == module.reports[0].nodes
+    assert list(axes.lines[0].get_xdata()) == [0, 4, 8]
+
+
+def test_a_picture_needs_matplotlib(monkeypatch):
+    monkeypatch.setattr(lightning_pc.callbacks, "find_spec", lambda name: None)
+    with pytest.raises(MisconfigurationException, match=r"EnergyMonitor\(plot='a.png'\).*plots"):
+        trainer("pc", callbacks=[EnergyMonitor(plot="a.png")]).fit(Module(), loader(data(1)))
 
 
 def test_a_plain_strategy_has_no_energy():

@@ -1,0 +1,145 @@
+"""What the user is told: which node, since when, and what to change."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import MLP
+from torch import nn
+
+from lightning_pc import explain
+from lightning_pc.errors import DivergenceError
+from lightning_pc.optim import EPC, IPC, PC
+
+
+def steep(gain=4.0, layers=5):
+    """Tanh would bound what diverges, so that ReLU; curvature grows as the square of the gain."""
+    torch.manual_seed(0)
+    net = MLP((20, *[20] * layers, 5), "relu")
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight *= gain
+    x, y = torch.randn(64, 20), torch.randint(0, 5, (64,))
+    return net, lambda: F.cross_entropy(net(x), y)
+
+
+def frozen(algorithm, net, **kwargs):
+    return algorithm(torch.optim.SGD(net.parameters(), 0.0), net, gamma_decay=1, **kwargs)
+
+
+def run(optimizer, loss, batches):
+    for _ in range(batches):
+        optimizer.step(loss)
+
+
+def curvature(net, loss):
+    optimizer = frozen(PC, net)
+    optimizer.step(loss)
+    return optimizer.report.curvature
+
+
+def test_a_divergence_says_since_when_where_and_what_to_do():
+    net, loss = steep()
+    with pytest.raises(DivergenceError) as error:
+        frozen(PC, net, gamma=1000.0, T=20).step(loss)
+    message = str(error.value)
+    assert "F has risen since t = 1" in message
+    assert "gamma = 1e+03 times its curvature is at least" in message
+    product = float(message.split("is at least ")[1].split(",")[0])
+    assert 2 < product < 1.5 * 1000 * curvature(net, loss)
+    assert any(f"energy was at '{name}'" in message for name in ("1", "3", "5", "7", "9"))
+    rate = float(message.split("gamma < ")[1].rstrip("."))
+    assert rate == pytest.approx(2 * 1000 / product, rel=0.1)
+
+
+def test_an_automatic_gamma_is_not_advised_to_be_automatic():
+    net, loss = steep(1.0)
+    optimizer = frozen(PC, net, T=30)
+    for _ in range(60):
+        optimizer.step(loss)
+    with torch.no_grad():
+        for layer in net[::2]:
+            layer.weight *= 30
+    with pytest.raises(DivergenceError, match="weights have changed since gamma was chosen"):
+        run(optimizer, loss, 3)
+
+
+def test_a_first_loss_that_is_not_finite_is_not_gammas_fault():
+    net = MLP((4, 4, 3))
+    with pytest.raises(DivergenceError, match="Inference has not begun"):
+        frozen(PC, net).step(
+            lambda: F.cross_entropy(net(torch.full((2, 4), torch.nan)), torch.ones(2).long())
+        )
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC, EPC])
+def test_a_gamma_that_raises_the_energy_is_told_once(algorithm):
+    net, loss = steep(2.0)
+    right = frozen(algorithm, net, gamma=0.3 / curvature(net, loss))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(6):
+            right.step(loss)
+    wrong = frozen(algorithm, net, gamma=3.0)
+    with pytest.warns(UserWarning, match="Since batch 1 inference raises the energy") as told:
+        run(wrong, loss, 8)
+    assert len(told) == 1
+    message = str(told[0].message)
+    assert float(message.split("gamma < ")[1].rstrip(".")) < 1
+    assert "value node '" in message
+
+
+def test_looking_at_the_curvature_changes_nothing():
+    """The curvature that the warning names is measured between two steps, without a trace."""
+    runs = []
+    for patience in (3, 10**6):
+        net, loss = steep(2.0)
+        optimizer = IPC(torch.optim.Adam(net.parameters(), 1e-3), net, gamma=1.0)
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            patch.setattr("lightning_pc.step.PATIENCE", patience)
+            for _ in range(6):
+                optimizer.step(loss)
+        runs.append((torch.cat([p.detach().flatten() for p in net.parameters()]), len(told)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert [count for _, count in runs] == [1, 0]
+
+
+@pytest.mark.parametrize("gamma", [1e-12, 1e-30])
+def test_values_that_never_move_are_told(gamma):
+    net, loss = steep(1.0)
+    with pytest.warns(UserWarning, match="no value moved: all 5 value nodes have energy zero"):
+        frozen(PC, net, gamma=gamma).step(loss)
+
+
+def test_a_loss_of_zero_moves_nothing_and_says_nothing():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    y = net(x).detach()
+    optimizer = frozen(PC, net)
+    assert optimizer.step(lambda: F.mse_loss(net(x), y)).item() == 0
+    assert set(optimizer.report.peak_energy.values()) == {0.0}
+
+
+def test_explain():
+    net, loss = steep(1.0)
+    optimizer = frozen(PC, net)
+    optimizer.step(loss)
+    report = optimizer.report
+    lines = explain(report).splitlines()
+    free = report.free_energy
+    assert f"F went from {free[0]:.4g} to {free[-1]:.4g} in 8 evaluations" in lines[0]
+    assert f"curvature {report.curvature:.3g} is" in lines[1]
+    assert "next to the loss (depth 1)" in lines[2]
+    assert "(depth 5)" in lines[2]
+    shares = report.energy_by_depth
+    assert list(shares) == [1, 2, 3, 4, 5]
+    assert sum(shares.values()) == pytest.approx(1)
+    by_hand = report.energy[-1] / report.energy[-1].sum()
+    assert list(shares.values()) == pytest.approx(by_hand.flip(0).tolist())
+    net, loss = steep()
+    wrong = frozen(PC, net, gamma=3.0)
+    with pytest.warns(UserWarning, match="Since batch"):
+        run(wrong, loss, 5)
+    assert "It rose: most of the energy is at '" in explain(wrong.report)
