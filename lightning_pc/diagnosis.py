@@ -58,8 +58,8 @@ def divergence(
             remedy = "The weights have changed since gamma was chosen: lower the learning rate."
         why = (
             f"F has risen since t = {start + since}, so fast that gamma = {gamma:.3g} times its "
-            f"curvature is at least {product:.2g}, above the limit of {LIMIT:g}; {share:.0%} of the "
-            f"energy was at '{names[most]}'. {remedy}"
+            f"curvature is at least {product:.2g}, above the limit of {LIMIT:g}; {share:.0%} of "
+            f"the energy was at '{names[most]}'. {remedy}"
         )
     return DivergenceError(
         f"At inference step t = {start + t} {where} is not finite (loss {float(loss):g}). No "
