@@ -25,8 +25,8 @@ from recipes.stability.training import ALGORITHMS, classify
 DEPTHS = (2, 4, 8, 16, 32, 64)
 NETWORKS = ("mlp", "residual")
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
-#: Backprop has the better of two; an iPC batch takes T steps of its own.
-RATES = {"bp": (3e-4, 1e-3), "pc": (1e-3,), "ipc": (1e-4,), "epc": (1e-3,)}
+#: Backprop and ePC have the better of two; an iPC batch takes T steps of its own.
+RATES = {"bp": (3e-4, 1e-3), "pc": (1e-3,), "ipc": (1e-4,), "epc": (3e-4, 1e-3)}
 SIZES: tuple[dict[str, Any], ...] = (
     {"train": 3072, "test": 1000, "epochs": 4, "batch": 64, "width": 32, "seeds": 1},
     {"train": 8192, "test": 2000, "epochs": 4, "batch": 64, "width": 64, "seeds": 1},
