@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
-from recipes.stability import architectures, depth, learning_rates, queue, training
+from recipes.stability import architectures, defaults, depth, learning_rates, queue, training
 from recipes.stability.data import Images, cifar10
 from recipes.stability.queue import Results, Study, main, ordered, work
 
-STUDIES = [learning_rates.STUDY, depth.STUDY, architectures.STUDY]
+STUDIES = [learning_rates.STUDY, depth.STUDY, architectures.STUDY, defaults.STUDY]
 
 
 @pytest.fixture(autouse=True)
@@ -299,3 +299,28 @@ def test_deep_networks_carry_signals():
         first = next(p for p in net.parameters() if p.ndim == 2)
         last = [p for p in net.parameters() if p.ndim == 2][-1]
         assert 1e-3 < float(first.grad.norm() / last.grad.norm()) < 1e3
+
+
+def test_defaults_take_the_rate_that_validates_best():
+    rows = [
+        {"size": 0, "task": "digits", "algorithm": name, "T": None, "lr": rate, "seed": seed}
+        | {"accuracy": test, "validation": val, "steps": 8, "cpu_seconds": 1}
+        for name, rate, seed, test, val in (
+            *(("bp", 1e-3, 0, 90.0, 80.0), ("bp", 1e-3, 1, 92.0, 82.0)),
+            *(("bp", 5e-3, 0, 99.0, 70.0), ("pc", 1e-3, 0, 89.0, 80.0)),
+        )
+    ]
+    assert [r["accuracy"] for r in defaults.chosen(rows, "digits", "bp", None)] == [90.0, 92.0]
+    table, *_ = defaults.tables(rows)
+    assert list(table.columns[3].cells) == ["91.00 ± 1.41", "89.00"]
+    assert list(table.columns[4].cells) == ["+0.00", "-2.00"]
+
+
+@pytest.mark.parametrize("T", [None, 3, "auto"])
+def test_a_job_of_defaults(T):
+    job = next(j for j in defaults.jobs() if (j["algorithm"], j["T"]) == ("pc", T or 16))
+    job |= {"T": T, "epochs": 1, "loss": "squared"}
+    figures = defaults.run(job, None)
+    assert 0 <= figures["validation"] <= 100
+    low, high = {None: (8, 8), 3: (3, 3), "auto": (3, 32)}[T]
+    assert low <= figures["steps"] <= high

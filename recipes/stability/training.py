@@ -72,6 +72,12 @@ class Learner:
         report = getattr(self.optimizer, "report", None)
         return None if report is None else float(f"{report.gamma:.4g}")
 
+    @property
+    def steps(self) -> int:
+        """Evaluations of the last batch; 1 for backprop."""
+        report = getattr(self.optimizer, "report", None)
+        return 1 if report is None else int(report.steps)
+
 
 def classify(net: nn.Module, images: Images, job: Job) -> Figures:
     """Trains a classifier and tests it after each epoch.
@@ -79,15 +85,20 @@ def classify(net: nn.Module, images: Images, job: Job) -> Figures:
     Args:
         net: Images [B, *] to logits [B, C].
         images: What it learns and is tested on.
-        job: Beside what `Learner` needs, its ``seed``, ``epochs`` and ``batch`` size are used.
+        job: Beside what `Learner` needs, its ``seed``, ``epochs`` and ``batch`` size are used; and
+            ``loss`` ("squared" for the squared error) and ``T``, where it has them.
 
     Returns:
         ``accuracy`` at the end and ``best_accuracy`` of all epochs, in percent, ``loss``, the mean
         of the last epoch, or None where it ``diverged``, ``seconds``, ``cpu_seconds``
-        (the measure on a busy machine) and ``gamma_at_end``.
+        (the measure on a busy machine), ``gamma_at_end`` and ``steps``, the mean evaluations a
+        batch.
     """
     inputs, labels = images.train
-    learner, order = Learner(net, job), torch.Generator().manual_seed(job["seed"])
+    options = {"T": job["T"]} if "T" in job else {}
+    learner, order = Learner(net, job, **options), torch.Generator().manual_seed(job["seed"])
+    loss_of = _squared_error if job.get("loss") == "squared" else F.cross_entropy
+    steps: list[int] = []
     accuracies: list[float] = []
     losses: list[float] = []
     start, diverged = (time.perf_counter(), time.process_time()), False
@@ -96,7 +107,8 @@ def classify(net: nn.Module, images: Images, job: Job) -> Figures:
             losses.clear()
             for batch in torch.split(torch.randperm(len(inputs), generator=order), job["batch"]):
                 x, y = inputs[batch], labels[batch]
-                losses.append(learner.step(lambda x=x, y=y: F.cross_entropy(net(x), y)))  # type: ignore[misc]
+                losses.append(learner.step(lambda x=x, y=y: loss_of(net(x), y)))  # type: ignore[misc]
+                steps.append(learner.steps)
             accuracies.append(accuracy(net, *images.test))
     except DivergenceError:
         diverged = True
@@ -108,8 +120,13 @@ def classify(net: nn.Module, images: Images, job: Job) -> Figures:
         "seconds": round(time.perf_counter() - start[0], 2),
         "cpu_seconds": round(time.process_time() - start[1], 2),
         "gamma_at_end": learner.gamma,
+        "steps": round(sum(steps) / max(1, len(steps)), 2),
         "diverged": diverged,
     }
+
+
+def _squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.mse_loss(outputs, F.one_hot(labels, CLASSES).float())
 
 
 def accuracy(net: nn.Module, inputs: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,142 @@
+"""Every argument at its default against backprop; and what ``T="auto"`` does to PC.
+
+    python -m recipes.stability.defaults
+
+Handwritten digits as they are, with inputs 30 times as large, and with 6 hidden layers and the
+squared error. Every row has the learning rate with the best mean validation accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise, product
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import nn
+
+from recipes.digits.data import Digits
+from recipes.stability.data import Images
+from recipes.stability.queue import Figures, Job, Row, Study, main
+from recipes.stability.training import accuracy, classify
+
+TASKS: dict[str, dict[str, Any]] = {
+    "digits": {"layers": 2, "scale": 1.0, "loss": "cross-entropy"},
+    "inputs x 30": {"layers": 2, "scale": 30.0, "loss": "cross-entropy"},
+    "6 layers, squared error": {"layers": 6, "scale": 1.0, "loss": "squared"},
+}
+#: Algorithm and T; None is the default.
+ROWS: tuple[tuple[str, int | str | None], ...] = (
+    ("bp", None),
+    ("pc", None),
+    ("ipc", None),
+    ("epc", None),
+    ("pc", 16),
+    ("pc", 32),
+    ("pc", "auto"),
+)
+#: An iPC batch takes T steps of its own.
+RATES = {"bp": (1e-3, 5e-3), "pc": (1e-3, 5e-3), "epc": (1e-3, 5e-3), "ipc": (3e-4, 1e-3)}
+SIZES: tuple[dict[str, Any], ...] = (
+    {"seeds": 2, "epochs": 15, "batch": 64, "width": 64},
+    {"seeds": 5, "epochs": 30, "batch": 64, "width": 64},
+)
+
+
+def jobs() -> list[Job]:
+    """Of each size all tasks and rows."""
+    found: list[Job] = []
+    for size, settings in enumerate(SIZES):
+        fixed = {"size": size, "weight_decay": 0.01, "gamma": "auto", **settings}
+        for seed, (task, details) in product(range(fixed.pop("seeds")), TASKS.items()):
+            found += [
+                fixed
+                | {"task": task, **details, "algorithm": name, "T": T, "lr": rate, "seed": seed}
+                for name, T in ROWS
+                for rate in RATES[name]
+            ]
+    return found
+
+
+def run(job: Job, data_dir: str | None) -> Figures:
+    """Trains one network; the data is part of scikit-learn."""
+    splits = {
+        split: (torch.from_numpy(images) * job["scale"], torch.from_numpy(labels))
+        for split, (images, labels) in Digits().load().items()
+    }
+    torch.manual_seed(job["seed"])
+    sizes = [64] + [job["width"]] * job["layers"]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
+    figures = classify(net, Images(splits["train"], splits["test"]), job)
+    return figures | {"validation": accuracy(net, *splits["val"])}
+
+
+def chosen(rows: Sequence[Row], task: str, name: str, T: int | str | None) -> list[Row]:
+    """A row's runs with its best learning rate."""
+    found: dict[float, list[Row]] = {}
+    for row in rows:
+        if (row["task"], row["algorithm"], row["T"]) == (task, name, T):
+            found.setdefault(row["lr"], []).append(row)
+    return max(found.values(), key=lambda runs: fmean(r["validation"] for r in runs), default=[])
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """A table for each task."""
+    return [_table(rows, task) for task in TASKS]
+
+
+def _table(rows: list[Row], task: str) -> Table:
+    table = Table(title=f"size {rows[0]['size']}: {task}, test accuracy, %")
+    table.add_column("algorithm")
+    for heading in ("T", "lr", "accuracy", "against bp", "evaluations", "CPU s", "seeds"):
+        table.add_column(heading, justify="right")
+    backprop = chosen(rows, task, "bp", None)
+    for name, T in ROWS:
+        runs = chosen(rows, task, name, T)
+        if not runs:
+            continue
+        scores = [row["accuracy"] for row in runs]
+        spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
+        against = fmean(scores) - fmean(row["accuracy"] for row in backprop) if backprop else 0.0
+        table.add_row(
+            name,
+            "-" if name == "bp" else str(T or "default"),
+            f"{runs[0]['lr']:g}",
+            f"{fmean(scores):.2f}{spread}",
+            f"{against:+.2f}",
+            f"{fmean(row['steps'] for row in runs):.1f}",
+            f"{fmean(row['cpu_seconds'] for row in runs):.1f}",
+            str(len(runs)),
+        )
+    return table
+
+
+def picture(rows: list[Row]) -> Figure:
+    """Accuracy of every row, a panel for each task."""
+    figure = Figure(figsize=(4 * len(TASKS), 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS), squeeze=False)[0], TASKS, strict=True):
+        for place, (name, T) in enumerate(ROWS):
+            scores = [row["accuracy"] for row in chosen(rows, task, name, T)]
+            axes.plot([place] * len(scores), scores, "o", alpha=0.6)
+        labels = [name if T is None else f"{name}\nT={T}" for name, T in ROWS]
+        axes.set_xticks(range(len(ROWS)), labels, fontsize=8)
+        axes.set_title(task, fontsize=10)
+    figure.supylabel("test accuracy, %")
+    return figure
+
+
+STUDY = Study(
+    "defaults",
+    "scikit-learn's digits: 1,077 training, 360 validation, 360 test images",
+    jobs,
+    run,
+    tables,
+    picture,
+)
+
+if __name__ == "__main__":
+    main(STUDY)
