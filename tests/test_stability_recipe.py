@@ -251,7 +251,7 @@ def test_smallest_jobs(study, tmp_path, monkeypatch):
     chosen = {}
     for job in ordered(study.jobs()):
         tiny = {name: 2 for name in ("epochs", "steps") if name in job}
-        if job["gamma"] != "auto" and job["algorithm"] in ("bp", "pc", "ipc"):
+        if job["algorithm"] in ("bp", "pc", "ipc"):
             chosen.setdefault(job["algorithm"], job | tiny)
     jobs = list(chosen.values())
     assert {"pc", "ipc"} <= set(chosen)
@@ -268,7 +268,7 @@ def test_smallest_jobs(study, tmp_path, monkeypatch):
 def test_every_job_is_its_own(study):
     jobs = study.jobs()
     assert len({queue.key(job) for job in jobs}) == len(jobs)
-    assert {"auto", 0.1} <= {job["gamma"] for job in jobs}
+    assert "auto" in {job["gamma"] for job in jobs}
     assert all(json.loads(queue.key(job)) == job for job in jobs)
 
 
@@ -318,7 +318,7 @@ def test_defaults_take_the_rate_that_validates_best():
 
 @pytest.mark.parametrize("T", [None, 3, "auto"])
 def test_a_job_of_defaults(T):
-    job = next(j for j in defaults.jobs() if (j["algorithm"], j["T"]) == ("pc", T or 16))
+    job = next(j for j in defaults.jobs() if j["algorithm"] == "pc")
     job |= {"T": T, "epochs": 1, "loss": "squared"}
     figures = defaults.run(job, None)
     assert 0 <= figures["validation"] <= 100
