@@ -147,7 +147,10 @@ def explain(report: StepReport) -> str:
     ]
     if moved < 0:
         worst = report.nodes[int(energy[-1].argmax())]
-        lines.append(f"It rose: most of the energy is at '{worst}'; gamma is too large.")
+        cause = "gamma is too large"
+        if report.algorithm == "ipc":
+            cause = "the steps of the weights, or gamma, are too large for this batch"
+        lines.append(f"It rose: {cause}; most of the energy is at '{worst}'.")
     if report.curvature is not None:
         lines.append(
             f"gamma {report.gamma:.3g} times the curvature {report.curvature:.3g} is "

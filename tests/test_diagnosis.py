@@ -142,4 +142,4 @@ def test_explain():
     wrong = frozen(PC, net, gamma=3.0)
     with pytest.warns(UserWarning, match="Since batch"):
         run(wrong, loss, 5)
-    assert "It rose: most of the energy is at '" in explain(wrong.report)
+    assert "It rose: gamma is too large; most of the energy is at '" in explain(wrong.report)
