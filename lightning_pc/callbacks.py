@@ -19,6 +19,8 @@ from lightning_pc.strategy import PCStrategy
 
 #: Batches that an `EnergyMonitor` remembers.
 MOST = 1000
+#: Pictures that it can save.
+FORMATS = (".png", ".pdf", ".svg")
 
 
 class EnergyMonitor(pl.Callback):
@@ -31,11 +33,11 @@ class EnergyMonitor(pl.Callback):
 
     Args:
         per_node: Log ``pc/energy/<node>`` as well.
-        plot: A picture of each node's energy over training is saved there when the fit ends; needs
-            matplotlib (the ``plots`` extra). None for no picture.
+        plot: A picture of each node's energy over training is saved there (.png, .pdf or .svg) when
+            the fit ends, or fails; needs matplotlib (the ``plots`` extra). None for no picture.
 
     Attributes:
-        history: ``(batch, {node: energy per loss term})`` of batches evenly spread over the fit,
+        history: ``(batch, {node: energy per loss term})`` of batches evenly spread over this fit,
             1,000 at most; the energies are scalar tensors.
 
     Raises:
@@ -56,6 +58,13 @@ class EnergyMonitor(pl.Callback):
             raise MisconfigurationException(
                 f"EnergyMonitor watches a PCStrategy, the Trainer uses "
                 f"{type(trainer.strategy).__name__}: remove one of the two."
+            )
+        self.history.clear()
+        self._batches, self._every = 0, 1
+        if self.plot is not None and not str(self.plot).endswith(FORMATS):
+            raise MisconfigurationException(
+                f"EnergyMonitor(plot={self.plot!r}): expected a file name that ends in one of "
+                f"{', '.join(FORMATS)}."
             )
         if self.plot is not None and find_spec("matplotlib") is None:
             raise MisconfigurationException(
@@ -90,6 +99,15 @@ class EnergyMonitor(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves the picture."""
+        self._save()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Saves the picture of how it came to that."""
+        self._save()
+
+    def _save(self) -> None:
         if self.plot is None or not self.history:
             return
         from matplotlib.figure import Figure

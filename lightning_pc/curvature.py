@@ -29,8 +29,9 @@ EVERY = 200
 #: times as many after each such look that has found gamma right, until gamma changes.
 SOONEST = 40
 #: Length of the step along a direction, against the size of the values: far above the rounding of
-#: bfloat16, yet small enough for the gradient to change in proportion.
-REACH = 0.02
+#: bfloat16, and so long that a rectifier's kinks, each a jump of the gradient, count for what they
+#: are to a move of the values and not as infinite curvature.
+REACH = 0.2
 #: gamma until a look has succeeded, and the largest, which is the paper's own gamma.
 START, LARGEST = 0.1, 0.5
 
@@ -85,7 +86,8 @@ class AutoGamma:
             return
         self.curvature = curvature
         if fresh or not self.low <= self.gamma * curvature <= self.high:
-            self.gamma, self.soonest = min(self.aim / curvature, LARGEST), SOONEST
+            before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
+            self.soonest = SOONEST if self.gamma != before else self.soonest
         elif self.alarmed:
             self.soonest = min(4 * self.soonest, EVERY)
 
@@ -106,14 +108,17 @@ class AutoGamma:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`."""
         for name in self.state_dict():
-            setattr(self, name, state[name])
+            if name in state:
+                setattr(self, name, state[name])
 
 
 @torch.no_grad()
 def largest_curvature(
     nodes: Sequence[Node], evaluate: Callable[[], None], scale: float, seed: int
 ) -> tuple[float, Node]:
-    """The largest eigenvalue of d2F/dx2 by power iteration, from below (0.7 to 0.95 of it).
+    """The largest eigenvalue of d2F/dx2 by power iteration: mostly 0.7 to 0.95 of it.
+
+    Behind rectifiers, where the gradient jumps, up to 1.4 of it.
 
     Args:
         nodes: The batch's nodes with the gradients at their values; both are left as they are.
@@ -156,6 +161,8 @@ def largest_curvature(
                 along += float((change * direction[i]).sum())
                 direction[i] = change.div_(step * norm)
             curvature = along / (step * norm**2)
+        if not curvature > 0:  # as much down as up: the length of the product will do
+            curvature = math.sqrt(sum(float(v.square().sum()) for v in direction))
     finally:
         for node, x, (slopes, below) in zip(nodes, starts, before, strict=True):
             node.coordinates.copy_(x)

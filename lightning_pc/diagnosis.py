@@ -26,6 +26,7 @@ def divergence(
     start: int,
     gamma: float,
     automatic: bool,
+    incremental: bool,
 ) -> DivergenceError:
     """Names the first loss or energy that was not finite, and why it came to that.
 
@@ -37,6 +38,7 @@ def divergence(
         start: t of the first of these evaluations.
         gamma: Inference rate at the start of the batch.
         automatic: It was chosen by ``gamma="auto"``.
+        incremental: The weights moved between these evaluations.
     """
     for t, (loss, energy) in enumerate(zip(losses, energies, strict=True)):  # noqa: B007
         finite = energy.isfinite().tolist()
@@ -52,15 +54,20 @@ def divergence(
         since, product = rising
         energy = energies[t - 1]
         most = int(energy.argmax())
-        share = float(energy[most] / energy.sum())
-        remedy = f"Use gamma='auto', or gamma < {LIMIT * gamma / product:.2g}."
-        if automatic:
-            remedy = "The weights have changed since gamma was chosen: lower the learning rate."
-        why = (
-            f"F has risen since t = {start + since}, so fast that gamma = {gamma:.3g} times its "
-            f"curvature is at least {product:.2g}, above the limit of {LIMIT:g}; {share:.0%} of "
-            f"the energy was at '{names[most]}'. {remedy}"
-        )
+        share = float((energy[most] / energy.double().sum()).nan_to_num())
+        where_most = f"{share:.0%} of the energy was at '{names[most]}'"
+        why = f"F has risen since t = {start + since}; {where_most}."
+        if incremental:
+            why += " The weights move at every step: lower the learning rate, or gamma."
+        else:
+            remedy = f"Use gamma='auto', or gamma < {LIMIT * gamma / product:.2g}."
+            if automatic:
+                remedy = "The weights have changed since gamma was chosen: lower the learning rate."
+            why = (
+                f"F has risen since t = {start + since}, so fast that gamma = {gamma:.3g} times "
+                f"its curvature is at least {product:.2g}, above the limit of {LIMIT:g}; "
+                f"{where_most}. {remedy}"
+            )
     return DivergenceError(
         f"At inference step t = {start + t} {where} is not finite (loss {float(loss):g}). No "
         f"weight has moved on it. {why}"
@@ -140,12 +147,13 @@ def explain(report: StepReport) -> str:
     """
     free, energy = report.free_energy, report.energy
     moved = float(free[0] - free[-1])
-    share = f" ({moved / float(free[0]):.1%} of it)" if moved > 0 else ""
+    same = len(set(report.pulls)) == 1  # else F itself has changed between the steps
+    share = f" ({moved / float(free[0]):.1%} of it)" if same and moved > 0 < free[0] else ""
     lines = [
         f"F went from {float(free[0]):.4g} to {float(free[-1]):.4g} in {report.steps} evaluations"
         f"{share}."
     ]
-    if moved < 0:
+    if moved < 0 and same:
         worst = report.nodes[int(energy[-1].argmax())]
         cause = "gamma is too large"
         if report.algorithm == "ipc":

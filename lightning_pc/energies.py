@@ -156,7 +156,7 @@ def softmax_energy(name: str, dim: int) -> Energy:
     Raises:
         ConfigError: For any other name.
     """
-    if name not in SOFTMAX_ENERGIES:
+    if name not in tuple(SOFTMAX_ENERGIES):
         known = " or ".join(map(repr, SOFTMAX_ENERGIES))
         raise ConfigError(f"softmax_energy={name!r}: expected {known}.")
     return SOFTMAX_ENERGIES[name](dim)

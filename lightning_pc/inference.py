@@ -37,10 +37,13 @@ class Inference:
 
     @property
     def converged(self) -> Tensor | None:
-        """Whether F moved by less than 1 % of what it has moved so far, []; None at first."""
+        """Whether F fell, at last by less than 1 % of what it has fallen so far, []; None at first.
+
+        Also where it cannot move at all.
+        """
         if self._moved is None or self._last is None or self._first is None:
             return None
-        return self._moved.abs() <= CONVERGED * (self._last - self._first).abs()
+        return self._moved.abs() <= CONVERGED * (self._first - self._last)
 
     @property
     def rose(self) -> Tensor | None:

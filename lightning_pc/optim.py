@@ -141,7 +141,8 @@ class PredictiveCodingOptimizer(Optimizer):
 
         Args:
             closure: Computes the scalar loss, from the forward on; it neither calls
-                ``.backward()`` nor ``zero_grad()``. It runs once per inference step.
+                ``.backward()`` nor ``zero_grad()``. It runs once per inference step,
+                and in looks at the curvature.
 
         Returns:
             The loss of the first, ordinary forward, detached; None where the closure gave None.

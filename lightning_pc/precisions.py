@@ -22,7 +22,7 @@ class Precisions(ABC):
 
     name: str
     #: Whether weights differ from step to step, so that F moves by itself.
-    varies = False
+    varies = True
 
     @abstractmethod
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -45,6 +45,7 @@ class Constant(Precisions):
 
     value: float = 1.0
     name = "constant"
+    varies = False
 
     def __post_init__(self) -> None:
         _require_number("precisions", self.value)
@@ -59,7 +60,7 @@ class Depth(Precisions):
     """``ratio ** (depth - 1)``: the further from the loss, the more a value gives way.
 
     At equilibrium the weighted errors are what backprop propagates, so that the errors themselves
-    grow by 1 / ratio per stage against the pile-up at the output. No weight exceeds 1, and the
+    grow by 1 / ratio per stage against the pile-up at the output. With a ratio of at most 1 the
     rates that are stable without are so with it.
 
     Args:
@@ -68,6 +69,7 @@ class Depth(Precisions):
 
     ratio: float = 0.9
     name = "depth"
+    varies = False
 
     def __post_init__(self) -> None:
         _require_number("Depth: ratio", self.ratio)
@@ -92,7 +94,6 @@ class Spiking(Precisions):
 
     rest: float = 0.001
     name = "spiking"
-    varies = True
 
     def __post_init__(self) -> None:
         _require_number("Spiking: rest", self.rest, zero=True)
@@ -116,7 +117,6 @@ class Decaying(Precisions):
 
     k: float = 1.0
     name = "decaying"
-    varies = True
 
     def __post_init__(self) -> None:
         _require_number("Decaying: k", self.k)
@@ -141,7 +141,6 @@ class Custom(Precisions):
 
     function: Callable[[int, int], float]
     name = "custom"
-    varies = True
 
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:

@@ -84,12 +84,18 @@ class Relaxation:
     pulls: list[float] = field(default_factory=list)
     energies: list[Tensor] = field(default_factory=list)
     learned_at: list[int] = field(default_factory=list)
+    _phase: int = 0  # of the evaluations, the first of this phase
     _begun: list[tuple[Node, Tensor, Tensor | None]] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
         """Factor from an energy's gradient to the parameters'."""
         return self.seed / (self.terms * self.beta)
+
+    @property
+    def _value_steps(self) -> int:
+        """How many of the steps move values."""
+        return self.T - (not self.schedule.moves(self.T - 1, self.T))
 
     def run(self) -> None:
         """Infers and learns; the gradients of the last update are left in ``.grad``.
@@ -114,7 +120,7 @@ class Relaxation:
         """Sets the weights of this step's energies."""
         if step and not self.precisions.varies:
             return
-        values = self.T - (not self.schedule.moves(self.T - 1, self.T))
+        values = self._value_steps
         depths = {node.depth for node in self.graph.nodes}
         weights = {d: checked_weight(self.precisions, d, step, values) for d in (0, *depths)}
         self.pull = weights[0]
@@ -171,9 +177,12 @@ class Relaxation:
         nodes = self.graph.nodes
         t = self.start + max(node.arrival for node in nodes)  # all nodes' energies count
         weights = [node.weight for node in nodes]
-        if self.precisions.varies:  # the curvature is that of whatever step has it largest
+        if self.precisions.varies and not self.start:  # the curvature of its steepest step
             for node in nodes:
-                node.weight = 1.0
+                node.weight = max(
+                    checked_weight(self.precisions, node.depth, step, self._value_steps)
+                    for step in range(self._value_steps)
+                )
 
         def evaluate() -> None:
             self._backward(self.evaluate(t, self.scale), t, moves=True, learns=False)
@@ -185,15 +194,13 @@ class Relaxation:
                 node.weight = weight
 
     def _has_converged(self, step: int) -> bool:
-        """Whether inference may end; a device is asked at every fourth step."""
-        converged = self.inference.converged
-        if converged is None or (converged.device.type != "cpu" and step % 4 != 3):
-            return False
-        return bool(converged)
+        """Whether inference may end; asked at every fourth step, since a device has to wait."""
+        return step % 4 == 3 and bool(self.inference.converged)
 
     def _begin_again(self) -> None:
         """The next phase's t = 0: the first's values and gradients, down its own F."""
         self.learned_at.clear()
+        self._phase = len(self.losses)
         self.inference.begin()
         self.weigh(0)
         for node, start, below in self._begun:
@@ -216,19 +223,21 @@ class Relaxation:
         self.energies.append(_energies(self.graph, self.losses[0]))
         total = self.energies[-1].sum()
         if check and not math.isfinite(self.losses[-1] + total):
-            raise self._divergence(t + 1 - len(self.losses))
+            raise self._divergence(t)
         return total
 
-    def _divergence(self, first: int) -> DivergenceError:
-        energies = zip(self.losses, self.energies, self.pulls, strict=True)
+    def _divergence(self, t: int) -> DivergenceError:
+        losses, energies = self.losses[self._phase :], self.energies[self._phase :]
+        pairs = zip(losses, energies, self.pulls[self._phase :], strict=True)
         return divergence(
             [node.name for node in self.graph.nodes],
-            self.losses,
-            self.energies,
-            [float(loss * self.terms * pull + energy.sum()) for loss, energy, pull in energies],
-            first,
+            losses,
+            energies,
+            [float(loss * self.terms * pull + energy.sum()) for loss, energy, pull in pairs],
+            t + 1 - len(losses),
             self.inference.start_gamma,
             self.auto is not None,
+            self.schedule.incremental,
         )
 
     def _backward(self, loss: Tensor, t: int, moves: bool, learns: bool) -> None:

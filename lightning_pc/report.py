@@ -27,6 +27,7 @@ class StepReport:
         gamma: Inference rate at the end of the batch.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
             goes; None where gamma is given. gamma * curvature must stay below 2.
+        pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
     """
@@ -43,7 +44,7 @@ class StepReport:
     energies: Tensor
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
-    _pulls: tuple[float, ...] = field(repr=False, default=())
+    pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
 
     @cached_property
     def energy(self) -> Tensor:
@@ -73,7 +74,7 @@ class StepReport:
     def free_energy(self) -> Tensor:
         """F at each evaluation: beta times the sum of loss terms, and all energies, [t]."""
         loss = self.loss.detach().cpu() * self.loss_terms
-        return loss * torch.tensor(self._pulls or 1.0, dtype=loss.dtype) + self.energy.sum(1)
+        return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
 
     @cached_property
     def learned(self) -> dict[str, int]:

@@ -71,7 +71,7 @@ class Settings:
         self._check_variants()
 
     def _check_variants(self) -> None:
-        if self.nudging not in NUDGINGS:
+        if self.nudging not in tuple(NUDGINGS):
             known = ", ".join(map(repr, NUDGINGS))
             raise ConfigError(f"nudging={self.nudging!r}: expected one of {known}.")
         if not (_is_number(self.beta) and self.beta > 0):

@@ -258,7 +258,7 @@ class Learner:
         """What the automatic gamma and the user are told of a batch."""
         assert self.report is not None
         inference, varies = relaxation.inference, self._precisions.varies
-        rose = not varies and self.settings.betas[0] > 0 and bool(inference.rose)
+        rose = not varies and bool(inference.rose)
         if self.auto is not None:
             self.auto.after(steps, rose)
         elif relaxation.seen is not None:
@@ -289,7 +289,7 @@ class Learner:
             gamma=float(relaxation.inference.gamma),
             curvature=None if self.auto is None else self.auto.curvature,
             energies=torch.stack(relaxation.energies),
-            _pulls=tuple(relaxation.pulls),
+            pulls=tuple(relaxation.pulls),
             _depths={
                 name: graph.arrivals.get(parameter)
                 for name, parameter in self.model.named_parameters()
