@@ -649,12 +649,12 @@ def test_inference_infers(algorithm, name):
 
 
 def assert_stopped(report, least, most):
-    """At the first step, not before `least`, that moved F by less than 1 % of what it has moved."""
+    """At the first fourth step, not before `least`, that moved F by less than 1 % of all its way."""
     free = report.free_energy
-    moved, all_of_it = free.diff().abs(), (free[1:] - free[0]).abs()
+    moved, all_of_it = free.diff().abs(), free[0] - free[1:]
     done = (moved <= 0.01 * all_of_it).tolist()
     # after step i, which compares F(i) with F(i - 1), evaluation i + 1 is the last
-    ends = [i + 2 for i in range(1, len(free) - 1) if done[i - 1] and i + 2 >= least]
+    ends = [i + 2 for i in range(3, len(free) - 1, 4) if done[i - 1] and i + 2 >= least]
     assert least <= report.steps <= most
     assert ends == ([report.steps] if report.steps < most else [])
 
@@ -706,7 +706,7 @@ def test_inference_does_not_end_before_the_error_is_everywhere(algorithm):
             p.mul_(0.05)
     optimizer = algorithm(sgd(model, 0.0), model, T="auto", gamma=1.0, gamma_decay=1)
     optimizer.step(classifier(model, x, y))
-    assert optimizer.report.steps in ((2, 3, 4) if algorithm is EPC else (13,))
+    assert optimizer.report.steps == (5 if algorithm is EPC else 13)
     assert min(optimizer.report.learned.values()) >= 1
 
 

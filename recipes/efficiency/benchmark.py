@@ -5,7 +5,8 @@
 Backprop, iPC and PC run in turn within one process, round after round, so that a busy machine
 slows all of them alike; a ratio is taken within each round, the table gives the rounds' median. A
 PC value step is the difference between batches of PC with many and with two inference steps,
-divided by the steps between them.
+divided by the steps between them. The automatic gamma is made to look at the curvature in every
+batch; what that adds, over the evaluations between two looks of a long run, is its share.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -31,7 +33,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pc import PCStrategy
+from lightning_pc import PCStrategy, curvature
 
 T = 8
 
@@ -97,9 +99,10 @@ def strategies() -> dict[str, str | PCStrategy]:
     """What is compared; PC with two inference steps is there to be subtracted."""
     return {
         "bp": "auto",
-        "ipc": PCStrategy("ipc", T=T),
-        "pc": PCStrategy("pc", T=T + 2),
-        "pc, T=2": PCStrategy("pc", T=2),
+        "ipc": PCStrategy("ipc", T=T, gamma=0.1),
+        "ipc, auto": PCStrategy("ipc", T=T),
+        "pc": PCStrategy("pc", T=T + 2, gamma=0.1),
+        "pc, T=2": PCStrategy("pc", T=2, gamma=0.1),
     }
 
 
@@ -127,19 +130,24 @@ def time_steps(network: str, rounds: int) -> dict[str, float]:
     """Ratios to a backprop step, and its own milliseconds."""
     batches = NETWORKS[network][3]
     medians: list[dict[str, float]] = []
+    every = curvature.EVERY
     for _ in track(range(rounds), f"{network}: time", transient=True):
-        medians.append(
-            {
-                name: statistics.median(
-                    fit(network, strategy, batches * (T if name == "bp" else 1))
-                )
-                for name, strategy in strategies().items()
-            }
-        )
+        with patch.object(curvature, "EVERY", 0):
+            medians.append(
+                {
+                    name: statistics.median(
+                        fit(network, strategy, batches * (T if name == "bp" else 1))
+                    )
+                    for name, strategy in strategies().items()
+                }
+            )
     return {
         "bp_step_ms": 1e3 * statistics.median(r["bp"] for r in medians),
         "ipc_step": statistics.median(r["ipc"] / T / r["bp"] for r in medians),
         "pc_value_step": statistics.median((r["pc"] - r["pc, T=2"]) / T / r["bp"] for r in medians),
+        "auto_share": statistics.median(
+            (r["ipc, auto"] - r["ipc"]) / (r["ipc"] / T * every) for r in medians
+        ),
     }
 
 
@@ -174,7 +182,8 @@ def table(results: dict[str, dict[str, float]]) -> Table:
     """The ratios, a row per network."""
     shown = Table(title="one step against one backprop step of the same Trainer")
     shown.add_column("network")
-    for title in ("backprop step, ms", "iPC step", "PC value step", "peak MiB: BP", "iPC", "nodes"):
+    steps = ("backprop step, ms", "iPC step", "PC value step", "automatic gamma")
+    for title in (*steps, "peak MiB: BP", "iPC", "nodes"):
         shown.add_column(title, justify="right")
     for network, row in results.items():
         shown.add_row(
@@ -182,6 +191,7 @@ def table(results: dict[str, dict[str, float]]) -> Table:
             f"{row['bp_step_ms']:.2f}",
             f"{row['ipc_step']:.2f} x",
             f"{row['pc_value_step']:.2f} x",
+            f"{row['auto_share']:+.1%}",
             *(f"{row[key]:.1f}" for key in ("bp_peak_mib", "ipc_peak_mib", "nodes_mib")),
         )
     return shown
