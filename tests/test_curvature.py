@@ -649,7 +649,7 @@ def test_inference_infers(algorithm, name):
 
 
 def assert_stopped(report, least, most):
-    """At the first fourth step, not before `least`, that moved F by less than 1 % of all its way."""
+    """At the first fourth step, not before `least`, that moved F by at most 1 % of all its way."""
     free = report.free_energy
     moved, all_of_it = free.diff().abs(), free[0] - free[1:]
     done = (moved <= 0.01 * all_of_it).tolist()

@@ -12,6 +12,7 @@ batch; what that adds, over the evaluations between two looks of a long run, is 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import platform
@@ -153,6 +154,7 @@ def time_steps(network: str, rounds: int) -> dict[str, float]:
 
 def peak_bytes(network: str, strategy: str | PCStrategy) -> int:
     """Most tensor bytes alive at once during two batches, beyond those alive before."""
+    gc.collect()  # what an earlier run leaves must not be freed within this one
     with torch.profiler.profile(profile_memory=True) as profile:
         fit(network, strategy, 1)
     assert profile.profiler is not None
