@@ -23,7 +23,7 @@ from lightning_pc.nodes import Node
 
 #: Products of a look, one value-only evaluation each (about 0.75 of an ordinary one).
 PRODUCTS = 4
-#: Evaluations from one look to the next: looks take 1.5 % of the time. The first come sooner.
+#: Evaluations from one look to the next: looks take 2 to 3 % of the time. The first come sooner.
 EVERY = 200
 #: Evaluations after which a look may follow a batch whose inference has raised the energy; four
 #: times as many after each such look that has found gamma right, until gamma changes.
