@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import statistics
 import sys
@@ -19,13 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-import lightning_pc
+from recipes.common.machine import machine
 from recipes.common.training import Run, train
 
 HERE = Path(__file__).parent
@@ -132,14 +129,7 @@ def record(results: Results, command: str) -> dict[str, Any]:
     """All figures of a study, ready for JSON; accuracies in percent."""
     return {
         "command": command,
-        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "torch_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-            "lightning_pc": lightning_pc.__version__,
-        },
+        **machine(),
         "algorithms": {
             name: {
                 "config": runs[0].config.relative_to(HERE.parent).as_posix(),
