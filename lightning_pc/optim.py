@@ -52,7 +52,7 @@ class PredictiveCodingOptimizer(Optimizer):
             ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of
             `lightning_pc.precisions`, or a callable ``(depth, t) -> weight``.
         nudging: Sign of the loss in the F = E + beta * loss that values descend: ``"positive"``,
-            ``"negative"``, or ``"centered"``, the mean of both (pc; twice the steps).
+            ``"negative"``, or ``"centered"``, the mean of both (pc, epc; 2 T - 1 steps).
         beta: Strength of the nudging, > 0; parameters learn from F / beta (Scellier & Bengio
             2017). 1 with ``"positive"`` is plain predictive coding.
 
