@@ -23,8 +23,8 @@ from lightning_pc.nodes import Node
 
 #: Products of a look, one value-only evaluation each (about 0.75 of an ordinary one).
 PRODUCTS = 4
-#: Evaluations from one look to the next: looks take 2 to 3 % of the time. The first come sooner.
-EVERY = 200
+#: Evaluations from one look to the next, the first sooner: looks take less than 2 % of the time.
+EVERY = 300
 #: Evaluations after which a look may follow a batch whose inference has raised the energy; four
 #: times as many after each such look that has found gamma right, until gamma changes.
 SOONEST = 40
@@ -57,6 +57,8 @@ class AutoGamma:
         evaluations: Evaluations of training so far.
         looked_at: ``evaluations`` at the last look.
         looks: Number of looks.
+        failures: How many of the last looks on end have failed.
+        anew: The next batch looks, and gamma is chosen whatever the band says.
         alarmed: Inference raised the energy in the last batch.
         soonest: Evaluations from the last look to one that follows an alarm.
     """
@@ -69,6 +71,8 @@ class AutoGamma:
     evaluations: int = 0
     looked_at: int = 0
     looks: int = 0
+    failures: int = 0
+    anew: bool = True
     alarmed: bool = False
     soonest: int = SOONEST
 
@@ -76,16 +80,18 @@ class AutoGamma:
         """Whether to look before the values of this batch move."""
         since = self.evaluations - self.looked_at
         wait = min(EVERY, self.looked_at)
-        return not self.looks or since >= (min(wait, self.soonest) if self.alarmed else wait)
+        return self.anew or since >= (min(wait, self.soonest) if self.alarmed else wait)
 
     def take_in(self, curvature: float) -> None:
         """Chooses gamma after a look; one that has failed (not finite, not positive) is ignored."""
-        fresh = not self.looks or self.evaluations < EVERY
+        fresh = self.anew or self.failures or self.evaluations < EVERY
+        self.anew = False
         self.looks += 1
         self.looked_at = self.evaluations
         if not (math.isfinite(curvature) and curvature > 0):
+            self.failures += 1
             return
-        self.curvature = curvature
+        self.curvature, self.failures = curvature, 0
         if fresh or not self.low <= self.gamma * curvature <= self.high:
             before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
             self.soonest = SOONEST if self.gamma != before else self.soonest
@@ -99,7 +105,7 @@ class AutoGamma:
 
     def after_divergence(self) -> None:
         """The next batch looks, and gamma is chosen anew."""
-        self.looks = 0
+        self.anew = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""
@@ -142,7 +148,7 @@ def largest_curvature(
     curvature, largest = math.nan, nodes[0]
     try:
         for _ in range(PRODUCTS):
-            norm = math.sqrt(sum(float(v.square().sum()) for v in direction))
+            norm = _length(direction)
             if not (math.isfinite(norm) and norm > 0):
                 return math.nan, largest
             step = length / norm
@@ -150,7 +156,7 @@ def largest_curvature(
                 node.forget()
                 node.coordinates.copy_(x).add_(v, alpha=step)
             evaluate()
-            along = 0.0
+            along: list[Tensor] = []
             for i, node in enumerate(nodes):
                 change = _gradient(node, scale)
                 node.forget()
@@ -158,18 +164,23 @@ def largest_curvature(
                 if change is None:
                     change = torch.zeros_like(starts[i])
                 if at_rest is not None:
-                    change = change - at_rest
-                along += float((change * direction[i]).sum())
+                    change.sub_(at_rest)
+                along.append(direction[i].mul_(change).sum())
                 direction[i] = change.div_(step * norm)
-            curvature = along / (step * norm**2)
+            curvature = float(sum(along)) / (step * norm**2)
         if not curvature > 0:  # as much down as up: the length of the product will do
-            curvature = math.sqrt(sum(float(v.square().sum()) for v in direction))
+            curvature = _length(direction)
     finally:
         for node, x, (slopes, below) in zip(nodes, starts, before, strict=True):
             node.coordinates.copy_(x)
             node.slopes, node.below = slopes, below
-    shares = [float(v.square().sum()) for v in direction]
-    return curvature, nodes[shares.index(max(shares))]
+    shares = torch.stack([torch.linalg.vector_norm(v).float() for v in direction])
+    return curvature, nodes[int(shares.argmax())]
+
+
+def _length(direction: Sequence[Tensor]) -> float:
+    """Of all nodes' entries together; a device is waited for once."""
+    return math.sqrt(sum(torch.linalg.vector_norm(v).square() for v in direction))
 
 
 def _gradient(node: Node, scale: float) -> Tensor | None:

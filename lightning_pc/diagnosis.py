@@ -16,6 +16,9 @@ from lightning_pc.report import StepReport
 
 #: Stable moves of the values have gamma * curvature below this.
 LIMIT = 2.0
+#: What is seen this often on end is no accident: batches in which inference raises the energy, or
+#: looks at the curvature that fail.
+PATIENCE = 3
 
 
 def divergence(
@@ -102,6 +105,22 @@ def unstable(node: Node, gamma: float, curvature: float, bearable: float, since:
         f"{gamma:.3g} times the curvature of {curvature:.3g}, which is largest at value node "
         f"'{node.name}', is {gamma * curvature:.3g}, above the limit of {LIMIT:g}. Use "
         f"gamma='auto', or gamma < {LIMIT / curvature:.2g}."
+    )
+
+
+def unseen(failures: int, gamma: float) -> str:
+    """Says that the automatic gamma does not see the curvature, "" where it does.
+
+    Args:
+        failures: Of its last looks on end.
+        gamma: Inference rate.
+    """
+    if failures < PATIENCE:
+        return ""
+    return (
+        f"gamma='auto' could not tell the curvature of F, the last {failures} times it looked: the "
+        f"loss or an energy is not finite close to the values. gamma stays at {gamma:.3g}; give a "
+        "number if that does not learn."
     )
 
 

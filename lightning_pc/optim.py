@@ -36,7 +36,7 @@ class PredictiveCodingOptimizer(Optimizer):
             epc: 8); ``"auto"`` ends inference when F moves by less than 1 % of what it has moved
             so far, after depth + 1 to max(32, 4 (depth + 1)) steps.
         gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
-            which is looked at every 200 evaluations (`lightning_pc.curvature`); zil: 1.
+            which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1.
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),

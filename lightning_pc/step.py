@@ -20,7 +20,7 @@ from lightning_pc.checks import (
     unreached,
 )
 from lightning_pc.curvature import START, AutoGamma
-from lightning_pc.diagnosis import silenced, unstable
+from lightning_pc.diagnosis import PATIENCE, silenced, unseen, unstable
 from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
@@ -37,9 +37,8 @@ from lightning_pc.settings import Settings
 from lightning_pc.watch import Verdicts
 
 Output = TypeVar("Output")
-#: Batches on end in which inference raises the energy before the curvature is looked at, to tell
-#: the user of a gamma that is too large; and batches until the next look where it is not.
-PATIENCE, SECOND_LOOK = 3, 500
+#: Batches from a look that has found a given gamma not to blame to the next.
+SECOND_LOOK = 500
 
 
 @dataclass
@@ -261,6 +260,7 @@ class Learner:
         rose = not varies and bool(inference.rose)
         if self.auto is not None:
             self.auto.after(steps, rose)
+            self._warn("unseen", unseen(self.auto.failures, self.auto.gamma))
         elif relaxation.seen is not None:
             curvature, node = relaxation.seen
             gamma, since = inference.start_gamma, self._batches - self._rises

@@ -62,7 +62,7 @@ class PCStrategy(SingleDeviceStrategy):
             epc: 8. "auto" ends inference when F moves by less than 1 % of what it has moved so
             far, after depth + 1 to max(32, 4 (depth + 1)) steps.
         gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
-            which is looked at every 200 evaluations; zil: 1.
+            which is looked at every 300 evaluations; zil: 1.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
         value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",

@@ -343,6 +343,32 @@ def test_a_look_that_meets_nan_is_passed_over(algorithm):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@every
+def test_looks_that_fail_on_end_are_told(algorithm, monkeypatch):
+    """Once, and gamma is chosen as soon as one succeeds."""
+    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
+    optimizer = algorithm(sgd(model, 1e-3), model)
+
+    def step():
+        optimizer.step(classifier(model, x, y))
+        return optimizer.state_dict()["lightning_pc"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "lightning_pc.relaxation.largest_curvature", lambda nodes, *rest: (math.nan, nodes[0])
+        )
+        with pytest.warns(
+            UserWarning, match=r"could not tell the curvature.* last 3 times.* 0\.1;"
+        ):
+            states = [step() for _ in range(5)]
+    assert [state["failures"] for state in states] == [1, 2, 3, 3, 4]
+    assert {state["gamma"] for state in states} == {START}
+    while (state := step())["failures"]:
+        pass
+    assert state["gamma"] != START
+    assert state["gamma"] * state["curvature"] <= 1.4 + 1e-9
+
+
 # --- what it costs --------------------------------------------------------------------------------
 
 
@@ -385,7 +411,7 @@ def test_looks_take_two_percent_of_the_time_at_most(algorithm, make):
 
 
 def test_the_first_looks_come_at_once():
-    """At evaluations 0, 8, 16, 32, .. 256, then every 200: what is new changes fast."""
+    """At evaluations 0, 8, 16, 32, .. 256, then every 300: what is new changes fast."""
     model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
     optimizer, at = PC(sgd(model, 1e-3), model), []
     for i in range(100):
@@ -394,7 +420,8 @@ def test_the_first_looks_come_at_once():
         if counted.calls > 8:
             assert counted.calls == 8 + PRODUCTS
             at.append(8 * i)
-    assert at == [0, 8, 16, 32, 64, 128, 256, 456, 656]
+    assert EVERY == 300
+    assert at == [0, 8, 16, 32, 64, 128, 256, 512]
 
 
 # --- what it remembers ----------------------------------------------------------------------------
@@ -555,7 +582,8 @@ def test_gamma_is_left_alone_within_its_band_once_the_start_is_over():
     for found, gamma in ((5.9, 0.8 / 4.1), (2.6, 0.8 / 4.1), (6.3, 0.8 / 6.3), (0.01, LARGEST)):
         auto.take_in(found)
         assert auto.gamma == pytest.approx(gamma)
-    for failed in (math.nan, math.inf, 0.0, -1.0):
+    for failures, failed in enumerate((math.nan, math.inf, 0.0, -1.0)):
+        assert auto.failures == failures
         auto.take_in(failed)
         assert (auto.gamma, auto.curvature) == (LARGEST, 0.01)
 
@@ -566,7 +594,7 @@ def test_false_alarms_are_heard_ever_less_often():
     auto.take_in(4.0)
     auto.alarmed, at = True, []
     while len(at) < 6:
-        auto.evaluations += 8
+        auto.evaluations += 10
         if auto.due():
             at.append(auto.evaluations - auto.looked_at)
             auto.take_in(4.0)

@@ -39,7 +39,12 @@ ROWS: tuple[tuple[str, int | str | None], ...] = (
     ("pc", "auto"),
 )
 #: An iPC batch takes T steps of its own.
-RATES = {"bp": (1e-3, 5e-3), "pc": (1e-3, 5e-3), "epc": (1e-3, 5e-3), "ipc": (3e-4, 1e-3)}
+RATES = {
+    "bp": (2e-4, 1e-3, 5e-3),
+    "pc": (2e-4, 1e-3, 5e-3),
+    "epc": (2e-4, 1e-3, 5e-3),
+    "ipc": (1e-4, 3e-4, 1e-3),
+}
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": 2, "epochs": 15, "batch": 64, "width": 64},
     {"seeds": 5, "epochs": 30, "batch": 64, "width": 64},
@@ -47,7 +52,7 @@ SIZES: tuple[dict[str, Any], ...] = (
 
 
 def jobs() -> list[Job]:
-    """Of each size all tasks and rows."""
+    """Of each size all tasks, of the first all rows, of the others those at the defaults."""
     found: list[Job] = []
     for size, settings in enumerate(SIZES):
         fixed = {"size": size, "weight_decay": 0.01, "gamma": "auto", **settings}
@@ -56,6 +61,7 @@ def jobs() -> list[Job]:
                 fixed
                 | {"task": task, **details, "algorithm": name, "T": T, "lr": rate, "seed": seed}
                 for name, T in ROWS
+                if T is None or not size
                 for rate in RATES[name]
             ]
     return found

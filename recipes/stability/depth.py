@@ -25,6 +25,8 @@ from recipes.stability.training import ALGORITHMS, classify
 DEPTHS = (2, 4, 8, 16, 32, 64)
 NETWORKS = ("mlp", "residual")
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
+#: The smaller its gamma, the closer epc is to backprop.
+SMALL = 1e-4
 #: Backprop and ePC have the better of two; an iPC batch takes T steps of its own.
 RATES = {"bp": (3e-4, 1e-3), "pc": (1e-3,), "ipc": (1e-4,), "epc": (3e-4, 1e-3)}
 SIZES: tuple[dict[str, Any], ...] = (
@@ -41,14 +43,19 @@ def jobs() -> list[Job]:
         fixed = {"size": size, "weight_decay": 0.01, **settings}
         seeds = range(fixed.pop("seeds"))
         for depth, network, name, seed in product(DEPTHS, NETWORKS, ("bp", *ALGORITHMS), seeds):
-            gammas = (None,) if name == "bp" else GAMMAS
             found += [
                 fixed
                 | {"network": network, "depth": depth, "algorithm": name, "gamma": gamma}
                 | {"lr": rate, "seed": seed}
-                for gamma, rate in product(gammas, RATES[name])
+                for gamma, rate in product(_gammas(name), RATES[name])
             ]
     return found
+
+
+def _gammas(algorithm: str) -> tuple[Any, ...]:
+    if algorithm == "bp":
+        return (None,)
+    return (*GAMMAS, SMALL) if algorithm == "epc" else GAMMAS
 
 
 def mlp(depth: int, width: int) -> nn.Module:
@@ -108,7 +115,7 @@ def curves(rows: Sequence[Row], network: str) -> dict[tuple[str, Any], dict[int,
 def shortfall(found: dict[tuple[str, Any], dict[int, float]], algorithm: str) -> dict[int, float]:
     """Depth -> points by which auto falls behind the best fixed gamma."""
     auto = found.get((algorithm, "auto"), {})
-    fixed = [found.get((algorithm, gamma), {}) for gamma in GAMMAS if gamma != "auto"]
+    fixed = [found.get((algorithm, gamma), {}) for gamma in _gammas(algorithm) if gamma != "auto"]
     return {
         depth: max(curve[depth] for curve in fixed if depth in curve) - value
         for depth, value in auto.items()
@@ -131,7 +138,7 @@ def _table(rows: list[Row], network: str) -> Table:
     for heading in ("gamma", *map(str, DEPTHS)):
         table.add_column(heading, justify="right")
     for name in ("bp", *ALGORITHMS):
-        for gamma in (None,) if name == "bp" else GAMMAS:
+        for gamma in _gammas(name):
             curve = found.get((name, gamma), {})
             cells = (f"{curve[d]:.1f}" if d in curve else "" for d in DEPTHS)
             table.add_row(name, str(gamma or "-"), *cells)
