@@ -7,6 +7,7 @@ values and to parameters, and what the report shows of it.
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -173,6 +174,14 @@ def precisions(given: object) -> Precisions:
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         return Constant(float(given))
     if callable(given) and not isinstance(given, type):
+        try:
+            inspect.signature(given).bind(1, 0)
+        except TypeError as error:
+            raise ConfigError(
+                f"precisions={given!r} cannot be called with (depth, t): {error}."
+            ) from None
+        except ValueError:  # a builtin does not tell
+            pass
         return Custom(given)
     known = ", ".join(map(repr, PRECISIONS))
     raise ConfigError(

@@ -41,12 +41,14 @@ class Settings:
     def __post_init__(self) -> None:
         fixed = schedule(self.algorithm).fixed_gamma
         T, gamma = self.T, self.gamma
-        if T not in (None, "auto") and not (_is_whole(T) and T >= 1):  # type: ignore[operator]
+        named = T is None or (isinstance(T, str) and T == "auto")
+        if not named and not (_is_whole(T) and T >= 1):  # type: ignore[operator]
             raise ConfigError(
                 f"T={T!r}: expected a whole number of inference steps, >= 1, 'auto' or None."
             )
         schedule(self.algorithm).steps(1, T)
-        if gamma != "auto" and not (_is_number(gamma) and gamma > 0):
+        automatic = isinstance(gamma, str) and gamma == "auto"
+        if not automatic and not (_is_number(gamma) and gamma > 0):  # type: ignore[operator]
             raise ConfigError(f"gamma={gamma!r}: expected a positive inference rate or 'auto'.")
         if fixed is not None and gamma not in ("auto", fixed):
             raise ConfigError(
