@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
-from recipes.stability import architectures, defaults, depth, learning_rates, queue, training
+from recipes.common import queue
+from recipes.common.queue import Results, Study, main, ordered, work
+from recipes.stability import architectures, defaults, depth, learning_rates, training
 from recipes.stability.data import Images, cifar10
-from recipes.stability.queue import Results, Study, main, ordered, work
 
 STUDIES = [learning_rates.STUDY, depth.STUDY, architectures.STUDY, defaults.STUDY]
 
@@ -243,7 +244,7 @@ def test_architectures_table():
     assert isinstance(architectures.picture(rows), Figure)
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.results.stem)
 def test_smallest_jobs(study, tmp_path, monkeypatch):
     digits = Images(*((x[:, 0, :28, :28], y) for x, y in images()))
     monkeypatch.setattr(learning_rates, "cifar10", lambda *_: images())
@@ -255,7 +256,7 @@ def test_smallest_jobs(study, tmp_path, monkeypatch):
             chosen.setdefault(job["algorithm"], job | tiny)
     jobs = list(chosen.values())
     assert {"pc", "ipc"} <= set(chosen)
-    out = tmp_path / f"{study.name}.json"
+    out = tmp_path / study.results.name
     main(replace(study, jobs=lambda: jobs), ["--out", str(out)])
     rows = Results(out).rows(jobs)
     assert len(rows) == len(jobs)
@@ -264,7 +265,7 @@ def test_smallest_jobs(study, tmp_path, monkeypatch):
     assert out.with_suffix(".png").exists()
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.results.stem)
 def test_every_job_is_its_own(study):
     jobs = study.jobs()
     assert len({queue.key(job) for job in jobs}) == len(jobs)

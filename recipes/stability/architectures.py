@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from lightning_pc.errors import DivergenceError
+from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.networks import NETWORKS, Loss, problem
-from recipes.stability.queue import Figures, Job, Row, Study, main
 from recipes.stability.training import Learner
 
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
@@ -142,7 +142,7 @@ def picture(rows: list[Row]) -> Figure:
     return figure
 
 
-STUDY = Study("architectures", "one random batch", jobs, run, tables, picture)
+STUDY = Study("recipes.stability.architectures", "one random batch", jobs, run, tables, picture)
 
 if __name__ == "__main__":
     main(STUDY)

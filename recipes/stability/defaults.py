@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
+from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.digits.data import Digits
 from recipes.stability.data import Images
-from recipes.stability.queue import Figures, Job, Row, Study, main
 from recipes.stability.training import accuracy, classify
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -136,7 +136,7 @@ def picture(rows: list[Row]) -> Figure:
 
 
 STUDY = Study(
-    "defaults",
+    "recipes.stability.defaults",
     "scikit-learn's digits: 1,077 training, 360 validation, 360 test images",
     jobs,
     run,

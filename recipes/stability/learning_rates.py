@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import nn
 
+from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.data import cifar10
-from recipes.stability.queue import Figures, Job, Row, Study, main
 from recipes.stability.training import classify
 
 RATES = (1e-6, 1e-5, 5e-5, 1e-4, 5e-4, 1e-3, 5e-3, 1e-2)
@@ -130,7 +130,7 @@ def picture(rows: list[Row]) -> Figure:
 
 
 STUDY = Study(
-    "learning_rates",
+    "recipes.stability.learning_rates",
     "the first images of CIFAR-10's training and test sets (numbers: train, test)",
     jobs,
     run,

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from lightning_pc import optim
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import PredictiveCodingOptimizer
+from recipes.common.queue import Figures, Job
 from recipes.stability.data import Images
-from recipes.stability.queue import Figures, Job
 
 #: The algorithms of the package that a study can have rows for, by name.
 ALGORITHMS: dict[str, Any] = {

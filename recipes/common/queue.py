@@ -26,7 +26,7 @@ from rich.table import Table
 
 from recipes.common.machine import machine
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 Job = dict[str, Any]  # every setting of a run, "size" and "seed" among them
 Figures = dict[str, Any]  # what came out of it
@@ -38,7 +38,7 @@ class Study:
     """One command.
 
     Attributes:
-        name: Stem of the results file and of the picture.
+        module: Where it is, dotted; the results file and the picture lie beside it.
         data: What is learned, in words.
         jobs: All jobs; those of the smallest ``"size"`` run first.
         run: Figures of a job, from the job and the folder of the data; a function of a module,
@@ -47,12 +47,17 @@ class Study:
         picture: Picture of the rows of one size.
     """
 
-    name: str
+    module: str
     data: str
     jobs: Callable[[], list[Job]]
     run: Callable[[Job, str | None], Figures]
     tables: Callable[[list[Row]], list[Table]]
     picture: Callable[[list[Row]], Figure]
+
+    @property
+    def results(self) -> Path:
+        """The results file."""
+        return ROOT.joinpath(*self.module.split(".")).with_suffix(".json")
 
 
 class Results:
@@ -103,6 +108,7 @@ def work(
     data_dir: str | None = None,
     processes: int = 1,
     deadline: float = inf,
+    threads: int = 1,
 ) -> Iterator[tuple[Job, Future[Figures]]]:
     """Runs jobs in order, and starts none after the deadline.
 
@@ -112,12 +118,13 @@ def work(
         data_dir: Folder of the data.
         processes: How many at a time; one runs in this process.
         deadline: In seconds of `time.monotonic`.
+        threads: Of torch, for each job.
 
     Yields:
         Each job as it ends.
     """
     waiting, running = iter(jobs), dict[Future[Figures], Job]()
-    with _executor(processes) as pool:
+    with _executor(processes, threads) as pool:
         while True:
             while len(running) < processes and time.monotonic() < deadline:
                 job = next(waiting, None)
@@ -130,41 +137,43 @@ def work(
                 yield running.pop(future), future
 
 
-def _executor(processes: int) -> Executor:
+def _executor(processes: int, threads: int) -> Executor:
     if processes == 1:
-        return Thread(1, initializer=torch.set_num_threads, initargs=(1,))
+        return Thread(1, initializer=torch.set_num_threads, initargs=(threads,))
     spawn = get_context("spawn")
-    return ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (1,))
+    return ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,))
 
 
 def main(study: Study, args: Sequence[str] | None = None) -> None:
     """Runs a study from the command line."""
-    parser = argparse.ArgumentParser(prog=f"python -m recipes.stability.{study.name}")
+    parser = argparse.ArgumentParser(prog=f"python -m {study.module}")
     parser.add_argument("--data_dir", help="folder of the data; without it they are downloaded")
     parser.add_argument(
         "--minutes", type=float, default=inf, help="start no job after; 0 only shows"
     )
-    parser.add_argument("--processes", type=int, default=1, help="jobs at a time, a thread each")
+    parser.add_argument("--processes", type=int, default=1, help="jobs at a time (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads a job (default 1)")
     parser.add_argument("--size", type=int, nargs="+", help="only jobs of these sizes")
     parser.add_argument(
-        "--out", type=Path, default=HERE / f"{study.name}.json", help="the picture goes beside it"
+        "--out", type=Path, default=study.results, help="the picture goes beside it"
     )
     given = list(sys.argv[1:] if args is None else args)
     options = parser.parse_args(given)
-    command = shlex.join(["python", "-m", f"recipes.stability.{study.name}", *given])
+    command = shlex.join(["python", "-m", study.module, *given])
 
     console, results = Console(), Results(options.out)
     jobs = ordered(study.jobs(), options.size)
     todo = [job for job in jobs if job not in results]
     header = {"data": study.data, "seeds": sorted({job["seed"] for job in jobs})}
-    sitting = {"command": command, "processes": options.processes, **machine(torch_threads=1)}
+    sitting = {"command": command, "processes": options.processes, **machine(options.threads)}
     results.sittings.append(sitting)
     failures: Counter[str] = Counter()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         bar = progress.add_task("", total=len(jobs), completed=len(jobs) - len(todo))
         deadline = time.monotonic() + 60 * options.minutes
-        for job, future in work(study.run, todo, options.data_dir, options.processes, deadline):
+        how = (options.data_dir, options.processes, deadline, options.threads)
+        for job, future in work(study.run, todo, *how):
             error = future.exception()
             if isinstance(error, Exception):
                 failures[f"{type(error).__name__}: {error}"] += 1
