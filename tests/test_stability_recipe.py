@@ -69,7 +69,7 @@ def test_done_jobs_are_not_run_again(tmp_path):
     assert written["data"] == "none"
     assert written["seeds"] == [0]
     for sitting in written["sittings"]:
-        assert sitting["command"].startswith("python -m recipes.stability.numbers")
+        assert sitting["command"].startswith("python -m numbers")
         assert sitting["torch_threads"] == 1
         assert {"machine", "versions"} <= set(sitting)
     assert out.with_suffix(".png").exists()

@@ -64,7 +64,7 @@ def train(
     """
     run = Run(config, seed)
     silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    with _hushed():
+    with hushed():
         cli = LightningCLI(
             args=[f"--config={config}", f"--seed_everything={seed}", *overrides],
             run=False,
@@ -109,7 +109,7 @@ def _report(trainer: L.Trainer) -> StepReport | None:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def hushed() -> Iterator[None]:
     """Without Lightning's remarks on hardware, loggers and workers: a table needs none of them."""
     loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
     levels = [logger.level for logger in loggers]

@@ -1,0 +1,1 @@
+"""Masked and conditional BERT on the One Billion Word Benchmark."""

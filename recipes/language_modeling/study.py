@@ -1,0 +1,222 @@
+"""Every row of the paper's Table 3 over seeds: perplexities, and how they fell.
+
+    python -m recipes.language_modeling.study --data_dir data/lm1b
+
+A row is a YAML of this folder. Sizes 0 and 1 train all rows of a task on as many sentences, in as
+large batches; size 2 is the paper's own, 16 epochs with early stopping. A run that is stopped goes
+on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from lightning_pc.errors import DivergenceError
+from recipes.common.queue import Figures, Job, Row, Study, key, main
+from recipes.common.training import hushed
+
+HERE = Path(__file__).parent
+TASKS = ("masked", "conditional")
+ALGORITHMS = ("bp", "pc", "ipc")
+#: Test perplexity from which on a run counts as one that has not converged (section 5).
+THRESHOLDS = {"bp": 200.0, "pc": 800.0, "ipc": 200.0}
+RUNS = Path(".cache/language_modeling/runs")
+
+SIZES: tuple[dict[str, Any], ...] = (
+    {"batches": {"masked": 800, "conditional": 400}, "every": 100, "eval": 1000, "seeds": 1},
+    {"batches": {"masked": 3200, "conditional": 1600}, "every": 400, "eval": 2000, "seeds": 2},
+    {"batches": None, "every": None, "eval": None, "seeds": 10},
+)
+
+
+def jobs() -> list[Job]:
+    """Of each size all rows; ``settings`` are what LightningCLI is given beside the YAML."""
+    found: list[Job] = []
+    for size, how in enumerate(SIZES):
+        for seed in range(how["seeds"]):
+            for task in TASKS:
+                settings = {"data.seed": seed}
+                if how["batches"] is not None:
+                    settings |= {
+                        "data.batch_size": 64,
+                        "data.eval_sentences": how["eval"],
+                        "trainer.max_steps": how["batches"][task],
+                        "trainer.val_check_interval": how["every"],
+                    }
+                found += [
+                    {"size": size, "row": f"{task}_{name}", "seed": seed, "settings": settings}
+                    for name in ALGORITHMS
+                ]
+    return found
+
+
+class Record(L.Callback):
+    """The run's figures, which a checkpoint keeps."""
+
+    def __init__(self) -> None:
+        self.figures: dict[str, Any] = {"dev": [], "seconds": []}
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Starts the watch."""
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Stops it."""
+        self.figures["seconds"].append(round(time.perf_counter() - self._start, 4))
+
+    def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
+        """After how many batches which dev perplexity."""
+        if not trainer.sanity_checking:
+            value = float(trainer.callback_metrics["dev_perplexity"])
+            self.figures["dev"].append([trainer.global_step, _plain(value)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures so far."""
+        return self.figures
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.figures = state
+
+
+def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
+    """Trains a row and tests its weights of the best dev perplexity.
+
+    Args:
+        job: One of `jobs`.
+        data_dir: Folder of the sentences.
+        runs: Where checkpoints lie until the run is done.
+
+    Returns:
+        ``dev``, the curve as [batches, perplexity], ``best_dev``, ``test``, ``seconds`` of a batch
+        (median), ``batches``, and ``diverged``; perplexities that are not finite are None.
+    """
+    folder = runs / hashlib.sha256(key(job).encode()).hexdigest()[:16]
+    settings = [f"--{name}={value}" for name, value in job["settings"].items()]
+    if data_dir is not None:
+        settings.append(f"--data.data_dir={data_dir}")
+    record, diverged = Record(), False
+    silent = ("logger", "enable_progress_bar", "enable_model_summary")
+    with hushed():
+        cli = LightningCLI(
+            args=[
+                *(f"--config={HERE / job['row']}.yaml", f"--seed_everything={job['seed']}"),
+                *("--trainer.num_sanity_val_steps=0", *settings),
+            ],
+            run=False,
+            save_config_callback=None,
+            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [record]},
+        )
+        best = cli.trainer.checkpoint_callback
+        assert isinstance(best, ModelCheckpoint)
+        best.dirpath = str(folder)
+        last = folder / "last.ckpt"
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.exists() else None)
+        except DivergenceError:
+            diverged = True
+        test = math.inf
+        if best.best_model_path:
+            tested = cli.trainer.test(
+                cli.model, cli.datamodule, ckpt_path=best.best_model_path, verbose=False
+            )
+            test = tested[0]["test_perplexity"]
+    shutil.rmtree(folder, ignore_errors=True)
+    curve, seconds = record.figures["dev"], record.figures["seconds"]
+    return {
+        "dev": curve,
+        "best_dev": min((value for _, value in curve if value is not None), default=None),
+        "test": _plain(test),
+        "seconds": round(median(seconds), 4) if seconds else None,
+        "batches": len(seconds),
+        "diverged": diverged,
+    }
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 3) if math.isfinite(value) else None
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """A row for each YAML: mean and deviation over seeds."""
+    table = Table(
+        title=f"size {rows[0]['size']}: perplexity",
+        caption="converged: test perplexity below 200 (bp, ipc) or 800 (pc), as in the paper",
+    )
+    table.add_column("row")
+    for heading in ("batches", "dev", "test", "s / batch", "converged", "seeds"):
+        table.add_column(heading, justify="right")
+    for task in TASKS:
+        for name in ALGORITHMS:
+            found = [row for row in rows if row["row"] == f"{task}_{name}"]
+            if found:
+                table.add_row(
+                    f"{task} {name}",
+                    str(round(fmean(row["batches"] for row in found))),
+                    _mean([row["best_dev"] for row in found]),
+                    _mean([row["test"] for row in found]),
+                    f"{fmean(row['seconds'] for row in found):.2f}",
+                    f"{sum(converged(row) for row in found)} of {len(found)}",
+                    str(len(found)),
+                )
+        table.add_section()
+    return [table]
+
+
+def converged(row: Row) -> bool:
+    """By the paper's thresholds."""
+    threshold = THRESHOLDS[row["row"].rpartition("_")[2]]
+    return row["test"] is not None and row["test"] < threshold
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    finite = [value for value in values if value is not None]
+    if not finite:
+        return "-"
+    spread = f" ± {stdev(finite):.1f}" if len(finite) > 1 else ""
+    return f"{fmean(finite):.1f}{spread}"
+
+
+def picture(rows: list[Row]) -> Figure:
+    """Dev perplexity while training, as in Fig. 3 right; a panel for each task."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    colours = {"bp": "0.35", "pc": "tab:orange", "ipc": "tab:blue"}
+    for axes, task in zip(figure.subplots(1, len(TASKS), squeeze=False)[0], TASKS, strict=True):
+        for name in ALGORITHMS:
+            for row in rows:
+                points = [p for p in row["dev"] if p[1] is not None]
+                if row["row"] == f"{task}_{name}" and points:
+                    label = name if row["seed"] == 0 else None
+                    batches, values = zip(*points, strict=True)
+                    axes.plot(batches, values, "o-", ms=3, color=colours[name], label=label)
+        axes.set(title=task, yscale="log", xlabel="batches")
+        if axes.lines:
+            axes.legend(frameon=False)
+    figure.supylabel("dev perplexity")
+    return figure
+
+
+STUDY = Study(
+    "recipes.language_modeling.study",
+    "One Billion Word Benchmark: 200,000 training sentences, dev and test of their first sentences",
+    jobs,
+    run,
+    tables,
+    picture,
+)
+
+if __name__ == "__main__":
+    main(STUDY)
