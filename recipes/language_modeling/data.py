@@ -320,7 +320,10 @@ class SmallText(TextData):
         return [_sentence(draws) for _ in range(count)]
 
 
-_THINGS = {"one": ("dog", "child", "bank", "minister", "river"), "many": ("dogs", "banks", "rivers")}
+_THINGS = {
+    "one": ("dog", "child", "bank", "minister", "river"),
+    "many": ("dogs", "banks", "rivers"),
+}
 _ACTIONS = {"one": ("sees", "buys", "leaves", "likes"), "many": ("see", "buy", "leave", "like")}
 _WHERE = ("in the city", "on Monday", "near the sea", "without a word", "at night")
 

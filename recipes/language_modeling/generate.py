@@ -1,7 +1,7 @@
 """Samples sentences from a conditional model, fills the masks of a sentence with a masked one.
 
-    python -m recipes.language_modeling.generate CHECKPOINT
-    python -m recipes.language_modeling.generate CHECKPOINT "The [MASK] of the company rose ."
+python -m recipes.language_modeling.generate CHECKPOINT
+python -m recipes.language_modeling.generate CHECKPOINT "The [MASK] of the company rose ."
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ BLANK = "[MASK]"
 
 
 @torch.no_grad()
-def sample(
-    model: LanguageModel, start: str = "", temperature: float = 1.0, seed: int = 0
-) -> str:
+def sample(model: LanguageModel, start: str = "", temperature: float = 1.0, seed: int = 0) -> str:
     """A sentence, token by token.
 
     Args:
@@ -107,7 +105,9 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(f"{chance:6.1%}  {sentence}")
             return
         if BLANK in options.text:
-            parser.error(f"this model is conditional: it goes on with a text, {BLANK} is the other's")
+            parser.error(
+                f"this model is conditional: it goes on with a text, {BLANK} is the other's"
+            )
         for i in range(options.count):
             print(sample(model, options.text, options.temperature, options.seed + i))
     except (FileNotFoundError, ValueError) as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity

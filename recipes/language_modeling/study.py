@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningCLI
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from lightning_pc import RandomState
 from lightning_pc.errors import DivergenceError
 from recipes.common.queue import Figures, Job, Row, Study, key, main
 from recipes.common.training import hushed
@@ -118,7 +119,7 @@ def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
             ],
             run=False,
             save_config_callback=None,
-            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [record]},
+            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [record, RandomState()]},
         )
         best = cli.trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)

@@ -68,8 +68,11 @@ class Corpus:
 
     def save(self, path: Path) -> None:
         """Writes one ``.npz`` (15 MiB for 200,000 sentences), all of it or nothing."""
-        arrays = {f"{name}_{part}": getattr(split, part) for name, split in self.splits.items()
-                  for part in ("ids", "ends")}
+        arrays = {
+            f"{name}_{part}": getattr(split, part)
+            for name, split in self.splits.items()
+            for part in ("ids", "ends")
+        }
         new = path.with_suffix(f".{os.getpid()}.new")
         path.parent.mkdir(parents=True, exist_ok=True)
         with new.open("wb") as file:

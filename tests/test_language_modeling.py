@@ -1,0 +1,589 @@
+"""The language models' recipe on a small text: batches, perplexity, every YAML, the study."""
+
+from __future__ import annotations
+
+import gzip
+import math
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from lightning_pc.cli import main as cli
+from recipes.language_modeling import generate, study
+from recipes.language_modeling.data import IGNORED, Batches, OneBillionWords, SmallText
+from recipes.language_modeling.model import LanguageModel, load
+from recipes.language_modeling.tokens import (
+    BOS,
+    EOS,
+    MASK,
+    SPECIAL,
+    UNK,
+    Corpus,
+    Sentences,
+    cut,
+    make,
+)
+
+SMALL = {"vocabulary": 120, "hidden": 16, "intermediate": 24, "positions": 32}
+ROWS = [f"{task}_{name}" for task in study.TASKS for name in study.ALGORITHMS]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def small(cache, task="masked", **options):
+    data = SmallText(task=task, cache_dir=cache, **options)
+    data.setup("fit")
+    return data
+
+
+def sentences(*lengths):
+    """Of ids that tell where they stand: sentence n has 100 n, 100 n + 1, .. from n = 1."""
+    ids = [100 * (n + 1) + i for n, length in enumerate(lengths) for i in range(length)]
+    return Sentences(np.array(ids, np.uint16), np.cumsum(lengths))
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["masked", "conditional"])
+def test_every_sentence_comes_once_an_epoch_beside_others_of_its_length(task):
+    lengths = [1, 5, 5, 5, 2, 30, 31, 7, 5, 5]
+    loader = Batches(sentences(*lengths), task, 2, 22, 2000, seed=0)
+    for _ in range(3):
+        batches = list(loader)
+        assert (
+            len(batches) == len(loader) == 7
+        )  # of 5: 3; of 1, 2, 7 and of those cut to 20: 1 each
+        found = []
+        for batch in batches:
+            whole = torch.where(batch.targets == IGNORED, batch.ids, batch.targets)
+            if task == "conditional":
+                whole = torch.cat([batch.ids, batch.targets[:, -1:]], 1)
+            for row in whole.tolist():
+                number = (max(row[1:-1]) // 100) - 1
+                length = min(lengths[number], 20)
+                last = EOS if task == "masked" or lengths[number] <= 20 else IGNORED
+                assert row == [BOS, *(100 * (number + 1) + i for i in range(length)), last]
+                found.append(number)
+        assert sorted(found) == list(range(10))
+
+
+def test_conditional_targets_are_the_next_tokens():
+    (batch,) = Batches(sentences(3), "conditional", 2, 22, 2000, seed=0)
+    assert batch.ids.tolist() == [[BOS, 100, 101, 102]]
+    assert batch.targets.tolist() == [[100, 101, 102, EOS]]
+
+
+def test_masks_are_berts():
+    many = Sentences(np.full(200_000, 50, np.uint16), np.arange(20, 200_001, 20))
+    ids, targets = map(torch.cat, zip(*Batches(many, "masked", 128, 64, 1000, seed=0), strict=True))
+    assert (targets[:, [0, -1]] == IGNORED).all()
+    asked = targets != IGNORED
+    assert asked.any(1).all()
+    share = asked[:, 1:-1].float().mean().item()
+    # 0.15, and one more of twenty where none was drawn: 0.15 + 0.85**20 / 20 = 0.152
+    assert share == pytest.approx(0.152, abs=0.003)
+    assert (targets[asked] == 50).all()
+    read = ids[asked]
+    assert (read == MASK).float().mean().item() == pytest.approx(0.8, abs=0.01)
+    assert (read == 50).float().mean().item() == pytest.approx(0.1, abs=0.01)
+    strange = read[(read != MASK) & (read != 50)]
+    assert strange.min() >= SPECIAL
+    assert strange.max() < 1000
+    assert len(strange.unique()) > 800
+
+
+def test_a_sentence_of_one_token_is_asked_for_it():
+    for batch in (*Batches(sentences(1, 1, 1), "masked", 3, 22, 2000, seed=3),):
+        assert sorted(batch.targets[:, 1].tolist()) == [100, 200, 300]
+
+
+def same(one, other):
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets) for a, b in pairs)
+
+
+def test_epochs_differ_and_evaluation_does_not(cache):
+    data = small(cache, batch_size=32)
+    train, dev = data.train_dataloader(), data.val_dataloader()
+    one, two = list(train), list(train)
+    assert not same(one, two)
+    again = list(small(cache, batch_size=32).train_dataloader())
+    assert same(one, again)
+    assert same(list(dev), list(dev))
+    other = list(small(cache, batch_size=32, seed=1).train_dataloader())
+    assert not same(one, other)
+
+
+def test_an_epoch_that_is_broken_off_does_not_show_in_the_next(cache):
+    dev = small(cache).val_dataloader()
+    first = next(iter(dev))
+    assert torch.equal(next(iter(dev)).ids, first.ids)
+
+
+@pytest.mark.parametrize("stop", [1, 5, "end"])
+def test_a_loader_goes_on_from_where_it_was_saved(cache, stop):
+    data = small(cache, batch_size=64)
+    straight, whole = data.train_dataloader(), []
+    for _ in range(3):
+        whole.append(list(straight))
+    broken = data.train_dataloader()
+    list(broken)
+    iterator = iter(broken)
+    stop = len(broken) if stop == "end" else stop
+    for _ in range(stop):
+        next(iterator)
+    state = broken.state_dict()
+    other = data.train_dataloader()
+    other.load_state_dict(state)
+    expected = whole[1][stop:] if stop < len(broken) else whole[2]
+    assert same(list(other), expected)
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def lines(split):
+    return ["the cat sat on the mat .", "", "  ", "a dog", "x"] * 30
+
+
+def test_empty_lines_are_left_out_and_strange_characters_unknown():
+    corpus = make(lines, 40, 100, "here")
+    assert len(corpus.splits["train"]) == 90  # 100 lines that are not empty, there are 90
+    processor = corpus.tokenizer
+    assert processor.decode(corpus.splits["dev"][0].tolist()) == "the cat sat on the mat ."
+    assert UNK in processor.encode("a 漢 dog")
+    assert len(cut(["", "a dog"], processor)) == 1
+    assert processor.id_to_piece(list(range(SPECIAL)))[MASK] == "[MASK]"
+
+
+def test_a_corpus_survives_its_file(tmp_path):
+    corpus = make(lines, 40, 20, "here")
+    corpus.save(tmp_path / "deep" / "tokens.npz")
+    again = Corpus.load(tmp_path / "deep" / "tokens.npz")
+    assert (again.model, again.source) == (corpus.model, "here")
+    for name, split in corpus.splits.items():
+        assert np.array_equal(split.ids, again.splits[name].ids)
+        assert np.array_equal(split.ends, again.splits[name].ends)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["tokens.npz"]
+
+
+def test_a_damaged_file_of_tokens_is_told(tmp_path):
+    path = tmp_path / "tokens.npz"
+    make(lines, 40, 20, "here").save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"tokens\.npz is not a file of tokens .* made anew"):
+        Corpus.load(path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "says"),
+    [
+        (8001, r"No tokenizer of 8001 tokens can be made from 60 sentences: .* smaller vocabulary"),
+        (5, "expected 6 to 65536"),
+        (70_000, "expected 6 to 65536"),
+    ],
+)
+def test_vocabularies_that_cannot_be(vocabulary, says):
+    with pytest.raises(ValueError, match=says):
+        make(lines, vocabulary, 60, "")
+
+
+def test_a_split_without_sentences_is_told():
+    with pytest.raises(ValueError, match="The dev split holds no sentence"):
+        make(lambda split: ["", " "] if split == "dev" else lines(split), 40, 100, "")
+
+
+def write(folder, **changed):
+    for split in ("train", "dev", "test"):
+        text = changed.get(split, "\n".join(lines(split)))
+        data = text if isinstance(text, bytes) else gzip.compress(text.encode())
+        (folder / f"{split}.txt.gz").write_bytes(data)
+
+
+def test_files_are_read_once_and_anew_when_they_change(tmp_path):
+    def words():
+        options = {"sentences": 50, "vocabulary": 40, "cache_dir": str(tmp_path / "cache")}
+        data = OneBillionWords(str(tmp_path), **options)
+        data.setup("fit")
+        return data
+
+    write(tmp_path)
+    first = words()
+    stamp = first.path.stat().st_mtime_ns
+    assert words().path.stat().st_mtime_ns == stamp
+    write(tmp_path, dev="only one sentence")
+    assert len(words().corpus.splits["dev"]) == 1
+    alone = OneBillionWords(sentences=50, vocabulary=40, cache_dir=str(tmp_path / "cache"))
+    alone.setup("fit")  # from the file of tokens alone
+    assert len(alone.corpus.splits["dev"]) == 1
+
+
+def test_bad_files_are_told(tmp_path):
+    options = {"vocabulary": 40, "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(FileNotFoundError, match=r"train\.txt\.gz is missing\. data_dir must hold"):
+        OneBillionWords(str(tmp_path), **options).setup("fit")
+    whole = gzip.compress(b"some words here\n" * 1000)
+    for damaged in (whole[:-20], b"no gzip", gzip.compress(b"\xff\xfe")):
+        write(tmp_path, dev=damaged)
+        with pytest.raises(ValueError, match=r"dev\.txt\.gz is damaged"):
+            OneBillionWords(str(tmp_path), **options).setup("fit")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_download_that_fails_says_where_the_archive_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(RuntimeError, match=r"statmt\.org/lm-benchmark"):
+        OneBillionWords(cache_dir=str(tmp_path)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"task": "causal"}, "task='causal': expected 'masked' or 'conditional'"),
+        ({"batch_size": 0}, "batch_size=0: expected 1 or more"),
+        ({"max_tokens": 2}, "max_tokens=2: expected 3 or more"),
+        ({"eval_sentences": 0}, "eval_sentences=0"),
+    ],
+)
+def test_bad_numbers_are_told(options, says):
+    with pytest.raises(ValueError, match=says):
+        SmallText(**options)
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+def trainer(**options):
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return L.Trainer(accelerator="cpu", **dict.fromkeys(silent, False) | options)
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_perplexity_is_that_of_the_sentences_own_tokens(cache, task):
+    """Each token of the same weight, whatever batch it comes in; the end is not asked for."""
+    torch.manual_seed(0)
+    data = small(cache, task, eval_batch_size=7, max_tokens=32)
+    model = LanguageModel(task, **SMALL)
+    (found,) = trainer().validate(model, data, verbose=False)
+    model.eval()
+    total = count = 0.0
+    for batch in data.val_dataloader():
+        for ids, targets in zip(*batch, strict=True):
+            logits = model.net(ids[None]).logits[0].log_softmax(-1)
+            for position, target in enumerate(targets.tolist()):
+                if target not in (IGNORED, EOS):
+                    total, count = total - float(logits[position, target]), count + 1
+    assert found["dev_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_the_training_loss_is_the_mean_over_the_targets(cache):
+    model = LanguageModel("conditional", **SMALL).eval()
+    batch = next(iter(small(cache, "conditional").train_dataloader()))
+    expected = F.cross_entropy(model.net(batch.ids).logits.flatten(0, 1), batch.targets.flatten())
+    assert torch.allclose(model.training_step(batch, 0), expected)
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_what_a_position_sees(task):
+    """All of the sentence, or what comes before."""
+    torch.manual_seed(0)
+    model = LanguageModel(task, **SMALL).eval()
+    ids = torch.randint(SPECIAL, 120, (2, 9))
+    other = ids.clone()
+    other[:, 5] = (ids[:, 5] - SPECIAL + 1) % 100 + SPECIAL
+    changed = (model(ids) - model(other)).abs().amax((0, 2)) > 0
+    expected = [True] * 9 if task == "masked" else [False] * 5 + [True] * 4
+    assert changed.tolist() == expected
+
+
+@pytest.mark.parametrize("layer_norm", [True, False])
+def test_layer_norm_is_in_or_out(layer_norm):
+    model = LanguageModel(layer_norm=layer_norm, **SMALL)
+    assert any(isinstance(m, nn.LayerNorm) for m in model.modules()) == layer_norm
+
+
+def test_input_and_output_embeddings_are_two_matrices():
+    net = LanguageModel(**SMALL).net
+    assert net.bert.embeddings.word_embeddings.weight is not net.cls.predictions.decoder.weight
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "says"),
+    [
+        ({"task": "conditional"}, {}, "asks for 'conditional' tokens, the model is 'masked'"),
+        ({"vocabulary": 100}, {}, "tokenizer has 100 tokens, the model 120"),
+        ({}, {"positions": 20}, "max_tokens=32: the model takes 20; raise its positions"),
+    ],
+)
+def test_data_that_does_not_fit_the_model_is_told(cache, data, model, says):
+    module = SmallText(cache_dir=cache, max_tokens=32, **data)
+    with pytest.raises(ValueError, match=says):
+        trainer().validate(LanguageModel(**SMALL | model), module)
+
+
+def test_a_checkpoint_of_another_tokenizer_is_told(cache, tmp_path):
+    one = SmallText(cache_dir=cache, max_tokens=32)
+    other = SmallText(cache_dir=cache, max_tokens=32, sentences=300)
+    options = {"limit_train_batches": 1, "limit_val_batches": 1, "max_epochs": 1}
+    first = trainer(**options)
+    first.fit(Trained(**SMALL), one)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    trainer(**options).validate(Trained(**SMALL), one, ckpt_path=tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        trainer(**options).validate(Trained(**SMALL), other, ckpt_path=tmp_path / "a.ckpt")
+    loaded = load(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        trainer(**options).validate(loaded, other)
+
+
+class Trained(LanguageModel):
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+# --- every YAML, and what becomes of its checkpoint -----------------------------------------------
+
+ON_SMALL_TEXT = [
+    *("--data=recipes.language_modeling.data.SmallText", "--data.batch_size=32"),
+    *("--data.sentences=400", "--data.eval_sentences=20", "--model.vocabulary=120"),
+    *("--model.hidden=16", "--model.intermediate=24", "--trainer.max_steps=4"),
+    *("--trainer.val_check_interval=2", "--trainer.logger=false"),
+    *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_yaml_trains(row, cache, tmp_path, capsys):
+    task = row.partition("_")[0]
+    run = cli(
+        [
+            *("fit", f"--config={study.HERE / row}.yaml", *ON_SMALL_TEXT, f"--data.task={task}"),
+            *(f"--data.cache_dir={cache}", f"--trainer.default_root_dir={tmp_path}"),
+        ]
+    )
+    assert run.trainer.global_step == 4
+    assert math.isfinite(run.trainer.callback_metrics["dev_perplexity"])
+    report = getattr(run.trainer.strategy, "report", None)
+    if row.endswith("bp"):
+        assert report is None
+    else:
+        assert sum("softmax" in node for node in report.nodes) == 2  # F_KL in both blocks
+        assert report.nodes[-1].endswith("transform_act_fn")
+        assert len(report.nodes) == 5
+    path = run.trainer.checkpoint_callback.best_model_path
+    capsys.readouterr()
+    if task == "masked":
+        generate.main([path, "the old [MASK] [MASK] a dog .", "--count=2"])
+        shown = capsys.readouterr().out.splitlines()
+        assert len(shown) == 2
+        assert all(line.lstrip()[0].isdigit() and "[MASK]" not in line for line in shown)
+    else:
+        for _ in range(2):
+            generate.main([path, "every dog", "--count=2", "--seed=3"])
+        shown = capsys.readouterr().out.splitlines()
+        assert shown[:2] == shown[2:]
+        assert all(line.startswith("every dog") for line in shown)
+
+
+def test_every_yaml_has_the_papers_settings():
+    """Appendix D.3.1's best combinations."""
+    found = {}
+    for row in ROWS:
+        given = yaml.safe_load((study.HERE / f"{row}.yaml").read_text())
+        strategy = given["trainer"].get("strategy", {}).get("init_args", {})
+        batch_size = given["data"]["init_args"]["batch_size"]
+        assert given["trainer"]["val_check_interval"] == 100 * 128 // batch_size
+        assert given["trainer"]["max_epochs"] == 16
+        assert given["data"]["init_args"]["task"] == given["model"]["init_args"]["task"]
+        norm, rate = (
+            given["model"]["init_args"]["layer_norm"],
+            given["optimizer"]["init_args"]["lr"],
+        )
+        found[row] = (norm, batch_size, rate, strategy.get("T"), strategy.get("gamma"))
+    assert found == {
+        "masked_bp": (True, 256, 0.0032, None, None),
+        "masked_pc": (False, 128, 0.0004, 8, 0.03125),
+        "masked_ipc": (False, 128, 0.0008, 6, 0.5),
+        "conditional_bp": (True, 64, 0.0016, None, None),
+        "conditional_pc": (False, 128, 0.0004, 10, 0.0078125),
+        "conditional_ipc": (True, 128, 0.0032, 4, 0.5),
+    }
+
+
+def test_a_trained_model_has_learned_the_grammar(cache, tmp_path):
+    """iPC, for 100 batches."""
+    run = cli(
+        [
+            *("fit", f"--config={study.HERE / 'conditional_ipc'}.yaml", *ON_SMALL_TEXT),
+            *("--data.task=conditional", "--data.sentences=2000", f"--data.cache_dir={cache}"),
+            *("--model.hidden=32", "--trainer.max_steps=100", "--optimizer.lr=0.005"),
+            *("--trainer.val_check_interval=50", f"--trainer.default_root_dir={tmp_path}"),
+        ]
+    )
+    assert run.trainer.callback_metrics["dev_perplexity"] < 8
+    model = load(run.trainer.checkpoint_callback.best_model_path)
+    words = set(" ".join(SmallText().read("train")).split())
+    for seed in range(5):
+        written = generate.sample(model, "the old", seed=seed).split()
+        assert written[:2] == ["the", "old"]
+        assert len(written) > 4
+        assert sum(word in words for word in written) >= len(written) - 1
+    assert generate.sample(model, seed=1) != generate.sample(model, seed=2)
+    cold = {generate.sample(model, temperature=1e-3, seed=seed) for seed in range(3)}
+    assert len(cold) == 1
+
+
+def test_masks_are_filled_one_after_the_other_the_surest_first(cache):
+    """A model that is sure of the second mask, and of the first once it has seen the second."""
+    processor = small(cache).corpus.tokenizer
+    dog, sees, old = (processor.encode(word)[0] for word in ("dog", "sees", "old"))
+    seen = []
+
+    class Model:
+        net = LanguageModel(**SMALL).net
+        tokenizer = small(cache).corpus.model
+
+        def __call__(self, ids):
+            seen.append(ids[0].tolist())
+            blanks = [i for i, token in enumerate(seen[-1]) if token == MASK]
+            logits = torch.zeros(1, ids.shape[1], 120)
+            logits[0, :, [MASK, EOS]] = 99.0  # which are no words
+            logits[0, blanks[-1], sees if len(blanks) > 1 else dog] = 9.0
+            logits[0, blanks[0], old] = 3.0
+            return logits
+
+    found = generate.fill(Model(), "the [MASK] [MASK] .", best=2)
+    assert [sentence for sentence, _ in found] == ["the dog sees .", "the old sees ."]
+    assert found[0][1] > 0.9 > found[1][1]
+    assert len(seen) == 2
+    assert seen[1] == [
+        sees if i == 2 + len(processor.encode("the")) else t for i, t in enumerate(seen[0])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("no mask here", r"holds no \[MASK\]"), ("the [MASK] " * 80, "the model takes 32")],
+)
+def test_sentences_that_cannot_be_filled_are_told(cache, text, says):
+    model = LanguageModel(**SMALL).eval()
+    model.tokenizer = small(cache).corpus.model
+    with pytest.raises(ValueError, match=says):
+        generate.fill(model, text)
+
+
+def test_files_that_are_no_checkpoints_are_told(tmp_path, capsys):
+    (tmp_path / "a.ckpt").write_bytes(b"nothing")
+    for name, says in (("b.ckpt", "is missing"), ("a.ckpt", "is no checkpoint of a Language")):
+        with pytest.raises(SystemExit):
+            generate.main([str(tmp_path / name)])
+        assert says in capsys.readouterr().err
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def job(cache, row="conditional_ipc", **settings):
+    return {
+        "size": 0,
+        "row": row,
+        "seed": 0,
+        "settings": {
+            "data": "recipes.language_modeling.data.SmallText",
+            "data.task": row.partition("_")[0],
+            "data.batch_size": 32,
+            "data.sentences": 400,
+            "data.cache_dir": cache,
+            "model.vocabulary": 120,
+            "model.hidden": 16,
+            "model.dropout": 0.1,
+            "trainer.max_steps": 20,
+            "trainer.val_check_interval": 5,
+            **settings,
+        },
+    }
+
+
+def test_a_run_says_what_came_out(cache, tmp_path):
+    figures = study.run(job(cache), None, tmp_path / "runs")
+    assert [batches for batches, _ in figures["dev"]] == [5, 10, 15, 20]
+    assert figures["best_dev"] == min(value for _, value in figures["dev"])
+    assert figures["test"] < 120
+    assert figures["batches"] == 20
+    assert figures["seconds"] > 0
+    assert not figures["diverged"]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("row", ["conditional_ipc", "masked_bp"])
+def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(cache, tmp_path, row, monkeypatch):
+    whole = study.run(job(cache, row), None, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    original = study.Record.on_train_batch_end
+
+    def killed(self, *args):
+        original(self, *args)
+        if len(self.figures["seconds"]) == 17:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Record, "on_train_batch_end", killed)
+        with pytest.raises(Killed):
+            study.run(job(cache, row), None, tmp_path / "broken")
+    broken = study.run(job(cache, row), None, tmp_path / "broken")
+    assert broken["batches"] == 20
+    assert broken["dev"] == whole["dev"]
+    assert broken["test"] == whole["test"]
+
+
+def test_divergence_is_a_result(cache, tmp_path):
+    settings = {"optimizer.lr": 1e30, "trainer.val_check_interval": 1}
+    figures = study.run(job(cache, **settings), None, tmp_path)
+    assert figures["diverged"]
+    assert figures["test"] is None or figures["test"] > 200
+    assert not study.converged({"row": "conditional_ipc", **figures})
+
+
+def test_rows_converge_by_the_papers_thresholds():
+    def is_converged(row, test):
+        return study.converged({"row": row, "test": test})
+
+    assert is_converged("masked_bp", 199.9)
+    assert not is_converged("conditional_ipc", 200)
+    assert is_converged("conditional_pc", 799.9)
+    assert not is_converged("masked_pc", 800)
+    assert not is_converged("masked_pc", None)
+
+
+def test_jobs_of_one_size_and_task_learn_from_as_many_sentences():
+    found = study.jobs()
+    for size in (0, 1):
+        for task in study.TASKS:
+            rows = [j for j in found if j["size"] == size and j["row"].startswith(task)]
+            assert {j["row"] for j in rows} == {f"{task}_{name}" for name in study.ALGORITHMS}
+            settings = [{k: v for k, v in j["settings"].items() if k != "data.seed"} for j in rows]
+            assert all(one == settings[0] for one in settings)
+            assert settings[0]["data.batch_size"] == 64
+    paper = [j for j in found if j["size"] == 2]
+    assert len(paper) == 60
+    assert all(list(j["settings"]) == ["data.seed"] for j in paper)
