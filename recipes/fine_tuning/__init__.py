@@ -1,0 +1,1 @@
+"""Fine-tunes pretrained Hugging Face models with predictive coding."""

@@ -1,0 +1,140 @@
+"""A real text task: is a sentence as it was written, or have two words swapped places?"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from recipes.language_modeling.data import OneBillionWords, SmallText, TextData
+
+Encoded = dict[str, Tensor]
+#: Words swapped in a sentence that is not as it was written.
+AS_WRITTEN, SWAPPED = 1, 0
+
+
+class Padded:
+    """A loader: sentences of about the same length in a batch, padded by the model's tokenizer.
+
+    Args:
+        encoded: Token ids of each sentence.
+        labels: Of each, [N].
+        tokenizer: Pads.
+        batch_size: Sentences of a batch.
+        seed: Of the order, another in each epoch; None keeps it.
+    """
+
+    def __init__(
+        self,
+        encoded: list[list[int]],
+        labels: list[int],
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        seed: int | None,
+    ) -> None:
+        self.encoded, self.labels, self.tokenizer = encoded, labels, tokenizer
+        self.batch_size, self.seed, self._epoch = batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Encoded]:
+        draws = random.Random(f"{self.seed} {self._epoch}")
+        self._epoch += self.seed is not None
+        order = list(range(len(self.labels)))
+        if self.seed is not None:
+            draws.shuffle(order)
+        order.sort(key=lambda i: len(self.encoded[i]))
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if self.seed is not None:
+            draws.shuffle(batches)
+        for batch in batches:
+            padded = self.tokenizer.pad(
+                {"input_ids": [self.encoded[i] for i in batch]}, return_tensors="pt"
+            )
+            yield {**padded, "labels": torch.tensor([self.labels[i] for i in batch])}
+
+
+class WordOrder(L.LightningDataModule):
+    """Half of the sentences are as they were written; in the others two words have swapped places.
+
+    Args:
+        checkpoint: Folder or name of the model whose tokenizer cuts the sentences.
+        data_dir: As of `OneBillionWords`; "small" takes `SmallText`.
+        train: Training sentences, the last of the training split (a language model that was
+            trained on its first has not seen them).
+        test: Sentences of dev and of test.
+        batch_size: Sentences of a batch.
+        max_tokens: Longer sentences are cut.
+        seed: Of the order of batches.
+
+    Raises:
+        ValueError: There are not enough sentences.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data_dir: str | None = None,
+        train: int = 4000,
+        test: int = 2000,
+        batch_size: int = 32,
+        max_tokens: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.checkpoint, self.data_dir = checkpoint, data_dir
+        self.counts = {"train": train, "dev": test, "test": test}
+        self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
+        self.tokenizer: Any = None
+        self._encoded: dict[str, tuple[list[list[int]], list[int]]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Reads, swaps and cuts the sentences."""
+        if self._encoded:
+            return
+        self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
+        text: TextData = SmallText() if self.data_dir == "small" else OneBillionWords(self.data_dir)
+        for split, count in self.counts.items():
+            lines = [line for line in text.read(split) if len(set(line.split())) > 3]
+            if len(lines) < count:
+                raise ValueError(f"The {split} split has {len(lines)} sentences, not {count}.")
+            draws = random.Random(split)
+            labels = [draws.choice((SWAPPED, AS_WRITTEN)) for _ in range(count)]
+            chosen = [
+                line if label == AS_WRITTEN else _swap(line, draws)
+                for line, label in zip(lines[-count:], labels, strict=True)
+            ]
+            cut = self.tokenizer(chosen, truncation=True, max_length=self.max_tokens)
+            self._encoded[split] = (cut["input_ids"], labels)
+
+    def train_dataloader(self) -> Padded:
+        """In another order in every epoch."""
+        return self._loader("train", self.seed)
+
+    def val_dataloader(self) -> Padded:
+        """The dev split."""
+        return self._loader("dev", None)
+
+    def test_dataloader(self) -> Padded:
+        """The test split."""
+        return self._loader("test", None)
+
+    def _loader(self, split: str, seed: int | None) -> Padded:
+        encoded, labels = self._encoded[split]
+        return Padded(encoded, labels, self.tokenizer, self.batch_size, seed)
+
+
+def _swap(line: str, draws: random.Random) -> str:
+    """Two different words, not the last, which often is a full stop."""
+    words = line.split()
+    while True:
+        i, j = draws.sample(range(len(words) - 1), 2)
+        if words[i] != words[j]:
+            words[i], words[j] = words[j], words[i]
+            return " ".join(words)

@@ -1,0 +1,237 @@
+"""Fine-tuning: what learns, what stays, and that plain transformers loads what comes out."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+
+from lightning_pc import PCStrategy
+from lightning_pc.cli import main as cli
+from recipes.fine_tuning.data import AS_WRITTEN, Padded, WordOrder
+from recipes.fine_tuning.model import FineTuned, blocks, freeze, logits
+from recipes.language_modeling.data import SmallText
+from recipes.language_modeling.export import export, fast_tokenizer
+from recipes.language_modeling.model import LanguageModel
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def language_model(folder, **options):
+    data = SmallText(cache_dir=str(folder))
+    data.setup("fit")
+    torch.manual_seed(0)
+    sizes = {"vocabulary": 120, "hidden": 16, "intermediate": 24, "blocks": 3}
+    model = LanguageModel(**sizes | options)
+    model.tokenizer = data.corpus.model
+    return model.eval(), data
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    export(language_model(folder)[0], folder / "bert")
+    return str(folder / "bert")
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_says_the_same(tmp_path):
+    model, data = language_model(tmp_path)
+    export(model, tmp_path / "bert")
+    net = AutoModelForMaskedLM.from_pretrained(tmp_path / "bert").eval()
+    batch = next(iter(data.val_dataloader()))
+    assert torch.equal(net(batch.ids).logits, model(batch.ids))
+
+
+def test_the_exported_tokenizer_cuts_like_sentencepiece(tmp_path):
+    model, data = language_model(tmp_path)
+    fast, processor = fast_tokenizer(model), data.corpus.tokenizer
+    for line in [*data.read("test"), "  two  blanks ", "x \ufffd y", "ﬁve", "a 漢字 dog"]:
+        ids = fast(line)["input_ids"]
+        assert ids == [2, *processor.encode(line), 3]
+        if 1 not in ids:
+            assert fast.decode(ids, skip_special_tokens=True) == processor.decode(ids[1:-1])
+    assert fast("the [MASK] .")["input_ids"][2:-2].count(fast.mask_token_id) == 1
+
+
+def test_a_model_without_layer_norm_is_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="train it with layer_norm: true"):
+        export(language_model(tmp_path, layer_norm=False)[0], tmp_path / "bert")
+    assert not (tmp_path / "bert").exists()
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_half_of_the_sentences_have_two_words_swapped(pretrained):
+    data = WordOrder(pretrained, "small", train=400, test=100, batch_size=16)
+    data.setup("fit")
+    originals = {split: set(SmallText().read(split)) for split in ("train", "dev", "test")}
+    for split, loader in (
+        ("train", data.train_dataloader()),
+        ("dev", data.val_dataloader()),
+        ("test", data.test_dataloader()),
+    ):
+        count = as_written = 0
+        for batch in loader:
+            assert batch["input_ids"].shape == batch["attention_mask"].shape
+            texts = data.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
+            for text, label in zip(texts, batch["labels"].tolist(), strict=True):
+                words = sorted(text.split())
+                if label == AS_WRITTEN:
+                    assert text in originals[split]
+                else:
+                    twins = [o for o in originals[split] if sorted(o.split()) == words]
+                    assert any(
+                        sum(a != b for a, b in zip(o.split(), text.split(), strict=True)) == 2
+                        for o in twins
+                    )
+                count, as_written = count + 1, as_written + label
+        assert count == data.counts[split]
+        assert 0.35 < as_written / count < 0.65
+
+
+def test_batches_are_padded_little_and_come_in_another_order(pretrained):
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
+    encoded = [[2, *[7] * n, 3] for n in range(1, 41)]
+    loader = Padded(encoded, [0] * 40, tokenizer, 8, seed=0)
+    one, two = ([b["input_ids"].shape[1] for b in loader] for _ in range(2))
+    assert sorted(one) == sorted(two) == [10, 18, 26, 34, 42]
+    assert one != two
+    fixed = Padded(encoded, [0] * 40, tokenizer, 8, seed=None)
+    assert [b["input_ids"].shape[1] for b in fixed] == [10, 18, 26, 34, 42]
+
+
+def test_too_few_sentences_are_told(pretrained):
+    with pytest.raises(ValueError, match="The dev split has 200 sentences, not 300"):
+        WordOrder(pretrained, "small", train=100, test=300).setup("fit")
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def train(pretrained, tmp_path, *more, yaml="ipc"):
+    return cli(
+        [
+            *("fit", f"--config=recipes/fine_tuning/{yaml}.yaml"),
+            *(f"--model.checkpoint={pretrained}", f"--data.checkpoint={pretrained}"),
+            *("--data.data_dir=small", "--data.train=128", "--data.test=40"),
+            *("--trainer.max_epochs=2", "--trainer.logger=false", "--optimizer.lr=0.003"),
+            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            *(f"--trainer.default_root_dir={tmp_path}", *more),
+        ]
+    )
+
+
+@pytest.mark.parametrize("yaml", ["bp", "ipc"])
+@pytest.mark.parametrize("trained", ["all", "1", "lora"])
+def test_what_is_trained_moves_and_is_loaded_by_plain_transformers(
+    pretrained, tmp_path, trained, yaml
+):
+    if trained == "lora":
+        pytest.importorskip("peft")
+    out = tmp_path / "out"
+    run = train(
+        pretrained, tmp_path, f"--model.trained={trained}", f"--model.save_to={out}", yaml=yaml
+    )
+    batch = next(iter(run.datamodule.test_dataloader()))
+    net = AutoModelForSequenceClassification.from_pretrained(out)
+    assert torch.allclose(logits(net, batch), logits(run.model.net, batch), atol=1e-5)
+    assert AutoTokenizer.from_pretrained(out)("the dog")["input_ids"][0] == 2
+    before = AutoModelForSequenceClassification.from_pretrained(pretrained).state_dict()
+    moved = {
+        name for name, value in net.state_dict().items() if not torch.equal(value, before[name])
+    }
+    layers = {f"encoder.layer.{i}" for i in range(3) if any(f"layer.{i}." in n for n in moved)}
+    embeddings = any("embeddings.word" in name for name in moved)
+    if trained == "1":
+        assert layers == {"encoder.layer.2"}
+        assert not embeddings
+    else:
+        assert layers == {f"encoder.layer.{i}" for i in range(3)}
+        assert embeddings == (trained == "all")
+    assert any("classifier" in name for name in moved)
+
+
+def test_a_masked_language_model_goes_on_learning(pretrained):
+    class Model(FineTuned):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    ids = torch.randint(5, 120, (8, 9))
+    batches = [{"input_ids": ids, "labels": ids}] * 40
+    model = Model(pretrained, task="masked")
+    before = model.net(**batches[0]).loss.item()
+    L.Trainer(
+        max_epochs=1, strategy=PCStrategy("ipc"), accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    ).fit(model, DataLoader(batches, batch_size=None))  # fmt: skip
+    assert model.net(**batches[0]).loss.item() < 0.9 * before
+
+
+def test_from_scratch_is_the_same_model_with_other_weights(pretrained):
+    one, other = FineTuned(pretrained), FineTuned(pretrained, pretrained=False)
+    assert one.net.config.to_dict().keys() == other.net.config.to_dict().keys()
+    shapes = [[(n, p.shape) for n, p in m.net.named_parameters()] for m in (one, other)]
+    assert shapes[0] == shapes[1]
+    weights = [m.net.bert.embeddings.word_embeddings.weight for m in (one, other)]
+    assert not torch.equal(*weights)
+    assert one.net.training
+    assert other.net.training
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_blocks_are_found_in_other_architectures(last):
+    net = GPT2ForSequenceClassification(
+        GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=1, n_positions=16)
+    )
+    freeze(net, last)
+    free = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {n.split(".")[2] for n in free if ".h." in n} == {str(i) for i in range(2 - last, 2)}
+    assert "score.weight" in free
+    assert "transformer.wte.weight" not in free
+    assert len(blocks(net)) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"task": "clasification"}, "task='clasification': expected one of 'classification'"),
+        ({"trained": 4}, r"trained=4: expected 'all', 'lora' or a number of last blocks, 0 to 3"),
+        ({"trained": "some"}, "trained='some': expected 'all', 'lora'"),
+        ({"trained": -1}, "trained=-1"),
+    ],
+)
+def test_bad_arguments_are_told(pretrained, options, says):
+    with pytest.raises(ValueError, match=says):
+        FineTuned(pretrained, **options)
+
+
+def test_a_folder_without_a_model_is_told(tmp_path):
+    with pytest.raises((OSError, ValueError), match=str(tmp_path)):
+        FineTuned(str(tmp_path))
+
+
+def test_a_model_without_blocks_is_told():
+    class Flat(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="Flat has no list of blocks"):
+        blocks(Flat())
