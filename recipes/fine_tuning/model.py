@@ -35,7 +35,8 @@ class FineTuned(L.LightningModule):
 
     Raises:
         OSError: There is no such model (transformers says where it looked).
-        ValueError: The folder is no model; ``task`` or ``trained`` is none of these, or the model has fewer blocks.
+        ValueError: The folder holds no model; ``task`` or ``trained`` is none of these; or the
+            model has fewer blocks.
         ImportError: LoRA without `peft`.
     """
 

@@ -52,6 +52,7 @@ def jobs() -> list[Job]:
                 settings = {"data.seed": seed}
                 if how["batches"] is not None:
                     settings |= {
+                        "model.dropout": 0.0,  # no sentence comes twice
                         "data.batch_size": 64,
                         "data.eval_sentences": how["eval"],
                         "trainer.max_steps": how["batches"][task],
