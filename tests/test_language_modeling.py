@@ -14,7 +14,8 @@ import yaml
 from torch import nn
 
 from lightning_pc.cli import main as cli
-from recipes.language_modeling import generate, study
+from recipes.common.warmup import WarmUp
+from recipes.language_modeling import generate, study, variants
 from recipes.language_modeling.data import IGNORED, Batches, OneBillionWords, SmallText
 from recipes.language_modeling.model import LanguageModel, load
 from recipes.language_modeling.tokens import (
@@ -532,6 +533,19 @@ def test_a_run_says_what_came_out(cache, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_a_run_that_gets_worse_is_tested_at_its_best(cache, tmp_path, monkeypatch):
+    settings = {"trainer.max_steps": 30, "optimizer.lr": 0.3}
+    figures = study.run(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
+    curve = dict(figures["dev"])
+    assert list(curve) == [5, 10, 15, 20, 25, 30]
+    assert figures["batches"] == 30
+    best = min(curve, key=curve.get)
+    assert best < 30
+    settings["trainer.max_steps"] = best
+    short = study.run(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
+    assert short["test"] == figures["test"]
+
+
 @pytest.mark.parametrize("row", ["conditional_ipc", "masked_bp"])
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(cache, tmp_path, row, monkeypatch):
     whole = study.run(job(cache, row), None, tmp_path / "whole")
@@ -587,3 +601,81 @@ def test_jobs_of_one_size_and_task_learn_from_as_many_sentences():
     paper = [j for j in found if j["size"] == 2]
     assert len(paper) == 60
     assert all(list(j["settings"]) == ["data.seed"] for j in paper)
+
+
+@pytest.mark.parametrize(
+    "given", [j for j in variants.jobs() if j["size"] == j["seed"] == 0], ids=lambda j: j["variant"]
+)
+@pytest.mark.filterwarnings("ignore")  # some of them are told that they are unsuited
+def test_variants_are_what_they_say(cache, tmp_path, given):
+    settings = job(cache, given["row"])["settings"] | given["settings"]
+    settings |= {"trainer.max_steps": 3, "data.eval_sentences": 20, "data.batch_size": 32}
+    run = cli(
+        [
+            *("fit", f"--config={study.HERE / given['row']}.yaml", "--trainer.logger=false"),
+            *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            *(f"--trainer.default_root_dir={tmp_path}", "--trainer.val_check_interval=3"),
+            *(f"--{k}={v}" for k, v in settings.items() if k != "trainer.val_check_interval"),
+        ]
+    )
+    used, variant = run.trainer.strategy.settings, given["variant"]
+    if given["set"] == "placement":
+        assert used.gamma == (0.5 if "0.5" in variant else "auto")
+        assert used.softmax_energy == ("gaussian" if "Gaussian" in variant else "categorical")
+        names = run.trainer.strategy.report.nodes
+        assert any("softmax" in n for n in names) == ("auto" in variant or "logits" in variant)
+        assert any("value" in n for n in names) == ("linear" in variant)
+        assert any(n.endswith("layer.1") for n in names) == ("block" in variant)
+        return
+    assert run.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
+        0.0032 if "paper" in variant else 0.0064 * (0.03 if "warm-up" in variant else 1)
+    )
+    assert used.gamma == {"doubled, gamma auto": "auto", "doubled, gamma 0.1": 0.1}.get(
+        variant, 0.5
+    )
+    assert run.trainer.gradient_clip_val == (1.0 if "clipped" in variant else None)
+
+
+def test_variants_are_shown():
+    rows = [
+        given | {"dev": [[1, 9.0]], "best_dev": 9.0, "test": None, "seconds": 0.1}
+        | {"diverged": True, "batches": 1}
+        for given in variants.jobs()
+        if given["size"] == 0
+    ]  # fmt: skip
+    assert [table.row_count for table in variants.tables(rows)] == [6, 6]
+    assert len(variants.picture(rows).axes) == 2
+
+
+def test_variants_of_a_set_learn_from_the_same_sentences():
+    for given in variants.jobs():
+        row, changes = variants.SETS[given["set"]]
+        assert given["row"] == row
+        rest = {k: v for k, v in given["settings"].items() if k not in changes[given["variant"]]}
+        assert rest["data.seed"] == given["seed"]
+        assert rest["data.batch_size"] == 64
+        expected = variants.SIZES[given["size"]]["batches"][given["set"]]
+        assert rest["trainer.max_steps"] == expected
+
+
+def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
+    class Rates(L.Callback):
+        def __init__(self):
+            self.found = []
+
+        def on_train_batch_end(self, trainer, *args):
+            self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def fit(steps, path=None):
+        rates = Rates()
+        run = trainer(max_steps=steps, callbacks=[WarmUp(8), rates], num_sanity_val_steps=0)
+        run.fit(Trained(**SMALL), SmallText(cache_dir=cache, max_tokens=32), ckpt_path=path)
+        return run, rates.found
+
+    run, first = fit(5)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    _, rest = fit(12, tmp_path / "a.ckpt")
+    expected = [min(1.0, i / 8) * 1e-3 for i in range(1, 13)]
+    assert first + rest == pytest.approx(expected)
+    with pytest.raises(ValueError, match="batches=-1: expected 0 or more"):
+        WarmUp(-1)

@@ -9,6 +9,7 @@ on from its last checkpoint.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import shutil
@@ -130,14 +131,15 @@ def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
             cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=last if last.exists() else None)
         except DivergenceError:
             diverged = True
-        test = math.inf
+        # testing loads the best checkpoint, callbacks included
+        figures, test = copy.deepcopy(record.figures), math.inf
         if best.best_model_path:
             tested = cli.trainer.test(
                 cli.model, cli.datamodule, ckpt_path=best.best_model_path, verbose=False
             )
             test = tested[0]["test_perplexity"]
     shutil.rmtree(folder, ignore_errors=True)
-    curve, seconds = record.figures["dev"], record.figures["seconds"]
+    curve, seconds = figures["dev"], figures["seconds"]
     return {
         "dev": curve,
         "best_dev": min((value for _, value in curve if value is not None), default=None),

@@ -1,0 +1,141 @@
+"""Where value nodes stand and which energy they have; what makes iPC fail, and what cures it.
+
+    python -m recipes.language_modeling.variants --data_dir data/lm1b
+
+All variants of a row learn from the same sentences; see `SETS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from recipes.common.queue import Figures, Job, Row, Study, main
+from recipes.language_modeling import study
+
+_STRATEGY = "trainer.strategy.init_args."
+_AUTO = {f"{_STRATEGY}gamma": "auto"}  # one gamma does not suit all placements
+_BLOCKS = [f"net.bert.encoder.layer.{i}" for i in range(2)]
+_WARM = [{"class_path": "recipes.common.warmup.WarmUp", "init_args": {"batches": 100}}]
+
+#: Set -> row and its variants: name -> what LightningCLI is given beside the YAML.
+SETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "placement": (
+        "masked_ipc",
+        {
+            "auto, F_KL, gamma 0.5 as in the paper": {},
+            "auto, F_KL": _AUTO,
+            "auto, Gaussian": _AUTO | {f"{_STRATEGY}softmax_energy": "gaussian"},
+            "block outputs": _AUTO | {f"{_STRATEGY}value_nodes": _BLOCKS},
+            "all linear outputs": _AUTO | {f"{_STRATEGY}value_nodes": "linear"},
+            "all linear outputs and attention logits": _AUTO
+            | {f"{_STRATEGY}value_nodes": ["linear", "auto"]},
+        },
+    ),
+    "stability": (
+        "conditional_ipc",
+        {
+            "as in the paper": {},
+            "learning rate doubled": {"optimizer.lr": 0.0064},
+            "doubled, gamma auto": _AUTO | {"optimizer.lr": 0.0064},
+            "doubled, gamma 0.1": {"optimizer.lr": 0.0064, f"{_STRATEGY}gamma": 0.1},
+            "doubled, clipped at 1": {"optimizer.lr": 0.0064, "trainer.gradient_clip_val": 1.0},
+            "doubled, warm-up": {"optimizer.lr": 0.0064, "trainer.callbacks+": _WARM},
+        },
+    ),
+}
+SIZES: tuple[dict[str, Any], ...] = (
+    {"batches": {"placement": 800, "stability": 400}, "seeds": 2},
+    {"batches": {"placement": 3200, "stability": 1600}, "seeds": 3},
+)
+
+
+def jobs() -> list[Job]:
+    """Of each size all variants, one seed after the other."""
+    found: list[Job] = []
+    for size, how in enumerate(SIZES):
+        for seed in range(how["seeds"]):
+            for name, (row, variants) in SETS.items():
+                fixed = {
+                    "model.dropout": 0.0,
+                    "data.seed": seed,
+                    "data.batch_size": 64,
+                    "data.eval_sentences": 1000,
+                    "trainer.max_steps": how["batches"][name],
+                    "trainer.val_check_interval": 100,
+                }
+                found += [
+                    {"size": size, "set": name, "variant": variant, "row": row, "seed": seed}
+                    | {"settings": fixed | settings}
+                    for variant, settings in variants.items()
+                ]
+    return found
+
+
+def run(job: Job, data_dir: str | None) -> Figures:
+    """As a row of `study`."""
+    return study.run(job, data_dir)
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """A table for each set."""
+    return [_table(rows, name) for name in SETS]
+
+
+def _table(rows: list[Row], name: str) -> Table:
+    row, variants = SETS[name]
+    table = Table(title=f"size {rows[0]['size']}: {name}, {row}, perplexity")
+    table.add_column("variant")
+    for heading in ("dev", "test of each seed", "s / batch", "diverged"):
+        table.add_column(heading, justify="right")
+    for variant in variants:
+        found = [r for r in rows if (r["set"], r["variant"]) == (name, variant)]
+        if found:
+            table.add_row(
+                variant,
+                _list(r["best_dev"] for r in found),
+                _list(r["test"] for r in found),
+                f"{fmean(r['seconds'] for r in found if r['seconds']):.2f}",
+                f"{sum(r['diverged'] for r in found)} of {len(found)}",
+            )
+    return table
+
+
+def _list(values: Any) -> str:
+    return ", ".join("-" if value is None else f"{value:.0f}" for value in values)
+
+
+def picture(rows: Sequence[Row]) -> Figure:
+    """Dev perplexity while training, a panel for each set, a line for each seed."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, (name, (row, variants)) in zip(
+        figure.subplots(1, len(SETS), squeeze=False)[0], SETS.items(), strict=True
+    ):
+        for i, variant in enumerate(variants):
+            for r in rows:
+                points = [p for p in r["dev"] if p[1] is not None]
+                if (r["set"], r["variant"]) == (name, variant) and points:
+                    label = variant if r["seed"] == 0 else None
+                    axes.plot(*zip(*points, strict=True), "o-", ms=3, color=f"C{i}", label=label)
+        axes.set(title=f"{name}: {row}", yscale="log", xlabel="batches")
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=8)
+    figure.supylabel("dev perplexity")
+    return figure
+
+
+STUDY = Study(
+    "recipes.language_modeling.variants",
+    "One Billion Word Benchmark: 200,000 training sentences, 1,000 of dev and of test",
+    jobs,
+    run,
+    tables,
+    picture,
+)
+
+if __name__ == "__main__":
+    main(STUDY)
