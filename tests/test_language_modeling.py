@@ -654,7 +654,7 @@ def test_variants_of_a_set_learn_from_the_same_sentences():
         rest = {k: v for k, v in given["settings"].items() if k not in changes[given["variant"]]}
         assert rest["data.seed"] == given["seed"]
         assert rest["data.batch_size"] == 64
-        expected = variants.SIZES[given["size"]]["batches"][given["set"]]
+        expected = variants.SIZES[given["size"]]["batches"]
         assert rest["trainer.max_steps"] == expected
 
 

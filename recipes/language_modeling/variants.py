@@ -49,8 +49,8 @@ SETS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
 }
 SIZES: tuple[dict[str, Any], ...] = (
-    {"batches": {"placement": 800, "stability": 400}, "seeds": 2},
-    {"batches": {"placement": 3200, "stability": 1600}, "seeds": 3},
+    {"batches": 400, "seeds": 2},
+    {"batches": 1600, "seeds": 3},
 )
 
 
@@ -65,7 +65,7 @@ def jobs() -> list[Job]:
                     "data.seed": seed,
                     "data.batch_size": 64,
                     "data.eval_sentences": 1000,
-                    "trainer.max_steps": how["batches"][name],
+                    "trainer.max_steps": how["batches"],
                     "trainer.val_check_interval": 100,
                 }
                 found += [
