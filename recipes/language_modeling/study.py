@@ -45,7 +45,10 @@ SIZES: tuple[dict[str, Any], ...] = (
 
 
 def jobs() -> list[Job]:
-    """Of each size all rows, the conditional ones first; ``settings`` are what LightningCLI is given beside the YAML."""
+    """Of each size all rows, the conditional ones first.
+
+    ``settings`` are what LightningCLI is given beside the YAML.
+    """
     found: list[Job] = []
     for size, how in enumerate(SIZES):
         for seed in range(how["seeds"]):
