@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import math
 
 import lightning as L
@@ -15,7 +16,7 @@ from torch import nn
 
 from lightning_pc.cli import main as cli
 from recipes.common.warmup import WarmUp
-from recipes.language_modeling import generate, study, variants
+from recipes.language_modeling import generate, study, sweep, variants
 from recipes.language_modeling.data import IGNORED, Batches, OneBillionWords, SmallText
 from recipes.language_modeling.model import LanguageModel, load
 from recipes.language_modeling.tokens import (
@@ -679,3 +680,31 @@ def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
     assert first + rest == pytest.approx(expected)
     with pytest.raises(ValueError, match="batches=-1: expected 0 or more"):
         WarmUp(-1)
+
+
+def test_the_sweeps_are_the_papers(cache, tmp_path):
+    found = sweep.jobs()
+    counts = {"masked_bp": 35, "conditional_bp": 35, "masked_pc": 96, "conditional_pc": 96}
+    counts |= {"masked_ipc": 20, "conditional_ipc": 20}
+    for size in (0, 1):
+        for row, count in counts.items():
+            combinations = [j["settings"] for j in found if (j["size"], j["row"]) == (size, row)]
+            assert len({json.dumps(settings) for settings in combinations}) == count
+    for given in found:
+        if given["size"] == 0:
+            batch = given["settings"].get("data.batch_size", 128)
+            assert given["settings"]["trainer.max_steps"] * batch == 25_600
+    best = [j for j in found if j["size"] == 1 and j["row"] == "conditional_pc"]
+    name = "trainer.strategy.init_args."
+    assert any(
+        (j["settings"][f"{name}T"], j["settings"][f"{name}gamma"], j["settings"]["optimizer.lr"])
+        == (10, 0.0078125, 0.0004)
+        for j in best
+    )
+    given = next(j for j in found if j["size"] == 0 and j["row"] == "conditional_ipc")
+    settings = job(cache)["settings"] | given["settings"]
+    settings |= {"trainer.max_steps": 4, "trainer.val_check_interval": 2}
+    figures = study.run({**given, "settings": settings}, None, tmp_path)
+    rows = [given | figures, found[0] | figures | {"best_dev": None}]
+    assert [table.row_count for table in sweep.tables(rows)] == [1, 1]
+    assert len(sweep.picture(rows).axes) == 6

@@ -325,3 +325,13 @@ def test_a_job_of_defaults(T):
     assert 0 <= figures["validation"] <= 100
     low, high = {None: (8, 8), 3: (3, 3), "auto": (3, 32)}[T]
     assert low <= figures["steps"] <= high
+
+
+def test_jobs_are_chosen_by_their_settings():
+    jobs = [{"size": 0, "row": row, "lr": lr} for row in ("a", "b") for lr in (0.1, 0.01)]
+    assert queue.chosen(jobs, []) == jobs
+    assert queue.chosen(jobs, ["row=a", "lr=0.01"]) == [jobs[1]]
+    with pytest.raises(ValueError, match="No job has row=c: row is one of a, b"):
+        queue.chosen(jobs, ["row=c"])
+    with pytest.raises(ValueError, match="No job has rows=a: jobs have lr, row, size"):
+        queue.chosen(jobs, ["rows=a"])

@@ -102,6 +102,31 @@ def ordered(jobs: Sequence[Job], sizes: Sequence[int] | None = None) -> list[Job
     return sorted((j for j in jobs if sizes is None or j["size"] in sizes), key=lambda j: j["size"])
 
 
+def chosen(jobs: Sequence[Job], where: Sequence[str]) -> list[Job]:
+    """Jobs with all of these settings.
+
+    Args:
+        jobs: To choose from.
+        where: ``key=value`` each.
+
+    Raises:
+        ValueError: No job has such a setting.
+    """
+    left = list(jobs)
+    for condition in where:
+        name, _, value = condition.partition("=")
+        left = [job for job in left if str(job.get(name)) == value]
+        if not left:
+            found = sorted({str(job[name]) for job in jobs if name in job})
+            known = (
+                f"{name} is one of {', '.join(found)}"
+                if found
+                else "jobs have " + ", ".join(sorted({name for job in jobs for name in job}))
+            )
+            raise ValueError(f"No job has {condition}: {known}.")
+    return left
+
+
 def work(
     run: Callable[[Job, str | None], Figures],
     jobs: Sequence[Job],
@@ -155,6 +180,9 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1, help="torch threads a job (default 1)")
     parser.add_argument("--size", type=int, nargs="+", help="only jobs of these sizes")
     parser.add_argument(
+        "--where", nargs="+", default=[], metavar="KEY=VALUE", help="only jobs with these settings"
+    )
+    parser.add_argument(
         "--out", type=Path, default=study.results, help="the picture goes beside it"
     )
     given = list(sys.argv[1:] if args is None else args)
@@ -162,7 +190,10 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", study.module, *given])
 
     console, results = Console(), Results(options.out)
-    jobs = ordered(study.jobs(), options.size)
+    try:
+        jobs = ordered(chosen(study.jobs(), options.where), options.size)
+    except ValueError as error:
+        parser.error(str(error))
     todo = [job for job in jobs if job not in results]
     header = {"data": study.data, "seeds": sorted({job["seed"] for job in jobs})}
     sitting = {"command": command, "processes": options.processes, **machine(options.threads)}
