@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from statistics import fmean
 
 import lightning as L
 import numpy as np
@@ -285,14 +286,21 @@ def test_perplexity_is_that_of_the_sentences_own_tokens(cache, task):
     model = LanguageModel(task, **SMALL)
     (found,) = trainer().validate(model, data, verbose=False)
     model.eval()
-    total = count = 0.0
+    losses = {True: [], False: []}  # of ends, of a sentence's own tokens
     for batch in data.val_dataloader():
         for ids, targets in zip(*batch, strict=True):
             logits = model.net(ids[None]).logits[0].log_softmax(-1)
             for position, target in enumerate(targets.tolist()):
-                if target not in (IGNORED, EOS):
-                    total, count = total - float(logits[position, target]), count + 1
-    assert found["dev_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+                if target != IGNORED:
+                    losses[target == EOS].append(-float(logits[position, target]))
+    assert found["dev_perplexity"] == pytest.approx(math.exp(fmean(losses[False])), rel=1e-4)
+    if task == "conditional":
+        everything = math.exp(fmean(losses[False] + losses[True]))
+        assert found["dev_perplexity_with_end"] == pytest.approx(everything, rel=1e-4)
+        assert len(losses[True]) == 200
+    else:
+        assert losses[True] == []
+        assert "dev_perplexity_with_end" not in found
 
 
 def test_the_training_loss_is_the_mean_over_the_targets(cache):

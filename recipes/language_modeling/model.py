@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.text import Perplexity
@@ -73,7 +74,10 @@ class LanguageModel(L.LightningModule):
         self.net = {"masked": BertForMaskedLM, "conditional": BertLMHeadModel}[task](config)
         if not layer_norm:
             _take_out(self.net, nn.LayerNorm)
-        self.dev, self.test = Perplexity(), Perplexity()
+        #: Of the sentences' own tokens, as in the paper; and with their ends, as usual elsewhere.
+        self.metrics = nn.ModuleDict(
+            {f"{s}{end}": Perplexity() for s in ("dev", "test") for end in ("", "_with_end")}
+        )
         self.tokenizer: bytes | None = None
 
     def forward(self, ids: Tensor, where: Tensor | None = None) -> Tensor:
@@ -97,11 +101,14 @@ class LanguageModel(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs ``dev_perplexity``, of the sentences' own tokens, each of the same weight."""
+        """Logs ``dev_perplexity``, of the sentences' own tokens, each of the same weight.
+
+        The conditional model is asked for the end of a sentence, too: ``dev_perplexity_with_end``.
+        """
         self._measure(batch, "dev")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs ``test_perplexity``."""
+        """Logs ``test_perplexity`` and ``test_perplexity_with_end``."""
         self._measure(batch, "test")
 
     def setup(self, stage: str) -> None:
@@ -156,11 +163,14 @@ class LanguageModel(L.LightningModule):
         return self(batch.ids, where), batch.targets[where]
 
     def _measure(self, batch: Batch, split: str) -> None:
-        targets = batch.targets.masked_fill(batch.targets == EOS, IGNORED)
-        where = targets != IGNORED
-        metric = getattr(self, split)
-        metric.update(self(batch.ids, where)[None].float(), targets[where][None])
-        self.log(f"{split}_perplexity", metric, prog_bar=True, batch_size=int(where.sum()))
+        logits, targets = self._asked(batch)
+        own = targets != EOS
+        for end, chosen in (("", own), ("_with_end", torch.ones_like(own))):
+            if end and self.task == "masked":
+                continue
+            metric = self.metrics[f"{split}{end}"]
+            metric.update(logits[chosen][None].float(), targets[chosen][None])
+            self.log(f"{split}_perplexity{end}", metric, prog_bar=not end, batch_size=len(targets))
 
 
 def _take_out(module: nn.Module, kind: type[nn.Module]) -> None:

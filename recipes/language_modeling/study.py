@@ -107,8 +107,9 @@ def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
         runs: Where checkpoints lie until the run is done.
 
     Returns:
-        ``dev``, the curve as [batches, perplexity], ``best_dev``, ``test``, ``seconds`` of a batch
-        (median), ``batches``, and ``diverged``; perplexities that are not finite are None.
+        ``dev``, the curve as [batches, perplexity], ``best_dev``, ``test``, ``test_with_end`` (of
+        the conditional model, ends of sentences counted), ``seconds`` of a batch (median),
+        ``batches`` and ``diverged``; perplexities that are not finite are None.
     """
     folder = runs / hashlib.sha256(key(job).encode()).hexdigest()[:16]
     settings = [f"--{name}={value}" for name, value in job["settings"].items()]
@@ -135,18 +136,20 @@ def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
         except DivergenceError:
             diverged = True
         # testing loads the best checkpoint, callbacks included
-        figures, test = copy.deepcopy(record.figures), math.inf
+        figures, test, with_end = copy.deepcopy(record.figures), math.inf, math.inf
         if best.best_model_path:
             tested = cli.trainer.test(
                 cli.model, cli.datamodule, ckpt_path=best.best_model_path, verbose=False
             )
             test = tested[0]["test_perplexity"]
+            with_end = tested[0].get("test_perplexity_with_end", math.inf)
     shutil.rmtree(folder, ignore_errors=True)
     curve, seconds = figures["dev"], figures["seconds"]
     return {
         "dev": curve,
         "best_dev": min((value for _, value in curve if value is not None), default=None),
         "test": _plain(test),
+        "test_with_end": _plain(with_end),
         "seconds": round(median(seconds), 4) if seconds else None,
         "batches": len(seconds),
         "diverged": diverged,
@@ -164,7 +167,7 @@ def tables(rows: list[Row]) -> list[Table]:
         caption="converged: test perplexity below 200 (bp, ipc) or 800 (pc), as in the paper",
     )
     table.add_column("row")
-    for heading in ("batches", "dev", "test", "s / batch", "converged", "seeds"):
+    for heading in ("batches", "dev", "test", "with end", "s / batch", "converged", "seeds"):
         table.add_column(heading, justify="right")
     for task in TASKS:
         for name in ALGORITHMS:
@@ -175,6 +178,7 @@ def tables(rows: list[Row]) -> list[Table]:
                     str(round(fmean(row["batches"] for row in found))),
                     _mean([row["best_dev"] for row in found]),
                     _mean([row["test"] for row in found]),
+                    _mean([row["test_with_end"] for row in found]),
                     f"{fmean(row['seconds'] for row in found):.2f}",
                     f"{sum(converged(row) for row in found)} of {len(found)}",
                     str(len(found)),
