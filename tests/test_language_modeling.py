@@ -532,32 +532,36 @@ def job(cache, row="conditional_ipc", **settings):
 
 
 def test_a_run_says_what_came_out(cache, tmp_path):
-    figures = study.run(job(cache), None, tmp_path / "runs")
+    figures = study.train(job(cache), None, tmp_path / "runs")
     assert [batches for batches, _ in figures["dev"]] == [5, 10, 15, 20]
     assert figures["best_dev"] == min(value for _, value in figures["dev"])
     assert figures["test"] < 120
     assert figures["batches"] == 20
     assert figures["seconds"] > 0
+    assert [batches for batches, _ in figures["nodes"]] == [5, 10, 15, 20]
+    for _, found in figures["nodes"]:
+        assert len(found) == 6
+        assert all(value > 0 for value in found.values())
     assert not figures["diverged"]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_run_that_gets_worse_is_tested_at_its_best(cache, tmp_path, monkeypatch):
     settings = {"trainer.max_steps": 30, "optimizer.lr": 0.3}
-    figures = study.run(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
+    figures = study.train(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
     curve = dict(figures["dev"])
     assert list(curve) == [5, 10, 15, 20, 25, 30]
     assert figures["batches"] == 30
     best = min(curve, key=curve.get)
     assert best < 30
     settings["trainer.max_steps"] = best
-    short = study.run(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
+    short = study.train(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
     assert short["test"] == figures["test"]
 
 
 @pytest.mark.parametrize("row", ["conditional_ipc", "masked_bp"])
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(cache, tmp_path, row, monkeypatch):
-    whole = study.run(job(cache, row), None, tmp_path / "whole")
+    whole = study.train(job(cache, row), None, tmp_path / "whole")
 
     class Killed(Exception):
         pass
@@ -572,8 +576,8 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(cache, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(study.Record, "on_train_batch_end", killed)
         with pytest.raises(Killed):
-            study.run(job(cache, row), None, tmp_path / "broken")
-    broken = study.run(job(cache, row), None, tmp_path / "broken")
+            study.train(job(cache, row), None, tmp_path / "broken")
+    broken = study.train(job(cache, row), None, tmp_path / "broken")
     assert broken["batches"] == 20
     assert broken["dev"] == whole["dev"]
     assert broken["test"] == whole["test"]
@@ -581,21 +585,28 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(cache, tmp_path, 
 
 def test_divergence_is_a_result(cache, tmp_path):
     settings = {"optimizer.lr": 1e30, "trainer.val_check_interval": 1}
-    figures = study.run(job(cache, **settings), None, tmp_path)
+    given = job(cache, **settings)
+    figures = study.train(given, None, tmp_path)
     assert figures["diverged"]
+    (table,) = study.tables([given | figures, given | figures | {"test": 90.0}])
+    cells = {column.header: list(column.cells)[-1] for column in table.columns}
+    assert (cells["test"], cells["s / batch"]) == ("90.0 (1 of 2)", "-")
+    assert cells["converged"] == "0 of 2"
+    assert study.picture([given | figures]).axes
     assert figures["test"] is None or figures["test"] > 200
     assert not study.converged({"row": "conditional_ipc", **figures})
 
 
 def test_rows_converge_by_the_papers_thresholds():
     def is_converged(row, test):
-        return study.converged({"row": row, "test": test})
+        return study.converged({"row": row, "test": test, "diverged": False})
 
     assert is_converged("masked_bp", 199.9)
     assert not is_converged("conditional_ipc", 200)
     assert is_converged("conditional_pc", 799.9)
     assert not is_converged("masked_pc", 800)
     assert not is_converged("masked_pc", None)
+    assert not study.converged({"row": "masked_bp", "test": 90.0, "diverged": True})
 
 
 def test_jobs_of_one_size_and_task_learn_from_as_many_sentences():
@@ -647,7 +658,7 @@ def test_variants_are_what_they_say(cache, tmp_path, given):
 
 def test_variants_are_shown():
     rows = [
-        given | {"dev": [[1, 9.0]], "best_dev": 9.0, "test": None, "seconds": 0.1}
+        given | {"dev": [[1, 9.0]], "best_dev": 9.0, "test": None, "seconds": None}
         | {"diverged": True, "batches": 1}
         for given in variants.jobs()
         if given["size"] == 0
@@ -712,7 +723,7 @@ def test_the_sweeps_are_the_papers(cache, tmp_path):
     given = next(j for j in found if j["size"] == 0 and j["row"] == "conditional_ipc")
     settings = job(cache)["settings"] | given["settings"]
     settings |= {"trainer.max_steps": 4, "trainer.val_check_interval": 2}
-    figures = study.run({**given, "settings": settings}, None, tmp_path)
+    figures = study.train({**given, "settings": settings}, None, tmp_path)
     rows = [given | figures, found[0] | figures | {"best_dev": None}]
     assert [table.row_count for table in sweep.tables(rows)] == [1, 1]
     assert len(sweep.picture(rows).axes) == 6

@@ -67,7 +67,6 @@ def test_done_jobs_are_not_run_again(tmp_path):
     assert [entry["figures"]["twice"] for entry in written["jobs"]] == [0, 2, 4, 6]
     assert [entry["sitting"] for entry in written["jobs"]] == [0, 0, 1, 1]
     assert written["data"] == "none"
-    assert written["seeds"] == [0]
     for sitting in written["sittings"]:
         assert sitting["command"].startswith("python -m numbers")
         assert sitting["torch_threads"] == 1
@@ -335,3 +334,18 @@ def test_jobs_are_chosen_by_their_settings():
         queue.chosen(jobs, ["row=c"])
     with pytest.raises(ValueError, match="No job has rows=a: jobs have lr, row, size"):
         queue.chosen(jobs, ["rows=a"])
+
+
+def test_two_commands_do_not_work_on_one_file(tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    jobs = [{"size": 0, "seed": 0, "x": 1}]
+
+    def again(job, data_dir=None):
+        with pytest.raises(SystemExit):
+            main(study(jobs, double), [f"--out={out}"])
+        assert "another command is at work" in capsys.readouterr().err
+        return double(job)
+
+    main(study(jobs, again), [f"--out={out}"])
+    main(study(jobs, double), [f"--out={out}"])
+    assert Results(out).rows(jobs) == [jobs[0] | {"twice": 2}]

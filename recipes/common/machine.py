@@ -13,10 +13,11 @@ import lightning_pc
 
 
 def machine(torch_threads: int | None = None) -> dict[str, Any]:
-    """Kind of machine, torch threads (default: this process's) and versions."""
+    """Kind of machine and its GPU, torch threads (default: this process's) and versions."""
     return {
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "torch_threads": torch_threads or torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -189,13 +190,29 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     command = shlex.join(["python", "-m", study.module, *given])
 
-    console, results = Console(), Results(options.out)
+    everything = study.jobs()
     try:
-        jobs = ordered(chosen(study.jobs(), options.where), options.size)
+        jobs = ordered(chosen(everything, options.where), options.size)
     except ValueError as error:
         parser.error(str(error))
+    with options.out.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            parser.error(f"another command is at work on {options.out}: wait, or stop it.")
+        _work_through(study, jobs, ordered(everything), options, command)
+
+
+def _work_through(
+    study: Study,
+    jobs: Sequence[Job],
+    everything: Sequence[Job],
+    options: argparse.Namespace,
+    command: str,
+) -> None:
+    console, results = Console(), Results(options.out)
     todo = [job for job in jobs if job not in results]
-    header = {"data": study.data, "seeds": sorted({job["seed"] for job in jobs})}
+    header = {"data": study.data}
     sitting = {"command": command, "processes": options.processes, **machine(options.threads)}
     results.sittings.append(sitting)
     failures: Counter[str] = Counter()
@@ -211,7 +228,7 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
                 continue
             results.add(job, future.result(), header)
             progress.update(bar, advance=1, description=f"size {job['size']}")
-    show(study, jobs, results, console)
+    show(study, everything, results, console)
     for message, count in failures.items():
         console.print(f"{count} jobs are left to the next sitting, for {message}", markup=False)
     if failures:

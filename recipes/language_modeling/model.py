@@ -169,7 +169,8 @@ class LanguageModel(L.LightningModule):
             if end and self.task == "masked":
                 continue
             metric = self.metrics[f"{split}{end}"]
-            metric.update(logits[chosen][None].float(), targets[chosen][None])
+            # in float32 a target's probability may round to 0
+            metric.update(logits[chosen][None].double(), targets[chosen][None])
             self.log(f"{split}_perplexity{end}", metric, prog_bar=not end, batch_size=len(targets))
 
 

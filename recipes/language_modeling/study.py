@@ -14,16 +14,18 @@ import hashlib
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from matplotlib.figure import Figure
 from rich.table import Table
+from torch import Tensor
 
 from lightning_pc import RandomState
 from lightning_pc.errors import DivergenceError
@@ -35,7 +37,7 @@ TASKS = ("masked", "conditional")
 ALGORITHMS = ("bp", "pc", "ipc")
 #: Test perplexity from which on a run counts as one that has not converged (section 5).
 THRESHOLDS = {"bp": 200.0, "pc": 800.0, "ipc": 200.0}
-RUNS = Path(".cache/language_modeling/runs")
+RUNS, MODELS = (Path(".cache/language_modeling") / name for name in ("runs", "models"))
 
 SIZES: tuple[dict[str, Any], ...] = (
     {"batches": 400, "every": 100, "eval": 1000, "seeds": 1},
@@ -73,7 +75,8 @@ class Record(L.Callback):
     """The run's figures, which a checkpoint keeps."""
 
     def __init__(self) -> None:
-        self.figures: dict[str, Any] = {"dev": [], "seconds": []}
+        self.figures: dict[str, Any] = {"dev": [], "seconds": [], "nodes": []}
+        self._steepest: Tensor | float = 0.0
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Starts the watch."""
@@ -81,13 +84,37 @@ class Record(L.Callback):
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Stops it."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.figures["seconds"].append(round(time.perf_counter() - self._start, 4))
 
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: L.LightningModule, *_: Any
+    ) -> None:
+        """Keeps the longest gradient."""
+        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        length = torch.nn.utils.get_total_norm(gradients)
+        self._steepest = torch.maximum(length, length.new_tensor(self._steepest))
+
     def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
-        """After how many batches which dev perplexity."""
-        if not trainer.sanity_checking:
-            value = float(trainer.callback_metrics["dev_perplexity"])
-            self.figures["dev"].append([trainer.global_step, _plain(value)])
+        """After how many batches which dev perplexity, longest gradient and energies."""
+        if trainer.sanity_checking:
+            return
+        batches = trainer.global_step
+        value = float(trainer.callback_metrics["dev_perplexity"])
+        self.figures["dev"].append([batches, _plain(value)])
+        report = getattr(trainer.strategy, "report", None)
+        energies = (
+            {}
+            if report is None
+            else dict(
+                zip(report.nodes, (report.energies[-1] / report.loss_terms).tolist(), strict=True)
+            )
+        )
+        found = {"gradient": float(self._steepest), **energies}
+        shown = {n: float(f"{v:.4g}") if math.isfinite(v) else None for n, v in found.items()}
+        self.figures["nodes"].append([batches, shown])
+        self._steepest = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far."""
@@ -98,18 +125,26 @@ class Record(L.Callback):
         self.figures = state
 
 
-def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
+def run(job: Job, data_dir: str | None) -> Figures:
+    """Trains a row; its best checkpoint is left under ``.cache/language_modeling/models``."""
+    return train(job, data_dir, keep=MODELS / f"{job['row']}_size{job['size']}_{job['seed']}.ckpt")
+
+
+def train(job: Job, data_dir: str | None, runs: Path = RUNS, keep: Path | None = None) -> Figures:
     """Trains a row and tests its weights of the best dev perplexity.
 
     Args:
-        job: One of `jobs`.
+        job: One of `jobs`, or of another study with a ``row`` and ``settings``.
         data_dir: Folder of the sentences.
         runs: Where checkpoints lie until the run is done.
+        keep: Where to leave the best checkpoint.
 
     Returns:
         ``dev``, the curve as [batches, perplexity], ``best_dev``, ``test``, ``test_with_end`` (of
         the conditional model, ends of sentences counted), ``seconds`` of a batch (median),
-        ``batches`` and ``diverged``; perplexities that are not finite are None.
+        ``batches`` and ``diverged``; ``nodes``, at each validation the longest ``gradient`` since
+        the last and each node's energy at the end of the last batch, as the loss a mean. What is
+        not finite is None.
     """
     folder = runs / hashlib.sha256(key(job).encode()).hexdigest()[:16]
     settings = [f"--{name}={value}" for name, value in job["settings"].items()]
@@ -143,6 +178,9 @@ def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
             )
             test = tested[0]["test_perplexity"]
             with_end = tested[0].get("test_perplexity_with_end", math.inf)
+            if keep is not None:
+                keep.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(best.best_model_path, keep)
     shutil.rmtree(folder, ignore_errors=True)
     curve, seconds = figures["dev"], figures["seconds"]
     return {
@@ -152,7 +190,8 @@ def run(job: Job, data_dir: str | None, runs: Path = RUNS) -> Figures:
         "test_with_end": _plain(with_end),
         "seconds": round(median(seconds), 4) if seconds else None,
         "batches": len(seconds),
-        "diverged": diverged,
+        "nodes": figures["nodes"],
+        "diverged": diverged or any(value is None for _, value in curve),
     }
 
 
@@ -176,10 +215,10 @@ def tables(rows: list[Row]) -> list[Table]:
                 table.add_row(
                     f"{task} {name}",
                     str(round(fmean(row["batches"] for row in found))),
-                    _mean([row["best_dev"] for row in found]),
-                    _mean([row["test"] for row in found]),
-                    _mean([row["test_with_end"] for row in found]),
-                    f"{fmean(row['seconds'] for row in found):.2f}",
+                    mean(row["best_dev"] for row in found),
+                    mean(row["test"] for row in found),
+                    mean(row["test_with_end"] for row in found),
+                    mean((row["seconds"] for row in found), ".2f"),
                     f"{sum(converged(row) for row in found)} of {len(found)}",
                     str(len(found)),
                 )
@@ -190,15 +229,18 @@ def tables(rows: list[Row]) -> list[Table]:
 def converged(row: Row) -> bool:
     """By the paper's thresholds."""
     threshold = THRESHOLDS[row["row"].rpartition("_")[2]]
-    return row["test"] is not None and row["test"] < threshold
+    return not row["diverged"] and row["test"] is not None and row["test"] < threshold
 
 
-def _mean(values: Sequence[float | None]) -> str:
-    finite = [value for value in values if value is not None]
+def mean(values: Iterable[float | None], digits: str = ".1f") -> str:
+    """Mean and deviation of those that are known, and how many are not."""
+    found = list(values)
+    finite = [value for value in found if value is not None]
     if not finite:
         return "-"
-    spread = f" ± {stdev(finite):.1f}" if len(finite) > 1 else ""
-    return f"{fmean(finite):.1f}{spread}"
+    spread = f" ± {stdev(finite):{digits}}" if len(finite) > 1 else ""
+    missing = f" ({len(finite)} of {len(found)})" if len(finite) < len(found) else ""
+    return f"{fmean(finite):{digits}}{spread}{missing}"
 
 
 def picture(rows: list[Row]) -> Figure:

@@ -2,8 +2,8 @@
 
     python -m recipes.language_modeling.sweep --where row=masked_ipc --data_dir data/lm1b
 
-Size 0 trains every combination on 25,600 sentences, size 1 is the paper's own. The best dev
-perplexity wins.
+Size 0 trains every combination on as many batches as hold 25,600 sentences, were all of them full,
+size 1 is the paper's own. The best dev perplexity wins.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from recipes.common.queue import Figures, Job, Row, Study, main
+from recipes.common.queue import Job, Row, Study, main
 from recipes.language_modeling import study
 
 FOLDER = study.HERE / "sweeps"
@@ -43,11 +43,6 @@ def jobs() -> list[Job]:
                 }
             found.append({"size": size, "row": row, "seed": 0, "settings": settings})
     return found
-
-
-def run(job: Job, data_dir: str | None) -> Figures:
-    """As a row of `study`."""
-    return study.run(job, data_dir)
 
 
 def tables(rows: list[Row]) -> list[Table]:
@@ -86,7 +81,7 @@ STUDY = Study(
     "recipes.language_modeling.sweep",
     "One Billion Word Benchmark: 200,000 training sentences",
     jobs,
-    run,
+    study.train,
     tables,
     picture,
 )

@@ -8,13 +8,12 @@ All variants of a row learn from the same sentences; see `SETS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from recipes.common.queue import Figures, Job, Row, Study, main
+from recipes.common.queue import Job, Row, Study, main
 from recipes.language_modeling import study
 
 _STRATEGY = "trainer.strategy.init_args."
@@ -76,11 +75,6 @@ def jobs() -> list[Job]:
     return found
 
 
-def run(job: Job, data_dir: str | None) -> Figures:
-    """As a row of `study`."""
-    return study.run(job, data_dir)
-
-
 def tables(rows: list[Row]) -> list[Table]:
     """A table for each set."""
     return [_table(rows, name) for name in SETS]
@@ -99,7 +93,7 @@ def _table(rows: list[Row], name: str) -> Table:
                 variant,
                 _list(r["best_dev"] for r in found),
                 _list(r["test"] for r in found),
-                f"{fmean(r['seconds'] for r in found if r['seconds']):.2f}",
+                study.mean((r["seconds"] for r in found), ".2f"),
                 f"{sum(r['diverged'] for r in found)} of {len(found)}",
             )
     return table
@@ -132,7 +126,7 @@ STUDY = Study(
     "recipes.language_modeling.variants",
     "One Billion Word Benchmark: 200,000 training sentences, 1,000 of dev and of test",
     jobs,
-    run,
+    study.train,
     tables,
     picture,
 )

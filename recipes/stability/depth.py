@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor, nn
 
+from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.data import mnist
-from recipes.stability.queue import Figures, Job, Row, Study, main
 from recipes.stability.training import ALGORITHMS, classify
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
@@ -176,7 +176,7 @@ def picture(rows: list[Row]) -> Figure:
 
 
 STUDY = Study(
-    "depth",
+    "recipes.stability.depth",
     "the first digits of MNIST's training and test sets (numbers: train, test)",
     jobs,
     run,
