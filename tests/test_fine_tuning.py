@@ -11,6 +11,10 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
 )
@@ -18,7 +22,7 @@ from transformers import (
 from lightning_pc import PCStrategy
 from lightning_pc.cli import main as cli
 from recipes.fine_tuning.data import AS_WRITTEN, Padded, WordOrder
-from recipes.fine_tuning.model import FineTuned, blocks, freeze, logits
+from recipes.fine_tuning.model import FineTuned, blocks, freeze
 from recipes.language_modeling.data import SmallText
 from recipes.language_modeling.export import export, fast_tokenizer
 from recipes.language_modeling.model import LanguageModel
@@ -63,7 +67,14 @@ def test_an_exported_model_says_the_same(tmp_path):
 def test_the_exported_tokenizer_cuts_like_sentencepiece(tmp_path):
     model, data = language_model(tmp_path)
     fast, processor = fast_tokenizer(model), data.corpus.tokenizer
-    for line in [*data.read("test"), "  two  blanks ", "x \ufffd y", "ﬁve", "a 漢字 dog"]:
+    for line in [
+        *data.read("test"),
+        "  two  blanks ",
+        "x \ufffd y",
+        "a\tb\u200bc",
+        "ﬁve",
+        "a 漢字 dog",
+    ]:
         ids = fast(line)["input_ids"]
         assert ids == [2, *processor.encode(line), 3]
         if 1 not in ids:
@@ -125,6 +136,10 @@ def test_too_few_sentences_are_told(pretrained):
 
 
 # --- training -------------------------------------------------------------------------------------
+
+
+def logits(net, batch):
+    return net.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits
 
 
 def train(pretrained, tmp_path, *more, yaml="ipc"):
@@ -206,6 +221,7 @@ def test_blocks_are_found_in_other_architectures(last):
     free = {name for name, p in net.named_parameters() if p.requires_grad}
     assert {n.split(".")[2] for n in free if ".h." in n} == {str(i) for i in range(2 - last, 2)}
     assert "score.weight" in free
+    assert "transformer.ln_f.weight" in free
     assert "transformer.wte.weight" not in free
     assert len(blocks(net)) == 2
 
@@ -233,5 +249,38 @@ def test_a_model_without_blocks_is_told():
     class Flat(nn.Module):
         pass
 
-    with pytest.raises(ValueError, match="Flat has no list of blocks"):
+    with pytest.raises(ValueError, match="Flat has no single list"):
         blocks(Flat())
+    bart = BartForSequenceClassification(
+        BartConfig(vocab_size=20, d_model=8, encoder_layers=2, decoder_layers=2,
+                   encoder_attention_heads=1, decoder_attention_heads=1)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no single list of two or more blocks: pass trained"):
+        freeze(bart, 1)
+
+
+def test_data_that_does_not_fit_the_model_is_told(pretrained, tmp_path):
+    small = BertForSequenceClassification(
+        BertConfig(vocab_size=100, hidden_size=8, num_hidden_layers=2, num_attention_heads=1,
+                   intermediate_size=8, max_position_embeddings=64)
+    )  # fmt: skip
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(ValueError, match="tokenizer has 120 tokens, the model knows 100"):
+        train(pretrained, tmp_path, f"--model.checkpoint={tmp_path / 'small'}")
+    with pytest.raises(ValueError, match="max_tokens=65: the model takes 64"):
+        train(pretrained, tmp_path, "--data.max_tokens=65")
+
+
+def test_a_model_that_reads_from_left_to_right_is_no_classifier(tmp_path):
+    model, _ = language_model(tmp_path, task="conditional")
+    export(model, tmp_path / "bert")
+    with pytest.raises(ValueError, match="take a masked model"):
+        FineTuned(str(tmp_path / "bert"))
+
+
+def test_adapters_can_be_tested_after_they_were_saved(pretrained, tmp_path):
+    pytest.importorskip("peft")
+    out = f"--model.save_to={tmp_path / 'out'}"
+    run = train(pretrained, tmp_path, "--model.trained=lora", out)
+    path = run.trainer.checkpoint_callback.best_model_path
+    assert run.trainer.test(run.model, run.datamodule, ckpt_path=path, verbose=False)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_pc.cli import main as cli
@@ -458,6 +459,8 @@ def test_a_trained_model_has_learned_the_grammar(cache, tmp_path):
     assert generate.sample(model, seed=1) != generate.sample(model, seed=2)
     cold = {generate.sample(model, temperature=1e-3, seed=seed) for seed in range(3)}
     assert len(cold) == 1
+    with pytest.raises(ValueError, match="The start has 101 tokens, the model takes 64"):
+        generate.sample(model, "dog " * 100)
 
 
 def test_masks_are_filled_one_after_the_other_the_surest_first(cache):
@@ -699,6 +702,16 @@ def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
     assert first + rest == pytest.approx(expected)
     with pytest.raises(ValueError, match="batches=-1: expected 0 or more"):
         WarmUp(-1)
+
+    class Scheduled(Trained):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    with pytest.raises(MisconfigurationException, match="use one of them"):
+        trainer(max_steps=2, callbacks=[WarmUp(2)]).fit(
+            Scheduled(**SMALL), SmallText(cache_dir=cache, max_tokens=32)
+        )
 
 
 def test_the_sweeps_are_the_papers(cache, tmp_path):

@@ -38,9 +38,8 @@ def sentences(*lengths):
 
 def gradients(wrapper, net, batch, **options):
     own = twin(net)
-    optimizer = wrapper(
-        torch.optim.SGD(own.parameters(), 0.0), own, gamma=0.1, gamma_decay=1, T=8, **options
-    )
+    given = {"gamma": 0.1, "gamma_decay": 1, "T": 8}
+    optimizer = wrapper(torch.optim.SGD(own.parameters(), 0.0), own, **given | options)
     optimizer.step(lambda: own(**batch).loss)
     return {n: p.grad for n, p in own.named_parameters() if p.grad is not None}
 
@@ -65,12 +64,19 @@ def difference(one, other):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("places", ["auto", "blocks"])
-@pytest.mark.parametrize("wrapper", [PC, IPC])
+@pytest.mark.parametrize("wrapper", [PC, IPC])  # whose weights stay where they are
 def test_sentences_of_one_length_learn_as_if_alone(wrapper, places, attention):
     net = bert(6.0, attn_implementation=attention)
     batch = sentences(LENGTH, LENGTH, LENGTH)
     together = gradients(wrapper, net, batch, value_nodes=places)
     assert difference(together, one_by_one(wrapper, net, batch, value_nodes=places)) < 1e-5
+
+
+@pytest.mark.parametrize("gamma", [{"gamma": "auto"}, {"gamma": 0.5, "gamma_decay": 0.9}])
+def test_a_gamma_that_looks_at_the_batch_couples_its_sentences(gamma):
+    net, batch = bert(), sentences(LENGTH, LENGTH, LENGTH)
+    together, alone = (f(PC, net, batch, **gamma) for f in (gradients, one_by_one))
+    assert 1e-3 < difference(together, alone) < 0.3
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 
 class WarmUp(L.Callback):
-    """Raises the learning rates from 0 to the optimizer's own over the first batches.
+    """Raises the learning rates to the optimizer's own over the first batches: 1/n of it, 2/n, ..
 
     Args:
-        batches: Over how many; 0 leaves the rates alone.
+        batches: n; 0 leaves the rates alone.
 
     Raises:
         ValueError: ``batches`` is negative.
+        MisconfigurationException: At the start of the fit: a learning rate scheduler sets them too.
     """
 
     def __init__(self, batches: int) -> None:
@@ -22,6 +24,13 @@ class WarmUp(L.Callback):
             raise ValueError(f"batches={batches}: expected 0 or more.")
         self.batches = batches
         self._rates: list[list[float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        """Refuses schedulers."""
+        if trainer.lr_scheduler_configs:
+            raise MisconfigurationException(
+                "WarmUp and a learning rate scheduler would both set the rates: use one of them."
+            )
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Sets the rates of this batch."""

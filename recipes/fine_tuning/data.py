@@ -66,8 +66,8 @@ class WordOrder(L.LightningDataModule):
     Args:
         checkpoint: Folder or name of the model whose tokenizer cuts the sentences.
         data_dir: As of `OneBillionWords`; "small" takes `SmallText`.
-        train: Training sentences, the last of the training split (a language model that was
-            trained on its first has not seen them).
+        train: Training sentences, the last of the training split: a language model that was
+            trained on its first has not seen them.
         test: Sentences of dev and of test.
         batch_size: Sentences of a batch.
         max_tokens: Longer sentences are cut.
@@ -101,13 +101,13 @@ class WordOrder(L.LightningDataModule):
         self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
         text: TextData = SmallText() if self.data_dir == "small" else OneBillionWords(self.data_dir)
         for split, count in self.counts.items():
-            lines = [line for line in text.read(split) if len(set(line.split())) > 3]
+            lines = [line for line in text.read(split) if len(set(line.split()[1:-1])) > 2]
             if len(lines) < count:
                 raise ValueError(f"The {split} split has {len(lines)} sentences, not {count}.")
             draws = random.Random(split)
             labels = [draws.choice((SWAPPED, AS_WRITTEN)) for _ in range(count)]
             chosen = [
-                line if label == AS_WRITTEN else _swap(line, draws)
+                " ".join(line.split()) if label == AS_WRITTEN else _swap(line, draws)
                 for line, label in zip(lines[-count:], labels, strict=True)
             ]
             cut = self.tokenizer(chosen, truncation=True, max_length=self.max_tokens)
@@ -131,10 +131,10 @@ class WordOrder(L.LightningDataModule):
 
 
 def _swap(line: str, draws: random.Random) -> str:
-    """Two different words, not the last, which often is a full stop."""
+    """Two different words, neither the first nor the last: capitals and full stops would tell."""
     words = line.split()
     while True:
-        i, j = draws.sample(range(len(words) - 1), 2)
+        i, j = draws.sample(range(1, len(words) - 1), 2)
         if words[i] != words[j]:
             words[i], words[j] = words[j], words[i]
             return " ".join(words)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,7 +27,7 @@ class FineTuned(L.LightningModule):
     Args:
         checkpoint: Folder or name that ``from_pretrained`` takes.
         task: "classification" or "masked".
-        trained: "all"; the last so many blocks and what follows on them (0: the head alone); or
+        trained: "all"; the last so many blocks and what comes after them (0: that alone); or
             "lora", adapters in every linear layer, for which `peft` is needed.
         labels: Classes, for classification.
         pretrained: False draws all weights anew: the same model from scratch.
@@ -58,11 +58,35 @@ class FineTuned(L.LightningModule):
             net = HEADS[task].from_pretrained(checkpoint, **options)
         else:
             net = HEADS[task].from_config(AutoConfig.from_pretrained(checkpoint, **options))
+        if task == "classification" and net.config.model_type == "bert" and net.config.is_decoder:
+            raise ValueError(
+                f"{checkpoint} reads from left to right, and BERT's classifier looks at the first "
+                "token alone: take a masked model."
+            )
         self.save_to = None if save_to is None else Path(save_to)
         self.net: Any = _with_adapters(net, task) if trained == "lora" else net
         if trained not in ("all", "lora"):
             freeze(net, trained)
         self.net.train()  # from_pretrained leaves it in evaluation mode
+
+    def setup(self, stage: str) -> None:
+        """Compares the model with what the data was cut by.
+
+        Raises:
+            ValueError: The data's tokenizer has other tokens, or its sentences are too long.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        cutter, config = getattr(data, "tokenizer", None), self.net.config
+        if cutter is None:
+            return
+        if len(cutter) > config.vocab_size:
+            raise ValueError(
+                f"The data's tokenizer has {len(cutter)} tokens, the model knows "
+                f"{config.vocab_size}: give both the same checkpoint."
+            )
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and data.max_tokens > longest:
+            raise ValueError(f"max_tokens={data.max_tokens}: the model takes {longest}.")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The model's own loss."""
@@ -91,7 +115,7 @@ class FineTuned(L.LightningModule):
             return
         net = self.net
         if hasattr(net, "merge_and_unload"):
-            net = net.merge_and_unload()
+            net = copy.deepcopy(net).merge_and_unload()
         net.save_pretrained(self.save_to)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
@@ -99,19 +123,24 @@ class FineTuned(L.LightningModule):
 
 
 def blocks(net: PreTrainedModel) -> nn.ModuleList:
-    """The stack of blocks: the longest list of modules outside any other.
+    """The one list of blocks that is in no other.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or several (an encoder and a decoder), or they share weights.
     """
     found = [m for m in net.modules() if isinstance(m, nn.ModuleList)]
-    if not found:
-        raise ValueError(f"{type(net).__name__} has no list of blocks: pass trained='all'.")
-    return max(found, key=len)
+    inner = {m for stack in found for block in stack for m in block.modules()}
+    outer = [stack for stack in found if stack not in inner]
+    if len(outer) != 1 or len(outer[0]) < 2:
+        raise ValueError(
+            f"{type(net).__name__} has no single list of two or more blocks: pass trained='all' "
+            "or 'lora'."
+        )
+    return outer[0]
 
 
 def freeze(net: PreTrainedModel, last: int) -> None:
-    """Leaves the last blocks and all that is no part of the base model trainable.
+    """Leaves the last blocks trainable, and what is registered after them.
 
     Raises:
         ValueError: There are not so many blocks.
@@ -122,12 +151,12 @@ def freeze(net: PreTrainedModel, last: int) -> None:
             f"trained={last!r}: expected 'all', 'lora' or a number of last blocks, 0 to "
             f"{len(stack)}."
         )
-    base = getattr(net, net.base_model_prefix, net)
-    pooler = getattr(base, "pooler", None)
+    before, inside = True, {p for block in stack for p in block.parameters()}
     kept = {p for block in stack[len(stack) - last :] for p in block.parameters()}
-    kept |= set(pooler.parameters()) if isinstance(pooler, nn.Module) else set()
-    for parameter in base.parameters():
-        parameter.requires_grad_(parameter in kept)
+    for parameter in net.parameters():
+        before = before and parameter not in inside
+        after = not before and parameter not in inside
+        parameter.requires_grad_(parameter in kept or after)
 
 
 def _with_adapters(net: PreTrainedModel, task: str) -> nn.Module:
@@ -140,9 +169,3 @@ def _with_adapters(net: PreTrainedModel, task: str) -> nn.Module:
         net, LoraConfig(task_type=kinds.get(task), target_modules="all-linear")
     )
     return adapted
-
-
-@torch.no_grad()
-def logits(net: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """What a model says, in evaluation mode."""
-    return net.eval()(**{k: v for k, v in batch.items() if k != "labels"}).logits

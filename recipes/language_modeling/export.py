@@ -63,10 +63,8 @@ def fast_tokenizer(model: LanguageModel) -> PreTrainedTokenizerFast:
     ]
     fast = Tokenizer(BPE(names, merges, unk_token=pieces[UNK], fuse_unk=True))
     # SentencePiece's own rules but for rare characters: the 6,075 test sentences come out alike.
-    blank = normalizers.Replace("\ufffd", " ")
-    fast.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), blank, normalizers.Replace(Regex(" +"), " "), normalizers.Strip()]
-    )
+    blank = normalizers.Replace(Regex("[\\s\u200b\ufeff\ufffd]+"), " ")
+    fast.normalizer = normalizers.Sequence([normalizers.NFKC(), blank, normalizers.Strip()])
     fast.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
     fast.decoder = decoders.Metaspace(prepend_scheme="always")
     begin, end, mask = pieces[BOS], pieces[EOS], pieces[MASK]

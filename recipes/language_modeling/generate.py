@@ -27,10 +27,16 @@ def sample(model: LanguageModel, start: str = "", temperature: float = 1.0, seed
         start: The sentence's first words.
         temperature: Of the softmax; small ones prefer what is likely.
         seed: Of the draws.
+
+    Raises:
+        ValueError: The model has no room for more words than these.
     """
     processor, generator = _processor(model), torch.Generator().manual_seed(seed)
     ids = [BOS, *processor.encode(start)] if start else [BOS]
-    while len(ids) < model.net.config.max_position_embeddings:
+    longest = model.net.config.max_position_embeddings
+    if len(ids) >= longest:
+        raise ValueError(f"The start has {len(ids)} tokens, the model takes {longest}.")
+    while len(ids) < longest:
         logits = model(torch.tensor([ids]))[0, -1] / temperature
         logits[[i for i in range(SPECIAL) if i != EOS]] = -torch.inf
         drawn = int(torch.multinomial(logits.softmax(0), 1, generator=generator))
@@ -71,7 +77,7 @@ def fill(model: LanguageModel, sentence: str, best: int = 3) -> list[tuple[str, 
         chances[:, :SPECIAL] = -torch.inf
         chances = chances.softmax(1)
         surest = int(chances.amax(1).argmax())
-        values, tokens = chances[surest].topk(best)
+        values, tokens = chances[surest].topk(min(best, chances.shape[1] - SPECIAL))
         if len(blanks) == 1:
             break
         ids[blanks[surest]] = int(tokens[0])

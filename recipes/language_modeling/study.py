@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from lightning_pc import RandomState
 from lightning_pc.errors import DivergenceError
 from recipes.common.queue import Figures, Job, Row, Study, key, main
 from recipes.common.training import hushed
@@ -160,7 +159,7 @@ def train(job: Job, data_dir: str | None, runs: Path = RUNS, keep: Path | None =
             ],
             run=False,
             save_config_callback=None,
-            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [record, RandomState()]},
+            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [record]},
         )
         best = cli.trainer.checkpoint_callback
         assert isinstance(best, ModelCheckpoint)

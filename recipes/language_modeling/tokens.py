@@ -67,7 +67,7 @@ class Corpus:
         return tokenizer(self.model)
 
     def save(self, path: Path) -> None:
-        """Writes one ``.npz`` (15 MiB for 200,000 sentences), all of it or nothing."""
+        """Writes one ``.npz`` (11 MiB for 200,000 sentences), all of it or nothing."""
         arrays = {
             f"{name}_{part}": getattr(split, part)
             for name, split in self.splits.items()
@@ -128,7 +128,7 @@ def make(read: Read, vocabulary: int, sentences: int, source: str) -> Corpus:
 
 
 def train(lines: Sequence[str], vocabulary: int) -> bytes:
-    """A BPE tokenizer; characters that make up less than 0.05 % of the text are unknown to it.
+    """A BPE tokenizer; the rarest characters, 0.05 % of the text, are unknown to it.
 
     Raises:
         ValueError: There is too little text for so large a vocabulary.
