@@ -96,10 +96,12 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
     assert (ours is not None) == (gamma == "auto")
     if ours is not None:
         kinds = {name: type(value) for name, value in ours.items()}
-        floats, counts = ("gamma", "curvature"), ("evaluations", "looked_at", "looks", "soonest")
-        assert kinds == dict.fromkeys(floats, float) | dict.fromkeys(counts, int) | {
-            "alarmed": bool
+        expected = {
+            **dict.fromkeys(("gamma", "curvature"), float),
+            **dict.fromkeys(("evaluations", "looked_at", "looks", "failures", "soonest"), int),
+            **dict.fromkeys(("alarmed", "anew"), bool),
         }
+        assert kinds == expected
     assert outline(saved[0]) == outline(saved[1])
     assert "lightning_pc" not in repr(saved[0])
     assert saved[0]["global_step"] == saved[1]["global_step"] == 6

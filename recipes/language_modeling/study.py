@@ -25,7 +25,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import Tensor
 
 from lightning_pc.errors import DivergenceError
 from recipes.common.queue import Figures, Job, Row, Study, key, main
@@ -75,7 +74,7 @@ class Record(L.Callback):
 
     def __init__(self) -> None:
         self.figures: dict[str, Any] = {"dev": [], "seconds": [], "nodes": []}
-        self._steepest: Tensor | float = 0.0
+        self._steepest = torch.zeros(())
 
     def on_train_batch_start(self, *args: Any) -> None:
         """Starts the watch."""
@@ -93,7 +92,7 @@ class Record(L.Callback):
         """Keeps the longest gradient."""
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         length = torch.nn.utils.get_total_norm(gradients)
-        self._steepest = torch.maximum(length, length.new_tensor(self._steepest))
+        self._steepest = torch.maximum(length, self._steepest.to(length))
 
     def on_validation_end(self, trainer: L.Trainer, *args: Any) -> None:
         """After how many batches which dev perplexity, longest gradient and energies."""
@@ -113,7 +112,7 @@ class Record(L.Callback):
         found = {"gradient": float(self._steepest), **energies}
         shown = {n: float(f"{v:.4g}") if math.isfinite(v) else None for n, v in found.items()}
         self.figures["nodes"].append([batches, shown])
-        self._steepest = 0.0
+        self._steepest = torch.zeros(())
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far."""
