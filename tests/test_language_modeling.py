@@ -439,12 +439,12 @@ def test_every_yaml_has_the_papers_settings():
 
 
 def test_a_trained_model_has_learned_the_grammar(cache, tmp_path):
-    """iPC, for 100 batches."""
+    """iPC, for 200 batches."""
     run = cli(
         [
             *("fit", f"--config={study.HERE / 'conditional_ipc'}.yaml", *ON_SMALL_TEXT),
             *("--data.task=conditional", "--data.sentences=2000", f"--data.cache_dir={cache}"),
-            *("--model.hidden=32", "--trainer.max_steps=100", "--optimizer.lr=0.005"),
+            *("--model.hidden=32", "--trainer.max_steps=200", "--optimizer.lr=0.005"),
             *("--trainer.val_check_interval=50", f"--trainer.default_root_dir={tmp_path}"),
         ]
     )
@@ -689,9 +689,9 @@ def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
         def on_train_batch_end(self, trainer, *args):
             self.found.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def fit(steps, path=None):
-        rates = Rates()
-        run = trainer(max_steps=steps, callbacks=[WarmUp(8), rates], num_sanity_val_steps=0)
+    def fit(steps, path=None, batches=8, decay=False):
+        callbacks = [WarmUp(batches, decay), rates := Rates()]
+        run = trainer(max_steps=steps, callbacks=callbacks, num_sanity_val_steps=0)
         run.fit(Trained(**SMALL), SmallText(cache_dir=cache, max_tokens=32), ckpt_path=path)
         return run, rates.found
 
@@ -700,8 +700,12 @@ def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
     _, rest = fit(12, tmp_path / "a.ckpt")
     expected = [min(1.0, i / 8) * 1e-3 for i in range(1, 13)]
     assert first + rest == pytest.approx(expected)
+    _, fallen = fit(8, batches=3, decay=True)
+    assert fallen == pytest.approx([min(1, (i + 1) / 3) * (1 - i / 8) * 1e-3 for i in range(8)])
     with pytest.raises(ValueError, match="batches=-1: expected 0 or more"):
         WarmUp(-1)
+    with pytest.raises(MisconfigurationException, match="the fit has no end"):
+        fit(-1, decay=True)
 
     class Scheduled(Trained):
         def configure_optimizers(self):

@@ -6,7 +6,7 @@ Nothing in it knows of predictive coding.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -37,6 +37,14 @@ class LanguageModel(L.LightningModule):
         positions: Longest input, special tokens included.
         activation: Of the feed-forward layers and the head, a name of transformers'.
         dropout: Of embeddings, attention weights and block outputs.
+        linear: How linear layers are drawn: "torch", uniform within 1/sqrt(inputs) as PyTorch
+            does, or "bert", normal of deviation 0.02, which suits BERT's 768 units: with 128 the
+            masked model stays at unigram level for thousands of batches.
+        embeddings: Standard deviation of embeddings at first (BERT: 0.02; without LayerNorm,
+            which would scale them, more).
+
+    Raises:
+        ValueError: ``linear`` is neither, or ``embeddings`` not above 0.
     """
 
     def __init__(
@@ -51,9 +59,15 @@ class LanguageModel(L.LightningModule):
         positions: int = 64,
         activation: str = "gelu",
         dropout: float = 0.1,
+        linear: Literal["torch", "bert"] = "torch",
+        embeddings: float = 0.02,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if linear not in ("torch", "bert"):
+            raise ValueError(f"linear={linear!r}: expected 'torch' or 'bert'.")
+        if not embeddings > 0:
+            raise ValueError(f"embeddings={embeddings}: expected a deviation above 0.")
         self.task, self.vocabulary = task, vocabulary
         config = BertConfig(
             vocab_size=vocabulary,
@@ -72,6 +86,12 @@ class LanguageModel(L.LightningModule):
             eos_token_id=EOS,
         )
         self.net = {"masked": BertForMaskedLM, "conditional": BertLMHeadModel}[task](config)
+        for module in self.net.modules():
+            if isinstance(module, nn.Linear) and linear == "torch":
+                module.reset_parameters()
+            if isinstance(module, nn.Embedding):
+                with torch.no_grad():
+                    module.weight *= embeddings / config.initializer_range
         if not layer_norm:
             _take_out(self.net, nn.LayerNorm)
         #: Of the sentences' own tokens, as in the paper; and with their ends, as usual elsewhere.
