@@ -21,6 +21,7 @@ from transformers import (
 
 from lightning_pc import PCStrategy
 from lightning_pc.cli import main as cli
+from recipes.fine_tuning import study
 from recipes.fine_tuning.data import AS_WRITTEN, Padded, WordOrder
 from recipes.fine_tuning.model import FineTuned, blocks, freeze
 from recipes.language_modeling.data import SmallText
@@ -284,3 +285,49 @@ def test_adapters_can_be_tested_after_they_were_saved(pretrained, tmp_path):
     run = train(pretrained, tmp_path, "--model.trained=lora", out)
     path = run.trainer.checkpoint_callback.best_model_path
     assert run.trainer.test(run.model, run.datamodule, ckpt_path=path, verbose=False)
+
+
+# --- the study ------------------------------------------------------------------------------------
+
+
+def test_the_study_fine_tunes_one_model_in_every_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        **dict.fromkeys(("model.vocabulary", "data.vocabulary"), 120),
+        **{"model.hidden": 16, "model.intermediate": 24, "model.positions": 64},
+        **{"data": "recipes.language_modeling.data.SmallText", "data.batch_size": 64},
+        **{"trainer.max_steps": 20, "trainer.val_check_interval": 10, "optimizer.lr": 0.01},
+    }
+    monkeypatch.setitem(study.PRETRAINING, "settings", settings)
+    few = {"data.train": 64, "data.test": 64, "trainer.max_epochs": 1}
+    few["data.data_dir"] = "small"
+    rows = []
+    for given in study.jobs():
+        rate = study.ROWS[given["row"]][1][0]
+        if given["size"] == given["seed"] == 0 and given["lr"] == rate:
+            changed = given | {"settings": given["settings"] | few}
+            rows.append(given | study.run(changed, None))
+    assert {(row["row"], row["algorithm"]) for row in rows} == {
+        (row, algorithm) for row in study.ROWS for algorithm in study.ALGORITHMS
+    }
+    for row in rows:
+        assert not row["diverged"]
+        assert 0 < row["dev"] < 100
+        assert row["test"] * 0.64 == pytest.approx(round(row["test"] * 0.64), abs=0.01)  # of 64
+    assert [path.name for path in study.CACHE.glob("pretrained*")].count("pretrained") == 1
+    assert study.tables(rows)[0].row_count == len(rows)
+    assert len(study.picture(rows).axes[0].patches) == len(rows)
+
+
+def test_dev_accuracy_chooses_the_learning_rate():
+    given = [job for job in study.jobs() if job["size"] == 0 and job["row"] == "LoRA"]
+    rows = [
+        job | {"dev": 60 + 100 * job["lr"] * (-1) ** (job["algorithm"] == "ipc"), "test": 1.0}
+        for job in given
+    ]
+    chosen = study.best(rows)
+    assert {name: {r["lr"] for r in found} for (_, name), found in chosen.items()} == {
+        "bp": {0.004},
+        "ipc": {0.001},
+    }
+    assert all(len(found) == study.SIZES[0]["seeds"] for found in chosen.values())

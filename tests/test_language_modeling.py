@@ -551,6 +551,7 @@ def test_a_run_says_what_came_out(cache, tmp_path):
 
 def test_a_run_that_gets_worse_is_tested_at_its_best(cache, tmp_path, monkeypatch):
     settings = {"trainer.max_steps": 30, "optimizer.lr": 0.3}
+    settings["trainer.callbacks.init_args"] = {"batches": 0, "decay": False}
     figures = study.train(job(cache, "conditional_bp", **settings), None, tmp_path / "runs")
     curve = dict(figures["dev"])
     assert list(curve) == [5, 10, 15, 20, 25, 30]
@@ -705,7 +706,9 @@ def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
     with pytest.raises(ValueError, match="batches=-1: expected 0 or more"):
         WarmUp(-1)
     with pytest.raises(MisconfigurationException, match="the fit has no end"):
-        fit(-1, decay=True)
+        trainer(max_epochs=-1, callbacks=[WarmUp(2, decay=True)]).fit(
+            Trained(**SMALL), SmallText(cache_dir=cache, max_tokens=32)
+        )
 
     class Scheduled(Trained):
         def configure_optimizers(self):

@@ -1,0 +1,194 @@
+"""What a pretrained model is worth: fine-tuning against the same model from scratch.
+
+    python -m recipes.fine_tuning.study --data_dir data/lm1b --threads 2
+
+All jobs start from one masked language model, trained with backpropagation; the first one trains
+it and leaves it under ``.cache/fine_tuning``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import time
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning.pytorch.cli import LightningCLI
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from lightning_pc.errors import DivergenceError
+from recipes.common.queue import Figures, Job, Row, Study, main
+from recipes.common.training import hushed
+from recipes.language_modeling import study as language_modeling
+from recipes.language_modeling.export import export
+from recipes.language_modeling.model import load
+
+HERE = Path(__file__).parent
+CACHE = Path(".cache/fine_tuning")
+ALGORITHMS = ("bp", "ipc")
+#: The model that all start from: a row of the language models, and LightningCLI's settings.
+PRETRAINING: Job = {
+    "row": "masked_bp",
+    "seed": 0,
+    "settings": {
+        "model.dropout": 0.0,  # no sentence comes twice
+        "data.batch_size": 64,
+        "optimizer.lr": 0.001,
+        "trainer.max_steps": 3000,
+        "trainer.val_check_interval": 500,
+    },
+}
+#: What is trained -> how, and the learning rates of which dev accuracy chooses one.
+ROWS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "all, from scratch": ({"model.pretrained": False}, (0.0002, 0.001)),
+    "all": ({}, (0.0002, 0.001)),
+    "last block": ({"model.trained": 1}, (0.0002, 0.001)),
+    "LoRA": ({"model.trained": "lora"}, (0.001, 0.004)),
+}
+SIZES: tuple[dict[str, int], ...] = ({"train": 4000, "seeds": 2}, {"train": 20_000, "seeds": 3})
+
+
+def jobs() -> list[Job]:
+    """Of each size all rows of both algorithms, one seed after the other."""
+    return [
+        {"size": size, "algorithm": algorithm, "row": row, "lr": lr, "seed": seed}
+        | {"settings": {"data.train": how["train"], **settings}}
+        for size, how in enumerate(SIZES)
+        for seed in range(how["seeds"])
+        for row, (settings, rates) in ROWS.items()
+        for lr, algorithm in product(rates, ALGORITHMS)
+    ]
+
+
+def pretrained(data_dir: str | None) -> Path:
+    """The folder of the model that all start from; the first call trains it."""
+    folder = CACHE / "pretrained"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "pretraining.lock").open("w") as lock:  # other processes wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            checkpoint, new = CACHE / "pretrained.ckpt", CACHE / "pretrained.new"
+            language_modeling.train(PRETRAINING, data_dir, CACHE / "runs", checkpoint)
+            shutil.rmtree(new, ignore_errors=True)
+            export(load(checkpoint), new)
+            new.rename(folder)
+    return folder
+
+
+def run(job: Job, data_dir: str | None) -> Figures:
+    """Fine-tunes, and tests the final weights.
+
+    Returns:
+        ``dev`` and ``test`` accuracy in percent, ``seconds`` of the fit, ``diverged``.
+    """
+    folder = pretrained(data_dir)
+    settings: dict[str, Any] = {
+        "model.checkpoint": folder,
+        "data.checkpoint": folder,
+        "optimizer.lr": job["lr"],
+        "data.seed": job["seed"],
+        **job["settings"],
+    }
+    if data_dir is not None:
+        settings["data.data_dir"] = data_dir
+    diverged = False
+    silent = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    with hushed():
+        cli = LightningCLI(
+            args=[
+                *(f"--config={HERE / job['algorithm']}.yaml", f"--seed_everything={job['seed']}"),
+                *("--trainer.num_sanity_val_steps=0", "--trainer.check_val_every_n_epoch=1000"),
+                *(f"--{name}={value}" for name, value in settings.items()),
+            ],
+            run=False,
+            save_config_callback=None,
+            trainer_defaults=dict.fromkeys(silent, False),
+        )
+        start = time.perf_counter()
+        try:
+            cli.trainer.fit(cli.model, cli.datamodule)
+        except DivergenceError:
+            diverged = True
+        seconds = time.perf_counter() - start
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+        dev = cli.trainer.callback_metrics["dev_accuracy"].item()
+        cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        test = cli.trainer.callback_metrics["test_accuracy"].item()
+    return {
+        "dev": round(100 * dev, 2),
+        "test": round(100 * test, 2),
+        "seconds": round(seconds, 1),
+        "diverged": diverged,
+    }
+
+
+def best(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """What is trained and algorithm -> the rows of the learning rate with the best dev accuracy."""
+    found = {}
+    for row, algorithm in product(ROWS, ALGORITHMS):
+        tried: dict[float, list[Row]] = {}
+        for r in rows:
+            if (r["row"], r["algorithm"]) == (row, algorithm):
+                tried.setdefault(r["lr"], []).append(r)
+        if tried:
+            found[row, algorithm] = max(tried.values(), key=lambda t: fmean(r["dev"] for r in t))
+    return found
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """Accuracy of each row at the learning rate that dev accuracy chooses."""
+    sentences = rows[0]["settings"]["data.train"]
+    table = Table(
+        title=f"size {rows[0]['size']}: word order, {sentences} training sentences, accuracy in %",
+        caption="learning rates by dev accuracy",
+    )
+    table.add_column("trained")
+    table.add_column("algorithm")
+    for heading in ("lr", "dev", "test", "seconds", "diverged", "seeds"):
+        table.add_column(heading, justify="right")
+    for (row, algorithm), found in best(rows).items():
+        table.add_row(
+            *(row, algorithm, str(found[0]["lr"])),
+            language_modeling.mean(r["dev"] for r in found),
+            language_modeling.mean(r["test"] for r in found),
+            language_modeling.mean((r["seconds"] for r in found), ".0f"),
+            f"{sum(r['diverged'] for r in found)} of {len(found)}",
+            str(len(found)),
+        )
+    return [table]
+
+
+def picture(rows: list[Row]) -> Figure:
+    """Test accuracy of each row, a bar for the mean over seeds and a dot for each."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes, chosen = figure.subplots(), best(rows)
+    for i, (algorithm, colour) in enumerate(zip(ALGORITHMS, ("0.6", "tab:blue"), strict=True)):
+        for place, row in enumerate(ROWS):
+            found = [r["test"] for r in chosen.get((row, algorithm), [])]
+            x = place + 0.4 * (i - 0.5)
+            if found:
+                label = algorithm if not place else None
+                axes.bar(x, fmean(found), 0.38, color=colour, label=label)
+                axes.plot([x] * len(found), found, "k.", ms=4)
+    axes.set(ylim=(45, 100), ylabel="test accuracy, %", title="Are two words swapped?")
+    axes.set_xticks(range(len(ROWS)), list(ROWS))
+    axes.axhline(50, color="k", lw=0.5)
+    axes.legend(frameon=False)
+    return figure
+
+
+STUDY = Study(
+    "recipes.fine_tuning.study",
+    "One Billion Word Benchmark: the last of its training sentences, 2,000 each of dev and test",
+    jobs,
+    run,
+    tables,
+    picture,
+)
+
+if __name__ == "__main__":
+    main(STUDY)
