@@ -652,7 +652,7 @@ def test_variants_are_what_they_say(cache, tmp_path, given):
         assert any(n.endswith("layer.1") for n in names) == ("block" in variant)
         return
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
-        0.0032 if "paper" in variant else 0.0064 * (0.03 if "warm-up" in variant else 1)
+        (0.0032 if "recipe" in variant else 0.0064) * (1 if "without" in variant else 3 / 20)
     )
     assert used.gamma == {"doubled, gamma auto": "auto", "doubled, gamma 0.1": 0.1}.get(
         variant, 0.5
@@ -667,7 +667,7 @@ def test_variants_are_shown():
         for given in variants.jobs()
         if given["size"] == 0
     ]  # fmt: skip
-    assert [table.row_count for table in variants.tables(rows)] == [6, 6]
+    assert [table.row_count for table in variants.tables(rows)] == [5, 6]
     assert len(variants.picture(rows).axes) == 2
 
 
