@@ -613,15 +613,20 @@ def test_rows_converge_by_the_papers_thresholds():
     assert not study.converged({"row": "masked_bp", "test": 90.0, "diverged": True})
 
 
-def test_jobs_of_one_size_and_task_learn_from_as_many_sentences():
+def test_jobs_of_one_size_learn_from_as_many_sentences():
     found = study.jobs()
     for size in (0, 1):
-        for task in study.TASKS:
-            rows = [j for j in found if j["size"] == size and j["row"].startswith(task)]
-            assert {j["row"] for j in rows} == {f"{task}_{name}" for name in study.ALGORITHMS}
-            settings = [{k: v for k, v in j["settings"].items() if k != "data.seed"} for j in rows]
-            assert all(one == settings[0] for one in settings)
-            assert settings[0]["data.batch_size"] == 64
+        for seed in range(study.SIZES[size]["seeds"]):
+            rows = {
+                j["row"]: j["settings"] for j in found if (j["size"], j["seed"]) == (size, seed)
+            }
+            assert set(rows) == set(ROWS)
+            for row, settings in rows.items():
+                batches, batch_size = settings["trainer.max_steps"], settings["data.batch_size"]
+                assert batches * batch_size == study.SIZES[size]["sentences"]
+                assert batch_size == (16 if "masked" in row else 64)
+                schedule = settings["trainer.callbacks.init_args"]
+                assert schedule == {"batches": batches // 20, "decay": "ipc" in row}
     paper = [j for j in found if j["size"] == 2]
     assert len(paper) == 60
     assert all(list(j["settings"]) == ["data.seed"] for j in paper)
@@ -632,8 +637,9 @@ def test_jobs_of_one_size_and_task_learn_from_as_many_sentences():
 )
 @pytest.mark.filterwarnings("ignore")  # some of them are told that they are unsuited
 def test_variants_are_what_they_say(cache, tmp_path, given):
-    settings = job(cache, given["row"])["settings"] | given["settings"]
-    settings |= {"trainer.max_steps": 3, "data.eval_sentences": 20, "data.batch_size": 32}
+    small_text = job(cache, given["row"])["settings"]
+    settings = small_text | given["settings"] | {"trainer.max_steps": 3, "data.eval_sentences": 20}
+    settings |= {"model.vocabulary": 120, "data.vocabulary": 120}
     run = cli(
         [
             *("fit", f"--config={study.HERE / given['row']}.yaml", "--trainer.logger=false"),
@@ -651,13 +657,13 @@ def test_variants_are_what_they_say(cache, tmp_path, given):
         assert any("value" in n for n in names) == ("linear" in variant)
         assert any(n.endswith("layer.1") for n in names) == ("block" in variant)
         return
+    decay = "decay" in variant
+    rate = 0.0016 if "half" in variant else 0.0032
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
-        (0.0032 if "recipe" in variant else 0.0064) * (1 if "without" in variant else 3 / 20)
+        rate * (3 / 30 * (1 - 2 / 3) if decay else 3 / 20)
     )
-    assert used.gamma == {"doubled, gamma auto": "auto", "doubled, gamma 0.1": 0.1}.get(
-        variant, 0.5
-    )
-    assert run.trainer.gradient_clip_val == (1.0 if "clipped" in variant else None)
+    assert used.gamma == ("auto" if "auto" in variant else 0.1 if "0.1" in variant else 0.5)
+    assert run.trainer.gradient_clip_val == (1.0 if "clipping" in variant else None)
 
 
 def test_variants_are_shown():
@@ -667,19 +673,20 @@ def test_variants_are_shown():
         for given in variants.jobs()
         if given["size"] == 0
     ]  # fmt: skip
-    assert [table.row_count for table in variants.tables(rows)] == [5, 6]
+    assert [table.row_count for table in variants.tables(rows)] == [5, 7]
     assert len(variants.picture(rows).axes) == 2
 
 
 def test_variants_of_a_set_learn_from_the_same_sentences():
     for given in variants.jobs():
-        row, changes = variants.SETS[given["set"]]
+        row, fixed, changes = variants.SETS[given["set"]]
         assert given["row"] == row
-        rest = {k: v for k, v in given["settings"].items() if k not in changes[given["variant"]]}
-        assert rest["data.seed"] == given["seed"]
-        assert rest["data.batch_size"] == 64
-        expected = variants.SIZES[given["size"]]["batches"]
-        assert rest["trainer.max_steps"] == expected
+        settings = given["settings"]
+        assert settings["data.seed"] == given["seed"]
+        sentences = settings["data.batch_size"] * settings["trainer.max_steps"]
+        assert sentences == variants.SIZES[given["size"]]["sentences"]
+        assert fixed.items() <= settings.items()
+        assert changes[given["variant"]].items() <= settings.items()
 
 
 def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):

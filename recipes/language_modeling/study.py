@@ -2,9 +2,9 @@
 
     python -m recipes.language_modeling.study --data_dir data/lm1b
 
-A row is a YAML of this folder. Sizes 0 and 1 train all rows on as many sentences, in batches of
-64; size 2 is the paper's own, 16 epochs with early stopping. A run that is stopped goes
-on from its last checkpoint.
+A row is a YAML of this folder. Sizes 0 and 1 train all rows on as many sentences, less than an
+epoch; size 2 is the paper's own, 16 epochs with early stopping. A run that is stopped goes on from
+its last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -38,16 +39,31 @@ THRESHOLDS = {"bp": 200.0, "pc": 800.0, "ipc": 200.0}
 RUNS, MODELS = (Path(".cache/language_modeling") / name for name in ("runs", "models"))
 
 SIZES: tuple[dict[str, Any], ...] = (
-    {"batches": 400, "every": 100, "eval": 1000, "seeds": 1},
-    {"batches": 1600, "every": 200, "eval": 1000, "seeds": 2},
-    {"batches": None, "every": None, "eval": None, "seeds": 10},
+    {"sentences": 25_600, "seeds": 1},
+    {"sentences": 102_400, "seeds": 2},
+    {"sentences": None, "seeds": 10},
 )
-#: Of runs that end long before a learning rate had to fall.
-SHORT = {
-    "model.dropout": 0.0,  # no sentence comes twice
-    "data.batch_size": 64,
-    "trainer.callbacks.init_args": {"batches": 20, "decay": False},
-}
+#: Sentences of a batch in runs that are shorter than the paper's. A masked sentence asks for a
+#: seventh of the tokens, and what the masked model lacks at first are steps.
+BATCH_SIZES = {"masked": 16, "conditional": 64}
+#: Of such runs; the paper's rate of this row is for batches of 256.
+RATES = {"masked_bp": 0.001}
+
+
+def short(row: str, sentences: int, batch_size: int | None = None) -> dict[str, Any]:
+    """What LightningCLI is given for a run of so many sentences, all of them new to the model."""
+    task, _, algorithm = row.partition("_")
+    batch_size = batch_size or BATCH_SIZES[task]
+    batches = sentences // batch_size
+    settings: dict[str, Any] = {
+        "model.dropout": 0.0,
+        "data.batch_size": batch_size,
+        "data.eval_sentences": 1000,
+        "trainer.max_steps": batches,
+        "trainer.val_check_interval": batches // 8,
+        "trainer.callbacks.init_args": {"batches": batches // 20, "decay": algorithm == "ipc"},
+    }
+    return settings | ({"optimizer.lr": RATES[row]} if row in RATES else {})
 
 
 def jobs() -> list[Job]:
@@ -57,19 +73,12 @@ def jobs() -> list[Job]:
     """
     found: list[Job] = []
     for size, how in enumerate(SIZES):
-        for seed in range(how["seeds"]):
-            for task in reversed(TASKS):
+        for seed, task in product(range(how["seeds"]), reversed(TASKS)):
+            for row in (f"{task}_{name}" for name in ("bp", "ipc", "pc")):  # PC takes longest
                 settings = {"data.seed": seed}
-                if how["batches"] is not None:
-                    settings |= SHORT | {
-                        "data.eval_sentences": how["eval"],
-                        "trainer.max_steps": how["batches"],
-                        "trainer.val_check_interval": how["every"],
-                    }
-                found += [
-                    {"size": size, "row": f"{task}_{name}", "seed": seed, "settings": settings}
-                    for name in ("bp", "ipc", "pc")  # PC takes longest
-                ]
+                if how["sentences"] is not None:
+                    settings |= short(row, how["sentences"])
+                found.append({"size": size, "row": row, "seed": seed, "settings": settings})
     return found
 
 
