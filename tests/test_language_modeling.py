@@ -330,6 +330,25 @@ def test_layer_norm_is_in_or_out(layer_norm):
     assert any(isinstance(m, nn.LayerNorm) for m in model.modules()) == layer_norm
 
 
+def test_weights_are_drawn_as_asked_for():
+    """PyTorch's linear layers are uniform within 1 / sqrt(inputs): deviation 1 / sqrt(3 inputs)."""
+    torch.manual_seed(0)
+    for linear, deviation in (("torch", (3 * 128) ** -0.5), ("bert", 0.02)):
+        net = LanguageModel(vocabulary=500, hidden=128, linear=linear, embeddings=0.3).net
+        dense = net.bert.encoder.layer[1].attention.self.query
+        assert dense.weight.std().item() == pytest.approx(deviation, rel=0.03)
+        assert (dense.bias == 0).all() == (linear == "bert")
+        assert net.cls.predictions.decoder.weight.std().item() == pytest.approx(deviation, rel=0.03)
+        table = net.bert.embeddings.word_embeddings.weight
+        assert table[1:].std().item() == pytest.approx(0.3, rel=0.03)
+    for options, says in (
+        ({"linear": "xavier"}, "expected 'torch' or"),
+        ({"embeddings": 0}, "> 0|above 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            LanguageModel(**SMALL | options)
+
+
 def test_input_and_output_embeddings_are_two_matrices():
     net = LanguageModel(**SMALL).net
     assert net.bert.embeddings.word_embeddings.weight is not net.cls.predictions.decoder.weight
@@ -657,6 +676,11 @@ def test_variants_are_what_they_say(cache, tmp_path, given):
         assert any("value" in n for n in names) == ("linear" in variant)
         assert any(n.endswith("layer.1") for n in names) == ("block" in variant)
         return
+    if given["set"] == "initialisation":
+        drawn = run.model.hparams
+        assert (drawn.linear == "bert") == ("linear" in variant or "both" in variant)
+        assert drawn.embeddings == (0.02 if "embeddings" in variant or "both" in variant else 0.1)
+        return
     decay = "decay" in variant
     rate = 0.0016 if "half" in variant else 0.0032
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(
@@ -673,8 +697,8 @@ def test_variants_are_shown():
         for given in variants.jobs()
         if given["size"] == 0
     ]  # fmt: skip
-    assert [table.row_count for table in variants.tables(rows)] == [5, 7]
-    assert len(variants.picture(rows).axes) == 2
+    assert [table.row_count for table in variants.tables(rows)] == [5, 4, 7]
+    assert len(variants.picture(rows).axes) == 3
 
 
 def test_variants_of_a_set_learn_from_the_same_sentences():

@@ -34,13 +34,7 @@ ALGORITHMS = ("bp", "ipc")
 PRETRAINING: Job = {
     "row": "masked_bp",
     "seed": 0,
-    "settings": {
-        "model.dropout": 0.0,  # no sentence comes twice
-        "data.batch_size": 64,
-        "optimizer.lr": 0.001,
-        "trainer.max_steps": 3000,
-        "trainer.val_check_interval": 500,
-    },
+    "settings": language_modeling.short("masked_bp", 96_000),
 }
 #: What is trained -> how, and the learning rates of which dev accuracy chooses one.
 ROWS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {

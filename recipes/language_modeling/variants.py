@@ -23,6 +23,10 @@ _FLAT = {"trainer.callbacks.init_args": {"batches": 20, "decay": False}}
 _BARE = _FLAT | {"trainer.gradient_clip_val": "null"}
 
 
+#: With so few tokens a short run gets past saying the most frequent ones.
+_FEW = {"data.vocabulary": 1001, "model.vocabulary": 1001}
+
+
 class Set(NamedTuple):
     """Variants of one row that learn from the same sentences.
 
@@ -38,16 +42,25 @@ class Set(NamedTuple):
 
 
 SETS = {
-    # with so few tokens a short run gets past saying the most frequent ones
     "placement": Set(
         "masked_ipc",
-        {"data.vocabulary": 1001, "model.vocabulary": 1001},
+        _FEW,
         {
             "auto, F_KL, gamma 0.5 as in the paper": {},
             "auto, F_KL": _AUTO,
             "auto, Gaussian": _AUTO | {f"{_STRATEGY}softmax_energy": "gaussian"},
             "block outputs": _AUTO | {f"{_STRATEGY}value_nodes": _BLOCKS},
             "all linear outputs": _AUTO | {f"{_STRATEGY}value_nodes": "linear"},
+        },
+    ),
+    "initialisation": Set(
+        "masked_ipc",
+        _FEW,
+        {
+            "the recipe": {},
+            "linear layers as BERT's": {"model.linear": "bert"},
+            "embeddings as BERT's": {"model.embeddings": 0.02},
+            "both as BERT's": {"model.linear": "bert", "model.embeddings": 0.02},
         },
     ),
     "stability": Set(
