@@ -205,7 +205,7 @@ class Relaxation:
         self.weigh(0)
         for node, start, below in self._begun:
             node.coordinates.data.copy_(start)
-            node.below = below
+            node.below, node.velocity = below, None
         self._move(self.energies[0].sum(), self.losses[0])
         for node in self.graph.nodes:
             node.forget()

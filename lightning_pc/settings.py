@@ -30,6 +30,7 @@ class Settings:
     T: int | Literal["auto"] | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
+    momentum: float = 0.0
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
@@ -58,6 +59,16 @@ class Settings:
         if not (_is_number(self.gamma_decay) and 0 < self.gamma_decay <= 1):
             raise ConfigError(
                 f"gamma_decay={self.gamma_decay!r}: expected a factor in (0, 1]; 1 keeps gamma."
+            )
+        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
+            raise ConfigError(
+                f"momentum={self.momentum!r}: expected the share of their velocity that values "
+                "keep from step to step, in [0, 1)."
+            )
+        if self.momentum and fixed is not None:
+            raise ConfigError(
+                f"momentum={self.momentum:g}: {self.algorithm} is exact without momentum alone, "
+                "leave it at 0."
             )
         if self.reset not in ("batch", "never"):
             raise ConfigError(f"reset={self.reset!r}: expected 'batch' or 'never'.")

@@ -221,7 +221,7 @@ class Learner:
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
-        inference = Inference(gamma, self.settings.gamma_decay)
+        inference = Inference(gamma, self.settings.gamma_decay, self.settings.momentum)
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}

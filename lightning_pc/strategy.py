@@ -99,6 +99,7 @@ class PCStrategy(SingleDeviceStrategy):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
+        momentum: float = 0.0,
         value_nodes: str
         | type[nn.Module]
         | Callable[[str, nn.Module], bool]
@@ -126,6 +127,7 @@ class PCStrategy(SingleDeviceStrategy):
                 T=T,
                 gamma=gamma,
                 gamma_decay=gamma_decay,
+                momentum=momentum,
                 value_nodes=value_nodes,
                 reset=reset,
                 loss_terms=loss_terms,
