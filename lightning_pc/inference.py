@@ -1,6 +1,7 @@
 """How values move: x <- x - gamma dF/dx, all nodes at once (Jacobi), Eq. 6 and 10 of the paper.
 
-With momentum m they move by a velocity, v <- m v + dF/dx and x <- x - gamma v (heavy ball).
+With momentum m they move by a velocity, v <- m v + dF/dx and x <- x - gamma v (Polyak's heavy
+ball), as in PCX (Pinchetti et al. 2024) and DeepPCNs. Values start at rest.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Inference:
         """
         if self._moved is None or self._last is None or self._first is None:
             return None
-        return self._moved.abs() <= CONVERGED * (self._first - self._last)
+        return self._moved <= CONVERGED * (self._first - self._last)
 
     @property
     def rose(self) -> Tensor | None:
@@ -67,7 +68,9 @@ class Inference:
         if self._last is None:
             self._first = energy
         else:
-            self._moved = energy - self._last
+            # A velocity keeps values moving where F happens to stand still, at a turn.
+            moved, before = (energy - self._last).abs(), self._moved
+            self._moved = moved if before is None else moved.maximum(self.momentum * before)
         self._last = energy
 
     @torch.no_grad()

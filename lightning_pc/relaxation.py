@@ -236,6 +236,7 @@ class Relaxation:
             [float(loss * self.terms * pull + energy.sum()) for loss, energy, pull in pairs],
             t + 1 - len(losses),
             self.inference.start_gamma,
+            self.inference.momentum,
             self.auto is not None,
             self.schedule.incremental,
         )

@@ -263,9 +263,10 @@ class Learner:
             self._warn("unseen", unseen(self.auto.failures, self.auto.gamma))
         elif relaxation.seen is not None:
             curvature, node = relaxation.seen
-            gamma, since = inference.start_gamma, self._batches - self._rises
-            bearable = self.schedule.bearable
-            self._warn("unstable", unstable(node, gamma, curvature, bearable, since))
+            gamma, momentum = inference.start_gamma, inference.momentum
+            bearable, since = self.schedule.bearable, self._batches - self._rises
+            said = unstable(node, gamma, momentum, curvature, bearable, since)
+            self._warn("unstable", said)
             self._rises = -SECOND_LOOK
         elif not self.schedule.fixed_gamma:
             self._rises = self._rises + 1 if rose or self._rises < 0 else 0
@@ -287,6 +288,7 @@ class Learner:
             loss=torch.stack(relaxation.losses),
             loss_terms=relaxation.terms,
             gamma=float(relaxation.inference.gamma),
+            momentum=relaxation.inference.momentum,
             curvature=None if self.auto is None else self.auto.curvature,
             energies=torch.stack(relaxation.energies),
             pulls=tuple(relaxation.pulls),
