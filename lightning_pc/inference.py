@@ -83,18 +83,18 @@ class Inference:
         """
         values = [node.coordinates for node in nodes]
         if not self.momentum:
-            _descend(values, nodes, scale, self.gamma)
+            descend(values, nodes, scale, self.gamma)
             return
         for node in nodes:
             if node.velocity is None:
                 node.velocity = torch.zeros_like(node.coordinates, requires_grad=False)
         velocities = [node.velocity for node in nodes if node.velocity is not None]
         torch._foreach_mul_(velocities, self.momentum)
-        _descend(velocities, nodes, scale, -1.0)
-        _add(values, velocities, 1.0, self.gamma)
+        descend(velocities, nodes, scale, -1.0)
+        add(values, velocities, 1.0, self.gamma)
 
 
-def _descend(
+def descend(
     targets: Sequence[Tensor], nodes: Sequence[Node], scale: float, gamma: float | Tensor
 ) -> None:
     """target <- target - gamma dF/dx, for each node that an error has reached."""
@@ -106,10 +106,10 @@ def _descend(
             pulls[scale].append((target, node.below))
     for factor, pairs in pulls.items():
         moved, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
-        _add(moved, gradients, factor, gamma)
+        add(moved, gradients, factor, gamma)
 
 
-def _add(
+def add(
     targets: list[Tensor], gradients: list[Tensor], factor: float, gamma: float | Tensor
 ) -> None:
     """target <- target - gamma * factor * gradient."""

@@ -73,7 +73,7 @@ class PredictiveCodingOptimizer(Optimizer):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float = 0.0,
+        momentum: float | Literal["auto"] = 0.0,
         value_nodes: ValueNodes = "auto",
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[[], float] | None = None,

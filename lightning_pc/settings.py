@@ -30,7 +30,7 @@ class Settings:
     T: int | Literal["auto"] | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
-    momentum: float = 0.0
+    momentum: float | Literal["auto"] = 0.0
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
@@ -60,16 +60,6 @@ class Settings:
             raise ConfigError(
                 f"gamma_decay={self.gamma_decay!r}: expected a factor in (0, 1]; 1 keeps gamma."
             )
-        if not (_is_number(self.momentum) and 0 <= self.momentum < 1):
-            raise ConfigError(
-                f"momentum={self.momentum!r}: expected the share of their velocity that values "
-                "keep from step to step, in [0, 1)."
-            )
-        if self.momentum and fixed is not None:
-            raise ConfigError(
-                f"momentum={self.momentum:g}: {self.algorithm} is exact without momentum alone, "
-                "leave it at 0."
-            )
         if self.reset not in ("batch", "never"):
             raise ConfigError(f"reset={self.reset!r}: expected 'batch' or 'never'.")
         if self.reset == "never" and self.algorithm == "zil":
@@ -81,7 +71,29 @@ class Settings:
                 "or a callable of the batch."
             )
         softmax_energy(self.softmax_energy, -1)
+        self._check_momentum()
         self._check_variants()
+
+    def _check_momentum(self) -> None:
+        momentum = self.momentum
+        automatic = isinstance(momentum, str) and momentum == "auto"
+        if not automatic and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
+            raise ConfigError(
+                f"momentum={momentum!r}: expected the share of their velocity that values keep "
+                "from step to step, in [0, 1), or 'auto'."
+            )
+        if momentum and self.algorithm == "zil":
+            raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
+        if automatic and self.algorithm == "ipc":
+            raise ConfigError(
+                "momentum='auto' tells from two gradients how F bends between them, but ipc moves "
+                "the weights as well: give a number, or use 'pc' or 'epc'."
+            )
+        if automatic and precisions(self.precisions).varies:
+            raise ConfigError(
+                "momentum='auto' tells from two gradients how F bends between them, but varying "
+                "precisions change F itself: give a number."
+            )
 
     def _check_variants(self) -> None:
         if self.nudging not in tuple(NUDGINGS):

@@ -19,6 +19,7 @@ from lightning_pc.checks import (
     checked_loss,
     unreached,
 )
+from lightning_pc.conjugate import Conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.diagnosis import PATIENCE, silenced, unseen, unstable
 from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
@@ -221,7 +222,12 @@ class Learner:
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
-        inference = Inference(gamma, self.settings.gamma_decay, self.settings.momentum)
+        decay, momentum = self.settings.gamma_decay, self.settings.momentum
+        inference = (
+            Conjugate(gamma, decay)
+            if momentum == "auto"
+            else Inference(gamma, decay, float(momentum))
+        )
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}

@@ -102,7 +102,7 @@ class PCStrategy(SingleDeviceStrategy):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float = 0.0,
+        momentum: float | Literal["auto"] = 0.0,
         value_nodes: str
         | type[nn.Module]
         | Callable[[str, nn.Module], bool]

@@ -86,7 +86,7 @@ def classify(net: nn.Module, images: Images, job: Job) -> Figures:
         net: Images [B, *] to logits [B, C].
         images: What it learns and is tested on.
         job: Beside what `Learner` needs, its ``seed``, ``epochs`` and ``batch`` size are used; and
-            ``loss`` ("squared" for the squared error) and ``T``, where it has them.
+            ``loss`` ("squared" for the squared error), ``T`` and ``momentum``, where it has them.
 
     Returns:
         ``accuracy`` at the end and ``best_accuracy`` of all epochs, in percent, ``loss``, the mean
@@ -95,7 +95,7 @@ def classify(net: nn.Module, images: Images, job: Job) -> Figures:
         batch.
     """
     inputs, labels = images.train
-    options = {"T": job["T"]} if "T" in job else {}
+    options = {name: job[name] for name in ("T", "momentum") if name in job}
     learner, order = Learner(net, job, **options), torch.Generator().manual_seed(job["seed"])
     loss_of = _squared_error if job.get("loss") == "squared" else F.cross_entropy
     steps: list[int] = []
