@@ -97,7 +97,7 @@ class Inference:
 def descend(
     targets: Sequence[Tensor], nodes: Sequence[Node], scale: float, gamma: float | Tensor
 ) -> None:
-    """target <- target - gamma dF/dx, for each node that an error has reached."""
+    """Moves targets by -gamma dF/dx, each where an error has reached its node."""
     pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     for target, node in zip(targets, nodes, strict=True):
         if node.slopes is not None:
@@ -112,7 +112,7 @@ def descend(
 def add(
     targets: list[Tensor], gradients: list[Tensor], factor: float, gamma: float | Tensor
 ) -> None:
-    """target <- target - gamma * factor * gradient."""
+    """Moves targets by -gamma * factor * gradient."""
     if isinstance(gamma, Tensor):  # a rate on the device has no alpha
         gradients = list(torch._foreach_mul(gradients, gamma))
         torch._foreach_add_(targets, gradients, alpha=-factor)

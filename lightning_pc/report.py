@@ -25,7 +25,8 @@ class StepReport:
         loss: The user's loss at each evaluation, [t].
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
-        momentum: Share of their velocity that values kept from step to step.
+        momentum: Share of their velocity that values kept from step to step; 0 where it was
+            automatic.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
             goes; None where gamma is given. gamma * curvature must stay below
             2 (1 + momentum).

@@ -50,7 +50,8 @@ def written_out(kind, net, x, y, gamma):
         r = r - length * bent
         assert (r @ r) / was < 1  # or the bound on momentum would hold it back
         p = r + (r @ r) / was * p
-    return torch.stack(free).detach(), [v.view(s) for v, s in zip(tried.split(sizes), shapes)]
+    ends = [v.view(s) for v, s in zip(tried.split(sizes), shapes, strict=True)]
+    return torch.stack(free).detach(), ends
 
 
 @pytest.mark.parametrize("gamma", [0.2, 0.35])

@@ -146,7 +146,7 @@ def test_explain():
 
 
 def test_momentum_widens_the_limit():
-    """A linear chain of one value, F = x^2 / 2 + (sqrt(2) x - y)^2: curvature 5, limit 2 (1 + m)."""
+    """One value, F = x^2 / 2 + (sqrt(2) x - y)^2: curvature 5; momentum 0.5: limit 3."""
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     with torch.no_grad():
         for layer, weight in zip(net, (1.0, 2**0.5), strict=True):
