@@ -32,11 +32,8 @@ class Conjugate(Inference):
 
     Args:
         gamma: Length of the tried step, stable in every direction (below 2 / curvature).
-        gamma_decay: As of `Inference`.
+        gamma_decay: Factor of gamma after a step at which the energy has not fallen.
     """
-
-    def __init__(self, gamma: float, gamma_decay: float) -> None:
-        super().__init__(gamma, gamma_decay)
 
     @override
     def begin(self) -> None:

@@ -1,7 +1,7 @@
 """How values move: x <- x - gamma dF/dx, all nodes at once (Jacobi), Eq. 6 and 10 of the paper.
 
 With momentum m they move by a velocity, v <- m v + dF/dx and x <- x - gamma v (Polyak's heavy
-ball), as in PCX (Pinchetti et al. 2024) and DeepPCNs. Values start at rest.
+ball), as in PCX (Pinchetti et al. 2024). Values start at rest.
 """
 
 from __future__ import annotations
