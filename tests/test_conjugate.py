@@ -1,10 +1,12 @@
 """momentum="auto": the values' conjugate gradients, one evaluation a step."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning_problems import Module, data, loader, trainer
 from oracle import ErrorCoordinates, Explicit
 from problems import MLP, twin, vectors
 from test_curvature import chain, classifier, sgd, squared
@@ -158,3 +160,19 @@ def test_a_rate_on_the_device_is_as_good():
         return node.x.detach()
 
     torch.testing.assert_close(moved(torch.tensor(0.2)), moved(0.2))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6, "auto"])
+def test_the_trainer_hands_it_on(momentum):
+    """The same batches leave the same weights as by the optimizer."""
+    module, batches = Module(), data(3)
+    model = copy.deepcopy(module)
+    fit = trainer({"algorithm": "pc", "gamma": 0.2, "momentum": momentum})
+    fit.fit(module, loader(batches))
+    optimizer = PC(model.configure_optimizers(), model, gamma=0.2, momentum=momentum)
+    for i, batch in enumerate(batches):
+        optimizer.step(lambda batch=batch, i=i: model.training_step(batch, i))
+    for p, q in zip(module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    own = optimizer.report.free_energy
+    torch.testing.assert_close(fit.strategy.report.free_energy, own)
