@@ -14,11 +14,14 @@ from lightning_pc.errors import DivergenceError
 from lightning_pc.nodes import Node
 from lightning_pc.report import StepReport
 
-#: Stable moves of the values have gamma * curvature below this.
-LIMIT = 2.0
 #: What is seen this often on end is no accident: batches in which inference raises the energy, or
 #: looks at the curvature that fail.
 PATIENCE = 3
+
+
+def limit(momentum: float) -> float:
+    """Stable moves of the values have gamma * curvature below this; 2 without momentum."""
+    return 2.0 * (1.0 + momentum)
 
 
 def divergence(
@@ -28,6 +31,7 @@ def divergence(
     free: Sequence[float],
     start: int,
     gamma: float,
+    momentum: float,
     automatic: bool,
     incremental: bool,
 ) -> DivergenceError:
@@ -40,6 +44,7 @@ def divergence(
         free: F at each evaluation before the last.
         start: t of the first of these evaluations.
         gamma: Inference rate at the start of the batch.
+        momentum: Of the values.
         automatic: It was chosen by ``gamma="auto"``.
         incremental: The weights moved between these evaluations.
     """
@@ -52,7 +57,7 @@ def divergence(
     why = "Lower gamma, or the learning rate."
     if not t + start:
         why = "Inference has not begun: look at the batch, the model, the learning rate."
-    rising = _rising([value for value in free[:t] if math.isfinite(value)])
+    rising = _rising([value for value in free[:t] if math.isfinite(value)], momentum)
     if rising is not None:
         since, product = rising
         energy = energies[t - 1]
@@ -63,12 +68,12 @@ def divergence(
         if incremental:
             why += " The weights move at every step: lower the learning rate, or gamma."
         else:
-            remedy = f"Use gamma='auto', or gamma < {LIMIT * gamma / product:.2g}."
+            remedy = f"Use gamma='auto', or gamma < {limit(momentum) * gamma / product:.2g}."
             if automatic:
                 remedy = "The weights have changed since gamma was chosen: lower the learning rate."
             why = (
                 f"F has risen since t = {start + since}, so fast that gamma = {gamma:.3g} times "
-                f"its curvature is at least {product:.2g}, above the limit of {LIMIT:g}; "
+                f"its curvature is at least {product:.2g}, above the limit of {limit(momentum):g}; "
                 f"{where_most}. {remedy}"
             )
     return DivergenceError(
@@ -77,34 +82,39 @@ def divergence(
     )
 
 
-def _rising(free: Sequence[float]) -> tuple[int, float] | None:
+def _rising(free: Sequence[float], momentum: float) -> tuple[int, float] | None:
     """Step since which F rises, and gamma * curvature by the growth of its last step."""
     if len(free) < 2 or not free[-1] > free[-2] > 0:
         return None
     since = len(free) - 1
     while since > 1 and free[since - 1] > free[since - 2]:
         since -= 1
-    # An unstable error grows by gamma * curvature - 1 per step, F by the square of that.
-    return since, 1 + math.sqrt(free[-1] / free[-2])
+    # An unstable error changes its sign and grows at each step, F by the square of that growth.
+    # Heavy ball: (1 + growth) (1 + momentum / growth) = gamma * curvature.
+    growth = math.sqrt(free[-1] / free[-2])
+    return since, (1 + growth) * (1 + momentum / growth)
 
 
-def unstable(node: Node, gamma: float, curvature: float, bearable: float, since: int) -> str:
+def unstable(
+    node: Node, gamma: float, momentum: float, curvature: float, bearable: float, since: int
+) -> str:
     """Says that inference raises the energy, "" where gamma is not to blame.
 
     Args:
         node: Where the curvature is largest.
         gamma: Inference rate.
+        momentum: Of the values.
         curvature: Largest curvature of F in the values.
-        bearable: Largest gamma * curvature that the algorithm lives with.
+        bearable: Largest gamma * curvature that the algorithm lives with, without momentum.
         since: The first of the batches on end in which it did.
     """
-    if not gamma * curvature > bearable:
+    if not gamma * curvature > bearable * (1 + momentum):
         return ""
     return (
         f"Since batch {since} inference raises the energy instead of lowering it: gamma = "
         f"{gamma:.3g} times the curvature of {curvature:.3g}, which is largest at value node "
-        f"'{node.name}', is {gamma * curvature:.3g}, above the limit of {LIMIT:g}. Use "
-        f"gamma='auto', or gamma < {LIMIT / curvature:.2g}."
+        f"'{node.name}', is {gamma * curvature:.3g}, above the limit of {limit(momentum):g}. "
+        f"Use gamma='auto', or gamma < {limit(momentum) / curvature:.2g}."
     )
 
 
@@ -181,7 +191,8 @@ def explain(report: StepReport) -> str:
     if report.curvature is not None:
         lines.append(
             f"gamma {report.gamma:.3g} times the curvature {report.curvature:.3g} is "
-            f"{report.gamma * report.curvature:.2g}; the limit is {LIMIT:g}."
+            f"{report.gamma * report.curvature:.2g}; the limit is "
+            f"{limit(report.momentum):g}."
         )
     shares = report.energy_by_depth
     if shares and len(shares) > 1:

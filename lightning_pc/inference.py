@@ -1,4 +1,8 @@
-"""How values move: x <- x - gamma dF/dx, all nodes at once (Jacobi), Eq. 6 and 10 of the paper."""
+"""How values move: x <- x - gamma dF/dx, all nodes at once (Jacobi), Eq. 6 and 10 of the paper.
+
+With momentum m they move by a velocity, v <- m v + dF/dx and x <- x - gamma v (Polyak's heavy
+ball), as in PCX (Pinchetti et al. 2024). Values start at rest.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +25,13 @@ class Inference:
         gamma: Inference rate, > 0.
         gamma_decay: Factor of gamma after a step at which the energy has not fallen (the paper,
             D.3), in (0, 1]; 1 leaves gamma alone.
+        momentum: Share of a node's velocity that it keeps from step to step, in [0, 1).
     """
 
-    def __init__(self, gamma: float, gamma_decay: float) -> None:
+    def __init__(self, gamma: float, gamma_decay: float, momentum: float = 0.0) -> None:
         self.start_gamma = gamma
         self.gamma_decay = gamma_decay
+        self.momentum = momentum
         self.begin()
 
     def begin(self) -> None:
@@ -43,7 +49,7 @@ class Inference:
         """
         if self._moved is None or self._last is None or self._first is None:
             return None
-        return self._moved.abs() <= CONVERGED * (self._first - self._last)
+        return self._moved <= CONVERGED * (self._first - self._last)
 
     @property
     def rose(self) -> Tensor | None:
@@ -62,7 +68,9 @@ class Inference:
         if self._last is None:
             self._first = energy
         else:
-            self._moved = energy - self._last
+            # A velocity keeps values moving where F happens to stand still, at a turn.
+            moved, before = (energy - self._last).abs(), self._moved
+            self._moved = moved if before is None else moved.maximum(self.momentum * before)
         self._last = energy
 
     @torch.no_grad()
@@ -73,16 +81,40 @@ class Inference:
             nodes: Nodes with their ``slopes`` and ``below`` (the gradient through the module).
             scale: Factor that turns ``below`` into the gradient of the sum F.
         """
-        pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        values = [node.coordinates for node in nodes]
+        if not self.momentum:
+            descend(values, nodes, scale, self.gamma)
+            return
         for node in nodes:
-            if node.slopes is not None:
-                pulls[node.slopes.factor].append((node.coordinates, node.slopes.dx))
-            if node.below is not None:
-                pulls[scale].append((node.coordinates, node.below))
-        for factor, pairs in pulls.items():
-            values, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
-            if isinstance(self.gamma, Tensor):  # a rate on the device has no alpha
-                gradients = list(torch._foreach_mul(gradients, self.gamma))
-                torch._foreach_add_(values, gradients, alpha=-factor)
-            else:
-                torch._foreach_add_(values, gradients, alpha=-factor * self.gamma)
+            if node.velocity is None:
+                node.velocity = torch.zeros_like(node.coordinates, requires_grad=False)
+        velocities = [node.velocity for node in nodes if node.velocity is not None]
+        torch._foreach_mul_(velocities, self.momentum)
+        descend(velocities, nodes, scale, -1.0)
+        add(values, velocities, 1.0, self.gamma)
+
+
+def descend(
+    targets: Sequence[Tensor], nodes: Sequence[Node], scale: float, gamma: float | Tensor
+) -> None:
+    """Moves targets by -gamma dF/dx, each where an error has reached its node."""
+    pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for target, node in zip(targets, nodes, strict=True):
+        if node.slopes is not None:
+            pulls[node.slopes.factor].append((target, node.slopes.dx))
+        if node.below is not None:
+            pulls[scale].append((target, node.below))
+    for factor, pairs in pulls.items():
+        moved, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
+        add(moved, gradients, factor, gamma)
+
+
+def add(
+    targets: list[Tensor], gradients: list[Tensor], factor: float, gamma: float | Tensor
+) -> None:
+    """Moves targets by -gamma * factor * gradient."""
+    if isinstance(gamma, Tensor):  # a rate on the device has no alpha
+        gradients = list(torch._foreach_mul(gradients, gamma))
+        torch._foreach_add_(targets, gradients, alpha=-factor)
+    else:
+        torch._foreach_add_(targets, gradients, alpha=-factor * gamma)

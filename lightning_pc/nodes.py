@@ -46,6 +46,7 @@ class Node:
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         weight: Of its energy in F, at the coming evaluation.
+        velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
     """
 
@@ -59,6 +60,7 @@ class Node:
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     weight: float = 1.0
+    velocity: Tensor | None = None
     passes: str = ""
     # Of the current evaluation: the energy's gradients (None until an error arrives), the
     # gradient that comes from below, and where mu was computed.

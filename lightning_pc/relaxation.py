@@ -205,7 +205,7 @@ class Relaxation:
         self.weigh(0)
         for node, start, below in self._begun:
             node.coordinates.data.copy_(start)
-            node.below = below
+            node.below, node.velocity = below, None
         self._move(self.energies[0].sum(), self.losses[0])
         for node in self.graph.nodes:
             node.forget()
@@ -236,6 +236,7 @@ class Relaxation:
             [float(loss * self.terms * pull + energy.sum()) for loss, energy, pull in pairs],
             t + 1 - len(losses),
             self.inference.start_gamma,
+            self.inference.momentum,
             self.auto is not None,
             self.schedule.incremental,
         )

@@ -30,6 +30,7 @@ class Settings:
     T: int | Literal["auto"] | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
+    momentum: float | Literal["auto"] = 0.0
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
@@ -70,7 +71,29 @@ class Settings:
                 "or a callable of the batch."
             )
         softmax_energy(self.softmax_energy, -1)
+        self._check_momentum()
         self._check_variants()
+
+    def _check_momentum(self) -> None:
+        momentum = self.momentum
+        automatic = isinstance(momentum, str) and momentum == "auto"
+        if not automatic and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
+            raise ConfigError(
+                f"momentum={momentum!r}: expected the share of their velocity that values keep "
+                "from step to step, in [0, 1), or 'auto'."
+            )
+        if momentum and self.algorithm == "zil":
+            raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
+        if automatic and self.algorithm == "ipc":
+            raise ConfigError(
+                "momentum='auto' tells from two gradients how F bends between them, but ipc moves "
+                "the weights as well: give a number, or use 'pc' or 'epc'."
+            )
+        if automatic and precisions(self.precisions).varies:
+            raise ConfigError(
+                "momentum='auto' tells from two gradients how F bends between them, but varying "
+                "precisions change F itself: give a number."
+            )
 
     def _check_variants(self) -> None:
         if self.nudging not in tuple(NUDGINGS):

@@ -19,6 +19,7 @@ from lightning_pc.checks import (
     checked_loss,
     unreached,
 )
+from lightning_pc.conjugate import Conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.diagnosis import PATIENCE, silenced, unseen, unstable
 from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
@@ -221,7 +222,12 @@ class Learner:
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
-        inference = Inference(gamma, self.settings.gamma_decay)
+        decay, momentum = self.settings.gamma_decay, self.settings.momentum
+        inference = (
+            Conjugate(gamma, decay)
+            if momentum == "auto"
+            else Inference(gamma, decay, float(momentum))
+        )
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}
@@ -263,9 +269,10 @@ class Learner:
             self._warn("unseen", unseen(self.auto.failures, self.auto.gamma))
         elif relaxation.seen is not None:
             curvature, node = relaxation.seen
-            gamma, since = inference.start_gamma, self._batches - self._rises
-            bearable = self.schedule.bearable
-            self._warn("unstable", unstable(node, gamma, curvature, bearable, since))
+            gamma, momentum = inference.start_gamma, inference.momentum
+            bearable, since = self.schedule.bearable, self._batches - self._rises
+            said = unstable(node, gamma, momentum, curvature, bearable, since)
+            self._warn("unstable", said)
             self._rises = -SECOND_LOOK
         elif not self.schedule.fixed_gamma:
             self._rises = self._rises + 1 if rose or self._rises < 0 else 0
@@ -287,6 +294,7 @@ class Learner:
             loss=torch.stack(relaxation.losses),
             loss_terms=relaxation.terms,
             gamma=float(relaxation.inference.gamma),
+            momentum=relaxation.inference.momentum,
             curvature=None if self.auto is None else self.auto.curvature,
             energies=torch.stack(relaxation.energies),
             pulls=tuple(relaxation.pulls),

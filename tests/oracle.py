@@ -50,6 +50,7 @@ class Oracle:
     incremental: bool
     gamma_decay: float = 1.0
     layers: list | None = None
+    momentum: float = 0.0
     used_gamma: float = 0.0
     values: list = field(default_factory=list)
     losses: list = field(default_factory=list)
@@ -71,6 +72,7 @@ class Oracle:
             v.append((v[0] if len(v) == 1 else F[self.f][0](v[-1])) @ self.weights[i].T)
             v[-1] = v[-1] + self.biases[i]
         gamma, last = self.gamma, None
+        velocities = [0.0 for _ in v[1:]]
         self.losses, self.energies = [], []
         for t in range(self.T):
             below, mu = self.predictions(v, layers)
@@ -99,7 +101,10 @@ class Oracle:
                     self.weights[i] = self.weights[i] - self.lr * dW[i]
                     self.biases[i] = self.biases[i] - self.lr * db[i]
             if moves:
-                v = [x, *(value - gamma * slope_ for value, slope_ in zip(v[1:], dv, strict=True))]
+                velocities = [
+                    self.momentum * u + slope_ for u, slope_ in zip(velocities, dv, strict=True)
+                ]
+                v = [x, *(value - gamma * u for value, u in zip(v[1:], velocities, strict=True))]
         self.used_gamma, self.values = gamma, v[1:]
 
 
@@ -132,11 +137,11 @@ class Explicit:
             self.energy = self.energy + weight * (p * (p.log() - q.log())).sum()
         return x
 
-    def batch(self, model, batch, gamma, T, lr, incremental, betas=(1.0,)):
+    def batch(self, model, batch, gamma, T, lr, incremental, betas=(1.0,), momentum=0.0):
         weights = [p for p in model.parameters() if p.requires_grad]
         learned, self.energies = [torch.zeros_like(w) for w in weights], []
         for beta in betas:
-            self.values = []
+            self.values, velocities = [], None
             for t in range(T):
                 free, terms = self.free_energy(model, batch, t, beta)
                 self.energies.append(free.item())
@@ -144,8 +149,9 @@ class Explicit:
                 dw = torch.autograd.grad(free / terms / beta / len(betas), weights)
                 with torch.no_grad():
                     if incremental or t < T - 1:
-                        for x, slope in zip(self.values, dx, strict=True):
-                            x -= gamma * slope
+                        velocities = velocities or [torch.zeros_like(x) for x in self.values]
+                        for x, v, slope in zip(self.values, velocities, dx, strict=True):
+                            x -= gamma * v.mul_(momentum).add_(slope)
                     if incremental:
                         for w, slope in zip(weights, dw, strict=True):
                             w -= lr * slope
@@ -175,19 +181,20 @@ class ErrorCoordinates(Explicit):
         self.values.append((mu + e).detach().requires_grad_())
         return mu + e
 
-    def batch(self, model, batch, gamma, T, lr, incremental=False, betas=(1.0,)):
+    def batch(self, model, batch, gamma, T, lr, incremental=False, betas=(1.0,), momentum=0.0):
         weights = [p for p in model.parameters() if p.requires_grad]
         learned = [torch.zeros_like(w) for w in weights]
         for beta in betas:
-            self.errors, self.settled = [], False
+            self.errors, self.settled, velocities = [], False, None
             for t in range(T):
                 self.values = []
                 free, _ = self.free_energy(model, batch, t, beta)
                 if t < T - 1:
                     slopes = torch.autograd.grad(free, self.errors)
+                    velocities = velocities or [torch.zeros_like(e) for e in self.errors]
                     with torch.no_grad():
-                        for e, slope in zip(self.errors, slopes, strict=True):
-                            e -= gamma * slope
+                        for e, v, slope in zip(self.errors, velocities, slopes, strict=True):
+                            e -= gamma * v.mul_(momentum).add_(slope)
             self.settled = True
             free, terms = self.free_energy(model, batch, T - 1, beta)
             slopes = torch.autograd.grad(free / terms / beta / len(betas), weights)

@@ -143,7 +143,7 @@ def test_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for argument in ("algorithm", "T", "gamma", "gamma_decay", "value_nodes", "reset"):
         assert f"--trainer.strategy.{argument} " in text
-    for argument in ("loss_terms", "softmax_energy", "precisions", "nudging", "beta"):
+    for argument in ("momentum", "loss_terms", "softmax_energy", "precisions", "nudging", "beta"):
         assert f"--trainer.strategy.{argument} " in text
     assert "Trains a LightningModule with predictive coding" in text
     assert "values and weights move at every inference step" in text

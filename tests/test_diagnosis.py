@@ -143,3 +143,30 @@ def test_explain():
     with pytest.warns(UserWarning, match="Since batch"):
         run(wrong, loss, 5)
     assert "It rose: gamma is too large; most of the energy is at '" in explain(wrong.report)
+
+
+def test_momentum_widens_the_limit():
+    """One value, F = x^2 / 2 + (sqrt(2) x - y)^2: curvature 5; momentum 0.5: limit 3."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    with torch.no_grad():
+        for layer, weight in zip(net, (1.0, 2**0.5), strict=True):
+            layer.weight.fill_(weight), layer.bias.zero_()
+    x, y = torch.zeros(4, 1), torch.full((4, 1), 1e-3)
+
+    def optimizer(gamma, T):
+        return frozen(PC, net, gamma=gamma, momentum=0.5, value_nodes="linear", T=T)
+
+    for gamma, falls in ((2.9 / 5, True), (3.1 / 5, False)):
+        run(found := optimizer(gamma, 200), loss := lambda: F.mse_loss(net(x), y), 1)
+        assert (found.report.free_energy[-1] < found.report.free_energy[0]) == falls
+    with pytest.raises(DivergenceError) as error:
+        optimizer(6.0 / 5, 400).step(loss)
+    message = str(error.value)
+    assert "is at least 6, above the limit of 3;" in message
+    assert "or gamma < 0.6." in message
+    with pytest.warns(UserWarning, match=r"above the limit of 3\. Use .* gamma < 0\.6"):
+        run(optimizer(3.3 / 5, 30), loss, 8)
+    automatic = frozen(PC, net, momentum=0.5, value_nodes="linear")
+    automatic.step(loss)
+    assert automatic.report.momentum == 0.5
+    assert "the limit is 3." in explain(automatic.report)

@@ -22,7 +22,9 @@ def nodes():
 
 
 @pytest.mark.parametrize("gamma", [0.3, torch.tensor(0.3)], ids=["host", "device"])
-def test_a_move_is_a_step_down_the_gradient_of_f(gamma):
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_a_move_is_a_step_down_the_gradient_of_f(momentum, gamma):
+    """The second is also one along the first, with momentum."""
     moved = nodes()
     expected = []
     for node in nodes():
@@ -31,12 +33,23 @@ def test_a_move_is_a_step_down_the_gradient_of_f(gamma):
             slope = slope + node.slopes.factor * node.slopes.dx
         if node.below is not None:
             slope = slope + 4.0 * node.below
-        expected.append(node.x.detach() - 0.3 * slope)
-    inference = Inference(0.3, 1.0)
+        expected.append(node.x.detach() - 0.3 * (2 + momentum) * slope)
+    inference = Inference(0.3, 1.0, momentum)
     inference.gamma = gamma
-    inference.move(moved, 4.0)
+    for _ in range(2):  # the gradients stay
+        inference.move(moved, 4.0)
     for node, value in zip(moved, expected, strict=True):
         torch.testing.assert_close(node.x.detach(), value)
+
+
+@pytest.mark.parametrize(("momentum", "end"), [(0.0, 2), (0.5, 8)])  # 50 / 2**7 < 1 % of 50.1
+def test_where_f_stands_still_a_velocity_goes_on(momentum, end):
+    """A step that moves F by nothing ends inference, but at the turn of one with momentum."""
+    inference, seen = Inference(1.0, 1.0, momentum), []
+    for energy in (100.0, 50.0, 50.0, *[49.9] * 8):
+        inference.observe(torch.tensor(energy))
+        seen.append(inference.converged is not None and bool(inference.converged))
+    assert seen.index(True) == end
 
 
 def test_gamma_decays_when_the_energy_has_not_fallen():

@@ -35,17 +35,18 @@ def batches(loss):
         yield x, torch.randint(0, 4, (n,)) if loss.startswith("ce") else torch.randn(n, 4).double()
 
 
-def compare(model, share, algorithm, f, loss, gamma, gamma_decay, lr, T):
+def compare(model, share, algorithm, f, loss, gamma, gamma_decay, lr, T, momentum=0.0):
     linears = list(dict.fromkeys(m for m in model.modules() if isinstance(m, nn.Linear)))
     user_loss, own_loss, terms = LOSSES[loss]
     oracle = Oracle(
         [m.weight.detach().numpy().copy() for m in linears],
         [m.bias.detach().numpy().copy() for m in linears],
-        *(f, own_loss, lr, gamma, T, algorithm is IPC, gamma_decay, share),
+        *(f, own_loss, lr, gamma, T, algorithm is IPC, gamma_decay, share, momentum),
     )
     start = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
     sgd = torch.optim.SGD(model.parameters(), lr)
-    optimizer = algorithm(sgd, model, T=T, gamma=gamma, gamma_decay=gamma_decay)
+    given = {"gamma": gamma, "gamma_decay": gamma_decay, "momentum": momentum}
+    optimizer = algorithm(sgd, model, T=T, **given)
     for x, y in batches(loss):
         value = optimizer.step(lambda x=x, y=y: user_loss(model(x), y))
         oracle.batch(x.numpy(), y.numpy(), terms(len(x)))
@@ -74,6 +75,16 @@ def test_equals_explicit_equations(algorithm, f, loss, gamma_decay):
     model = MLP((6, 7, 5, 4), f).double()
     lr = 0.1 * (4 if loss == "mse" else 1)
     compare(model, None, algorithm, f, loss, 0.2, gamma_decay, lr, 6)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+@pytest.mark.parametrize("gamma_decay", [1.0, 0.9])
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_momentum_equals_explicit_equations(algorithm, gamma_decay, momentum):
+    model = MLP((6, 7, 5, 5, 4), "tanh").double()
+    oracle = compare(model, None, algorithm, "tanh", "ce", 0.8, gamma_decay, 0.1, 12, momentum)
+    if momentum == 0.9 and gamma_decay < 1:
+        assert oracle.used_gamma < 0.8  # it overshoots, and both play together
 
 
 @pytest.mark.parametrize("algorithm", [PC, IPC])

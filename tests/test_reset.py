@@ -23,14 +23,17 @@ MODELS = {"mlp": lambda: MLP((6, 7, 6, 5, 4)), "relu": lambda: MLP((6, 7, 6, 4),
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("calls", [[1] * 12, [4] * 3, [6, 6]])
-@pytest.mark.parametrize("name", ["mlp", "relu", "dropout"])
-def test_many_calls_are_one_long_one(name, calls, optimizer):
+@pytest.mark.parametrize(
+    ("name", "momentum"), [("mlp", 0.0), ("relu", 0.0), ("dropout", 0.0), ("mlp", 0.7)]
+)
+def test_many_calls_are_one_long_one(name, momentum, calls, optimizer):
+    """Values keep their velocity as well."""
     model = (dropped if name == "dropout" else MODELS[name])().double()
     other, start = twin(model), twin(model)
     x, y = vectors(8)
     x = x.double()
     lr = 0.05 if optimizer is torch.optim.SGD else 1e-3
-    kwargs = {"gamma": 0.2, "gamma_decay": 1}
+    kwargs = {"gamma": 0.2, "gamma_decay": 1, "momentum": momentum}
     torch.manual_seed(3)
     IPC(optimizer(other.parameters(), lr), other, T=sum(calls), **kwargs).step(
         lambda: ce(other, x, y)

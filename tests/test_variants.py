@@ -88,17 +88,18 @@ NUDGINGS = {
 }
 
 
-def compare(graph, algorithm, weigh, betas=(1.0,), **arguments):
+def compare(graph, algorithm, weigh, betas=(1.0,), momentum=0.0, **arguments):
     make, forward, depths, draw = GRAPHS[graph]
     model = make().double()
     other, start, lr = twin(model), twin(model), 0.05
     oracle = Explicit(forward, depths, weigh)
     sgd = torch.optim.SGD(model.parameters(), lr)
-    optimizer = algorithm(sgd, model, T=T, gamma=0.2, gamma_decay=1, **arguments)
+    given = {"gamma": 0.2, "gamma_decay": 1, "momentum": momentum, **arguments}
+    optimizer = algorithm(sgd, model, T=T, **given)
     for n in (8, 8, 5):
         x, y = draw(n)
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
-        oracle.batch(other, (x, y), 0.2, T, lr, algorithm is IPC, betas)
+        oracle.batch(other, (x, y), 0.2, T, lr, algorithm is IPC, betas, momentum)
         for mine, node in zip(oracle.values, optimizer.values.values(), strict=True):
             assert relative(node.detach(), mine.detach()) < 1e-9
         energies = oracle.energies[:T] + oracle.energies[T + 1 :]  # t = 0 is shared
@@ -128,8 +129,8 @@ def test_nudging_equals_f_written_out(nudging, graph, algorithm):
 
 @pytest.mark.parametrize("graph", ["mlp", "residual"])
 @pytest.mark.parametrize("nudging", NUDGINGS)
-@pytest.mark.parametrize("weights", ["depth 2", "callable"])
-def test_error_coordinates_take_both(weights, nudging, graph):
+@pytest.mark.parametrize(("weights", "momentum"), [("depth 2", 0.0), ("callable", 0.7)])
+def test_error_coordinates_take_all(weights, momentum, nudging, graph):
     given, weigh = WEIGHTS[weights]
     make, forward, depths, draw = GRAPHS[graph]
     model = make().double()
@@ -139,13 +140,13 @@ def test_error_coordinates_take_both(weights, nudging, graph):
         torch.optim.SGD(model.parameters(), 0.05),
         model,
         **{"T": T, "gamma": 0.2, "gamma_decay": 1, "precisions": given},
-        nudging=nudging,
+        **{"momentum": momentum, "nudging": nudging},
         beta=0.3,
     )
     for n in (8, 5):
         x, y = draw(n)
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
-        oracle.batch(other, (x, y), 0.2, T, 0.05, betas=NUDGINGS[nudging])
+        oracle.batch(other, (x, y), 0.2, T, 0.05, betas=NUDGINGS[nudging], momentum=momentum)
     assert far(model, other)[0] < 1e-9
 
 
@@ -161,6 +162,25 @@ def test_both_at_once(weights):
     given, weigh = WEIGHTS[weights]
     arguments = {"precisions": given, "nudging": "centered", "beta": 0.3}
     compare("mlp", PC, lambda d, t: weigh(d, t, T - 1), (0.3, -0.3), **arguments)
+
+
+@pytest.mark.parametrize("weights", ["depth 2", "spiking"])
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
+def test_momentum_under_every_variant(graph, algorithm, weights):
+    """Each phase of a centered batch starts at rest."""
+    given, weigh = WEIGHTS[weights]
+    betas = NUDGINGS["centered"] if algorithm is PC else (1.0,)
+    nudged = {"nudging": "centered", "beta": 0.3} if algorithm is PC else {}
+    compare(
+        graph,
+        algorithm,
+        lambda d, t: weigh(d, t, STEPS[algorithm]),
+        betas,
+        momentum=0.7,
+        precisions=given,
+        **nudged,
+    )
 
 
 # --- precisions ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from rich.table import Table
 from lightning_pc.errors import DivergenceError
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.networks import NETWORKS, Loss, problem
-from recipes.stability.training import Learner
+from recipes.stability.training import MOMENTUM, Learner, rate
 
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 ALGORITHMS = ("ipc", "pc")
@@ -31,14 +31,19 @@ DRAWS = 64  # of dropout masks
 
 
 def jobs() -> list[Job]:
-    """120 of the smallest size, 360 of the next."""
+    """132 of the smallest size, 396 of the next."""
     return [
-        {"size": size, "network": network, "algorithm": algorithm, "gamma": gamma, "seed": seed}
+        {"size": size, "network": network, "algorithm": algorithm, **given, "seed": seed}
         | {"steps": settings["steps"], "lr": 1e-3, "weight_decay": 0.01}
         for size, settings in enumerate(SIZES)
-        for network, algorithm, gamma in product(NETWORKS, ALGORITHMS, GAMMAS)
+        for network, algorithm in product(NETWORKS, ALGORITHMS)
+        for given in _rates(algorithm)
         for seed in settings["seeds"]
     ]
+
+
+def _rates(algorithm: str) -> list[Job]:
+    return [*({"gamma": gamma} for gamma in GAMMAS), *([MOMENTUM] if algorithm == "pc" else [])]
 
 
 def run(job: Job, data_dir: str | None = None) -> Figures:
@@ -77,18 +82,18 @@ def expected(loss: Loss) -> float:
 
 
 def losses(rows: Sequence[Row], network: str, algorithm: str) -> dict[Any, float]:
-    """Gamma -> loss, the mean over seeds; infinite where one diverged."""
+    """Rate -> loss, the mean over seeds; infinite where one diverged."""
     found: dict[Any, list[float]] = {}
     for row in rows:
         if (row["network"], row["algorithm"]) == (network, algorithm):
             loss = inf if row["loss"] is None else row["loss"]
-            found.setdefault(row["gamma"], []).append(loss)
+            found.setdefault(rate(row), []).append(loss)
     return {gamma: fmean(values) for gamma, values in found.items()}
 
 
 def ratio(found: dict[Any, float]) -> float | None:
     """Auto's loss over that of the best fixed gamma; None before both are known."""
-    fixed = [loss for gamma, loss in found.items() if gamma != "auto"]
+    fixed = [loss for gamma, loss in found.items() if not isinstance(gamma, str)]
     if "auto" not in found or not fixed:
         return None
     best = min(fixed)
@@ -104,14 +109,15 @@ def _table(rows: list[Row], algorithm: str) -> Table:
     steps = rows[0]["steps"]
     table = Table(title=f"size {rows[0]['size']}: {algorithm}, loss after {steps} steps")
     table.add_column("network")
-    for heading in (*(f"gamma {gamma}" for gamma in GAMMAS), "auto / best fixed"):
+    rates = [rate(given) for given in _rates(algorithm)]
+    for heading in (*(f"gamma {which}" for which in rates), "auto / best fixed"):
         table.add_column(heading, justify="right")
     ratios = []
     for network in NETWORKS:
         found = losses(rows, network, algorithm)
         if found:
             ratios.append(against := ratio(found))
-            cells = (f"{found[g]:.4g}" if g in found else "" for g in GAMMAS)
+            cells = (f"{found[g]:.4g}" if g in found else "" for g in rates)
             table.add_row(network, *cells, "" if against is None else f"{against:.2f}")
     within = sum(r is not None and r <= 1.1 for r in ratios)
     table.caption = f"auto within 10 % of the best fixed gamma: {within} of {len(ratios)}"
@@ -124,20 +130,20 @@ def picture(rows: list[Row]) -> Figure:
     panels = figure.subplots(len(ALGORITHMS), 1, sharex=True)
     for axes, algorithm in zip(panels, ALGORITHMS, strict=True):
         found = [losses(rows, network, algorithm) for network in NETWORKS]
-        for gamma in GAMMAS:
-            values = [each.get(gamma, inf) for each in found]
-            marker = "*" if gamma == "auto" else "o"
+        for which in map(rate, _rates(algorithm)):
+            values = [each.get(which, inf) for each in found]
+            marker = "*" if isinstance(which, str) else "o"
             axes.plot(
                 list(NETWORKS),
                 values,
                 marker,
                 ms=11 if marker == "*" else 6,
-                label=f"gamma {gamma}",
+                label=f"gamma {which}",
             )
         axes.set_yscale("log")
         axes.set_title(algorithm)
         axes.tick_params("x", rotation=30)
-    panels[0].legend(fontsize=8)
+    panels[-1].legend(fontsize=8)
     figure.supylabel("loss")
     return figure
 

@@ -1,4 +1,4 @@
-"""Every argument at its default against backprop; and what ``T="auto"`` does to PC.
+"""Every argument at its default against backprop; and what momentum and ``T="auto"`` do to PC.
 
     python -m recipes.stability.defaults
 
@@ -28,15 +28,16 @@ TASKS: dict[str, dict[str, Any]] = {
     "inputs x 30": {"layers": 2, "scale": 30.0, "loss": "cross-entropy"},
     "6 layers, squared error": {"layers": 6, "scale": 1.0, "loss": "squared"},
 }
-#: Algorithm and T; None is the default.
-ROWS: tuple[tuple[str, int | str | None], ...] = (
-    ("bp", None),
-    ("pc", None),
-    ("ipc", None),
-    ("epc", None),
-    ("pc", 16),
-    ("pc", 32),
-    ("pc", "auto"),
+#: Algorithm, T and momentum; None is the default.
+ROWS: tuple[tuple[str, int | str | None, str | None], ...] = (
+    ("bp", None, None),
+    ("pc", None, None),
+    ("ipc", None, None),
+    ("epc", None, None),
+    ("pc", None, "auto"),
+    ("pc", 16, None),
+    ("pc", 32, None),
+    ("pc", "auto", None),
 )
 #: An iPC batch takes T steps of its own.
 RATES = {
@@ -52,7 +53,7 @@ SIZES: tuple[dict[str, Any], ...] = (
 
 
 def jobs() -> list[Job]:
-    """Of each size all tasks, of the first all rows, of the others those at the defaults."""
+    """Of each size all tasks, of the first all rows, of the others those of T's default."""
     found: list[Job] = []
     for size, settings in enumerate(SIZES):
         fixed = {"size": size, "weight_decay": 0.01, "gamma": "auto", **settings}
@@ -60,7 +61,8 @@ def jobs() -> list[Job]:
             found += [
                 fixed
                 | {"task": task, **details, "algorithm": name, "T": T, "lr": rate, "seed": seed}
-                for name, T in ROWS
+                | ({"momentum": momentum} if momentum else {})
+                for name, T, momentum in ROWS
                 if T is None or not size
                 for rate in RATES[name]
             ]
@@ -81,11 +83,14 @@ def run(job: Job, data_dir: str | None) -> Figures:
     return figures | {"validation": accuracy(net, *splits["val"])}
 
 
-def chosen(rows: Sequence[Row], task: str, name: str, T: int | str | None) -> list[Row]:
+def chosen(
+    rows: Sequence[Row], task: str, name: str, T: int | str | None, momentum: str | None = None
+) -> list[Row]:
     """A row's runs with its best learning rate."""
     found: dict[float, list[Row]] = {}
     for row in rows:
-        if (row["task"], row["algorithm"], row["T"]) == (task, name, T):
+        found_in = (row["task"], row["algorithm"], row["T"], row.get("momentum"))
+        if found_in == (task, name, T, momentum):
             found.setdefault(row["lr"], []).append(row)
     return max(found.values(), key=lambda runs: fmean(r["validation"] for r in runs), default=[])
 
@@ -101,15 +106,15 @@ def _table(rows: list[Row], task: str) -> Table:
     for heading in ("T", "lr", "accuracy", "against bp", "evaluations", "CPU s", "seeds"):
         table.add_column(heading, justify="right")
     backprop = chosen(rows, task, "bp", None)
-    for name, T in ROWS:
-        runs = chosen(rows, task, name, T)
+    for name, T, momentum in ROWS:
+        runs = chosen(rows, task, name, T, momentum)
         if not runs:
             continue
         scores = [row["accuracy"] for row in runs]
         spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
         against = fmean(scores) - fmean(row["accuracy"] for row in backprop) if backprop else 0.0
         table.add_row(
-            name,
+            _called(name, momentum),
             "-" if name == "bp" else str(T or "default"),
             f"{runs[0]['lr']:g}",
             f"{fmean(scores):.2f}{spread}",
@@ -121,14 +126,21 @@ def _table(rows: list[Row], task: str) -> Table:
     return table
 
 
+def _called(name: str, momentum: str | None) -> str:
+    return f"{name}, momentum" if momentum else name
+
+
 def picture(rows: list[Row]) -> Figure:
     """Accuracy of every row, a panel for each task."""
     figure = Figure(figsize=(4 * len(TASKS), 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS), squeeze=False)[0], TASKS, strict=True):
-        for place, (name, T) in enumerate(ROWS):
-            scores = [row["accuracy"] for row in chosen(rows, task, name, T)]
+        for place, row in enumerate(ROWS):
+            scores = [run["accuracy"] for run in chosen(rows, task, *row)]
             axes.plot([place] * len(scores), scores, "o", alpha=0.6)
-        labels = [name if T is None else f"{name}\nT={T}" for name, T in ROWS]
+        labels = [
+            _called(name, momentum).replace(", ", "\n") + (f"\nT={T}" if T else "")
+            for name, T, momentum in ROWS
+        ]
         axes.set_xticks(range(len(ROWS)), labels, fontsize=8)
         axes.set_title(task, fontsize=10)
     figure.supylabel("test accuracy, %")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.data import mnist
-from recipes.stability.training import ALGORITHMS, classify
+from recipes.stability.training import ALGORITHMS, MOMENTUM, classify, rate
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
 NETWORKS = ("mlp", "residual")
@@ -45,17 +45,18 @@ def jobs() -> list[Job]:
         for depth, network, name, seed in product(DEPTHS, NETWORKS, ("bp", *ALGORITHMS), seeds):
             found += [
                 fixed
-                | {"network": network, "depth": depth, "algorithm": name, "gamma": gamma}
-                | {"lr": rate, "seed": seed}
-                for gamma, rate in product(_gammas(name), RATES[name])
+                | {"network": network, "depth": depth, "algorithm": name, **given}
+                | {"lr": lr, "seed": seed}
+                for given, lr in product(_rates(name), RATES[name])
             ]
     return found
 
 
-def _gammas(algorithm: str) -> tuple[Any, ...]:
+def _rates(algorithm: str) -> list[Job]:
     if algorithm == "bp":
-        return (None,)
-    return (*GAMMAS, SMALL) if algorithm == "epc" else GAMMAS
+        return [{"gamma": None}]
+    own: dict[str, list[Job]] = {"epc": [{"gamma": SMALL}], "pc": [MOMENTUM]}
+    return [*({"gamma": gamma} for gamma in GAMMAS), *own.get(algorithm, [])]
 
 
 def mlp(depth: int, width: int) -> nn.Module:
@@ -100,11 +101,11 @@ def run(job: Job, data_dir: str | None) -> Figures:
 
 
 def curves(rows: Sequence[Row], network: str) -> dict[tuple[str, Any], dict[int, float]]:
-    """(Algorithm, gamma) -> depth -> accuracy: mean over seeds, best of the learning rates."""
+    """(Algorithm, rate) -> depth -> accuracy: mean over seeds, best of the learning rates."""
     seeds: dict[tuple[str, Any], dict[int, dict[float, list[float]]]] = {}
     for row in rows:
         if row["network"] == network:
-            curve = seeds.setdefault((row["algorithm"], row["gamma"]), {})
+            curve = seeds.setdefault((row["algorithm"], rate(row)), {})
             curve.setdefault(row["depth"], {}).setdefault(row["lr"], []).append(row["accuracy"])
     return {
         which: {depth: max(map(fmean, rates.values())) for depth, rates in curve.items()}
@@ -115,7 +116,8 @@ def curves(rows: Sequence[Row], network: str) -> dict[tuple[str, Any], dict[int,
 def shortfall(found: dict[tuple[str, Any], dict[int, float]], algorithm: str) -> dict[int, float]:
     """Depth -> points by which auto falls behind the best fixed gamma."""
     auto = found.get((algorithm, "auto"), {})
-    fixed = [found.get((algorithm, gamma), {}) for gamma in _gammas(algorithm) if gamma != "auto"]
+    gammas = [given["gamma"] for given in _rates(algorithm) if given["gamma"] != "auto"]
+    fixed = [found.get((algorithm, gamma), {}) for gamma in gammas]
     return {
         depth: max(curve[depth] for curve in fixed if depth in curve) - value
         for depth, value in auto.items()
@@ -138,10 +140,10 @@ def _table(rows: list[Row], network: str) -> Table:
     for heading in ("gamma", *map(str, DEPTHS)):
         table.add_column(heading, justify="right")
     for name in ("bp", *ALGORITHMS):
-        for gamma in _gammas(name):
-            curve = found.get((name, gamma), {})
+        for which in map(rate, _rates(name)):
+            curve = found.get((name, which), {})
             cells = (f"{curve[d]:.1f}" if d in curve else "" for d in DEPTHS)
-            table.add_row(name, str(gamma or "-"), *cells)
+            table.add_row(name, str(which or "-"), *cells)
         if behind := shortfall(found, name):
             cells = (_judged(behind[d]) if d in behind else "" for d in DEPTHS)
             table.add_row(name, "behind", *cells)

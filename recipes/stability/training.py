@@ -25,6 +25,13 @@ ALGORITHMS: dict[str, Any] = {
     if hasattr(optim, name.upper())
 }
 CLASSES = 10
+#: A rate of its own, which fixed ones are not compared with: gamma and momentum both automatic.
+MOMENTUM: Job = {"gamma": "auto", "momentum": "auto"}
+
+
+def rate(job: Job) -> Any:
+    """A row's gamma, and that it has momentum, where it has: what its line is called."""
+    return f"{job['gamma']}, momentum" if "momentum" in job else job["gamma"]
 
 
 class Learner:
@@ -32,7 +39,8 @@ class Learner:
 
     Args:
         net: What learns.
-        job: Its ``algorithm``, ``gamma``, ``lr`` and ``weight_decay`` are used.
+        job: Its ``algorithm``, ``gamma``, ``lr`` and ``weight_decay`` are used; and ``momentum``,
+            where it has one.
         options: Further arguments of the predictive coding optimizer.
     """
 
@@ -43,7 +51,8 @@ class Learner:
         self.optimizer: torch.optim.Optimizer = adamw
         if job["algorithm"] != "bp":
             algorithm = ALGORITHMS[job["algorithm"]]
-            self.optimizer = algorithm(adamw, net, gamma=job["gamma"], **options)
+            given = {name: job[name] for name in ("gamma", "momentum") if name in job}
+            self.optimizer = algorithm(adamw, net, **given, **options)
 
     def step(self, loss: Callable[[], Tensor]) -> float:
         """Learns one batch.

@@ -1,0 +1,79 @@
+"""Values that move along conjugate gradients, one evaluation a step: ``momentum="auto"``.
+
+Conjugate gradients are heavy ball with the best rate and the best momentum of each step (on a
+quadratic F no choice from the same gradients comes lower), but the rate takes the curvature along
+the step. It is known once the step is done, from the gradients at its two ends. So each step is
+first tried at gamma, and its right length is made up for in the step after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_pc.inference import Inference, add, descend
+from lightning_pc.nodes import Node
+
+#: The longest step, in units of gamma: how much flatter than at its steepest F may be taken for.
+LONGEST = 8.0
+
+
+class Conjugate(Inference):
+    """The values' conjugate gradients over one batch, at fixed weights and an F that stays.
+
+    With r = -dF/dx at x, and s the step's direction (first r): the next gradients are those at
+    x + gamma s, which gives F's change of slope along s, and with it the length of the step that
+    leads to the minimum along s, the r there (linearly, without another evaluation), and the next
+    direction r + m s, with m in [0, 1] by Polak & Ribiere. Behind rectifiers, where F bends, the
+    bound on m keeps directions from growing without end.
+
+    Args:
+        gamma: Length of the tried step, stable in every direction (below 2 / curvature).
+        gamma_decay: Factor of gamma after a step at which the energy has not fallen.
+    """
+
+    @override
+    def begin(self) -> None:
+        super().begin()
+        self._directions: list[Tensor] = []
+        self._slopes: list[Tensor] = []  # dF/dx at the end of the step of the right length
+        self._tried: float | Tensor = 0.0
+
+    @override
+    @torch.no_grad()
+    def move(self, nodes: Sequence[Node], scale: float) -> None:
+        values = [node.coordinates for node in nodes]
+        slopes = [torch.zeros_like(value, requires_grad=False) for value in values]
+        descend(slopes, nodes, scale, -1.0)
+        if not self._directions:
+            self._slopes = slopes
+            self._directions = list(torch._foreach_neg(slopes))
+        else:
+            self._correct(values, slopes)
+        self._tried = self.gamma
+        add(values, self._directions, -1.0, self._tried)
+
+    def _correct(self, values: list[Tensor], slopes: list[Tensor]) -> None:
+        """From the tried step's end to the right one's, and the next direction."""
+        directions, before = self._directions, self._slopes
+        changes = list(torch._foreach_sub(slopes, before))
+        along = _dot(directions, changes)
+        length = torch.where(along > 0, -_dot(directions, before) / along, LONGEST)
+        length = length.clamp(0.0, LONGEST)  # in units of the tried step
+        add(values, directions, -1.0, (length - 1.0) * self._tried)
+        was = _dot(before, before)
+        ends = list(torch._foreach_mul(changes, length))
+        torch._foreach_add_(ends, before)
+        momentum = (_dot(ends, ends) - _dot(ends, before)) / was
+        torch._foreach_mul_(directions, momentum.nan_to_num(0.0).clamp(0.0, 1.0))
+        torch._foreach_sub_(directions, ends)
+        self._slopes = ends
+
+
+def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Of all nodes' entries together, []."""
+    parts = [torch.linalg.vecdot(x.flatten(), y.flatten()) for x, y in zip(one, other, strict=True)]
+    return torch.stack(parts).sum()

@@ -1,0 +1,178 @@
+"""momentum="auto": the values' conjugate gradients, one evaluation a step."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_problems import Module, data, loader, trainer
+from oracle import ErrorCoordinates, Explicit
+from problems import MLP, twin, vectors
+from test_curvature import chain, classifier, sgd, squared
+from torch import nn
+
+from lightning_pc.conjugate import LONGEST, Conjugate
+from lightning_pc.energies import Gaussian
+from lightning_pc.nodes import Node
+from lightning_pc.optim import EPC, PC
+
+T = 9
+
+
+def written_out(kind, net, x, y, gamma):
+    """F at each tried step of textbook conjugate gradients, and where the last one ends."""
+
+    def forward(model, at, x, y):
+        for layer in model[:-1]:
+            x = at(layer(x))
+        return (model[-1](x) - y).square().sum(), y.numel()
+
+    oracle = kind(forward)
+    oracle.errors, oracle.settled = [], False
+    oracle.free_energy(net, (x, y))
+    values = oracle.errors if kind is ErrorCoordinates else oracle.values
+    shapes, sizes = [v.shape for v in values], [v.numel() for v in values]
+
+    def free_energy(flat):
+        parts = [p.view(s) for p, s in zip(flat.split(sizes), shapes, strict=True)]
+        oracle.errors, oracle.values = (parts, []) if kind is ErrorCoordinates else ([], parts)
+        return oracle.free_energy(net, (x, y))[0]
+
+    at = torch.cat([v.detach().flatten() for v in values])
+    r = -torch.autograd.functional.jacobian(free_energy, at)
+    p, tried, free = r, at, [free_energy(at)]
+    for _ in range(T - 1):
+        tried = at + gamma * p
+        free.append(free_energy(tried))
+        bent = torch.autograd.functional.hvp(free_energy, at, p)[1]
+        length = (r @ r) / (p @ bent)
+        assert 0 < length < LONGEST * gamma
+        at, was = at + length * p, r @ r
+        r = r - length * bent
+        assert (r @ r) / was < 1  # or the bound on momentum would hold it back
+        p = r + (r @ r) / was * p
+    ends = [v.view(s) for v, s in zip(tried.split(sizes), shapes, strict=True)]
+    return torch.stack(free).detach(), ends
+
+
+@pytest.mark.parametrize("gamma", [0.2, 0.35])
+@pytest.mark.parametrize("algorithm", [PC, EPC])
+def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
+    net, x, y = chain(2, 1.0, 5).double(), torch.randn(4, 5).double(), torch.randn(4, 5).double()
+    kind = ErrorCoordinates if algorithm is EPC else Explicit
+    free, values = written_out(kind, net, x, y, gamma)
+    given = {"gamma": gamma, "gamma_decay": 1, "value_nodes": "linear", "T": T}
+    optimizer = algorithm(sgd(net, 0.0), net, momentum="auto", **given)
+    optimizer.step(squared(net, x, y))
+    assert optimizer.report.steps == T
+    torch.testing.assert_close(optimizer.report.free_energy, free, rtol=1e-9, atol=0)
+    plain = algorithm(sgd(net, 0.0), net, **given)
+    plain.step(squared(net, x, y))
+    assert free[-1] < plain.report.free_energy[-1]
+    if algorithm is PC:
+        for node, value in zip(optimizer.values.values(), values, strict=True):
+            torch.testing.assert_close(node.detach(), value, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_kinks_do_not_throw_it_off(seed):
+    """Six layers of rectifiers, where gradients jump: without a bound on momentum F may explode."""
+    torch.manual_seed(seed)
+    model, (x, y) = MLP((6, 8, 8, 8, 8, 8, 8, 4), "relu"), vectors(16)
+    free = {}
+    for momentum in (0.0, "auto"):
+        optimizer = PC(sgd(model, 0.0), model, momentum=momentum, T=24)
+        optimizer.step(classifier(model, x, y))
+        free[momentum] = optimizer.report.free_energy
+    fallen = free[0.0][0] - free[0.0][-1]
+    assert (free["auto"][0] - free["auto"][7:] > 0.7 * fallen).all()
+
+
+@pytest.mark.parametrize("algorithm", [PC, EPC])
+def test_both_phases_of_a_centered_batch_start_at_rest(algorithm):
+    model, (x, y) = MLP((6, 9, 7, 4)).double(), vectors(12)
+    loss, free = classifier(model, x.double(), y), {}
+    for nudging in ("positive", "negative", "centered"):
+        given = {"gamma": 0.2, "momentum": "auto", "nudging": nudging, "beta": 0.3}
+        optimizer = algorithm(sgd(model, 0.0), model, **given)
+        optimizer.step(loss)
+        free[nudging] = optimizer.report.free_energy
+    phases = torch.cat([free["positive"], free["negative"][1:]])  # t = 0 is shared
+    torch.testing.assert_close(free["centered"], phases, rtol=1e-9, atol=0)
+
+
+def test_kept_values_go_on_falling():
+    """Each call begins with a plain step, from where the last one ended."""
+    model, (x, y) = MLP((6, 9, 7, 4)).double(), vectors(12)
+    optimizer = PC(sgd(model, 0.0), model, gamma=0.2, T=4, momentum="auto", reset="never")
+    ends = []
+    for _ in range(3):
+        optimizer.step(classifier(model, x.double(), y))
+        ends += optimizer.report.free_energy[[0, -1]].tolist()
+    assert ends == sorted(ends, reverse=True)
+    assert ends[-1] < ends[1]
+
+
+def test_nothing_to_infer_moves_nothing():
+    model, (x, _) = MLP((6, 9, 7, 4)), vectors(12)
+    optimizer = PC(torch.optim.Adam(model.parameters(), 0.01), model, momentum="auto", T=6)
+    before = twin(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(lambda: F.mse_loss(model(x), model(x).detach()))
+    assert set(optimizer.report.peak_energy.values()) == {0.0}
+    for p, q in zip(model.parameters(), before.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_masked_logits_stay_where_they_are():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
+            logits = (self.q(x) @ x.transpose(1, 2)).masked_fill(hidden, -torch.inf)
+            return self.head(logits.softmax(-1) @ self.v(x)).mean(1)
+
+    model, x, y = Masked(), torch.randn(6, 5, 4), torch.randint(0, 3, (6,))
+    optimizer = PC(sgd(model), model, momentum="auto")
+    for _ in range(3):
+        optimizer.step(classifier(model, x, y))
+    (logits,) = optimizer.values.values()
+    assert (logits.isinf().sum((1, 2)) == 10).all()
+    assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
+
+
+def test_a_rate_on_the_device_is_as_good():
+    """Where a device holds gamma, it is a tensor."""
+
+    def moved(gamma):
+        torch.manual_seed(0)
+        node = Node("n", torch.randn(3, 4).requires_grad_(), Gaussian())
+        slopes, conjugate = torch.randn(5, 3, 4), Conjugate(0.2, 1.0)
+        for slope in slopes:
+            conjugate.gamma = gamma
+            node.below = slope
+            conjugate.move([node], 2.0)
+        return node.x.detach()
+
+    torch.testing.assert_close(moved(torch.tensor(0.2)), moved(0.2))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.6, "auto"])
+def test_the_trainer_hands_it_on(momentum):
+    """The same batches leave the same weights as by the optimizer."""
+    module, batches = Module(), data(3)
+    model = copy.deepcopy(module)
+    fit = trainer({"algorithm": "pc", "gamma": 0.2, "momentum": momentum})
+    fit.fit(module, loader(batches))
+    optimizer = PC(model.configure_optimizers(), model, gamma=0.2, momentum=momentum)
+    for i, batch in enumerate(batches):
+        optimizer.step(lambda batch=batch, i=i: model.training_step(batch, i))
+    for p, q in zip(module.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    own = optimizer.report.free_energy
+    torch.testing.assert_close(fit.strategy.report.free_energy, own)
