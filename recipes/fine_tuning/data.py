@@ -1,4 +1,4 @@
-"""A real text task: is a sentence as it was written, or have two words swapped places?"""
+"""A real text task: is a sentence as it was written, or are its words shuffled?"""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from recipes.language_modeling.data import OneBillionWords, SmallText, TextData
 
 Encoded = dict[str, Tensor]
-#: Words swapped in a sentence that is not as it was written.
-AS_WRITTEN, SWAPPED = 1, 0
+AS_WRITTEN, SHUFFLED = 1, 0  # labels
 
 
 class Padded:
@@ -61,7 +60,9 @@ class Padded:
 
 
 class WordOrder(L.LightningDataModule):
-    """Half of the sentences are as they were written; in the others two words have swapped places.
+    """Half of the sentences are as they were written; of the others the words are shuffled.
+
+    The first and the last word stay: capitals and full stops would tell.
 
     Args:
         checkpoint: Folder or name of the model whose tokenizer cuts the sentences.
@@ -95,7 +96,7 @@ class WordOrder(L.LightningDataModule):
         self._encoded: dict[str, tuple[list[list[int]], list[int]]] = {}
 
     def setup(self, stage: str) -> None:
-        """Reads, swaps and cuts the sentences."""
+        """Reads, shuffles and cuts the sentences."""
         if self._encoded:
             return
         self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint)
@@ -105,9 +106,9 @@ class WordOrder(L.LightningDataModule):
             if len(lines) < count:
                 raise ValueError(f"The {split} split has {len(lines)} sentences, not {count}.")
             draws = random.Random(split)
-            labels = [draws.choice((SWAPPED, AS_WRITTEN)) for _ in range(count)]
+            labels = [draws.choice((SHUFFLED, AS_WRITTEN)) for _ in range(count)]
             chosen = [
-                " ".join(line.split()) if label == AS_WRITTEN else _swap(line, draws)
+                " ".join(line.split()) if label == AS_WRITTEN else _shuffled(line, draws)
                 for line, label in zip(lines[-count:], labels, strict=True)
             ]
             cut = self.tokenizer(chosen, truncation=True, max_length=self.max_tokens)
@@ -130,11 +131,10 @@ class WordOrder(L.LightningDataModule):
         return Padded(encoded, labels, self.tokenizer, self.batch_size, seed)
 
 
-def _swap(line: str, draws: random.Random) -> str:
-    """Two different words, neither the first nor the last: capitals and full stops would tell."""
-    words = line.split()
-    while True:
-        i, j = draws.sample(range(1, len(words) - 1), 2)
-        if words[i] != words[j]:
-            words[i], words[j] = words[j], words[i]
-            return " ".join(words)
+def _shuffled(line: str, draws: random.Random) -> str:
+    """In another order; the words within hold three different ones at least."""
+    first, *inner, last = line.split()
+    order = inner.copy()
+    while order == inner:
+        draws.shuffle(order)
+    return " ".join((first, *order, last))

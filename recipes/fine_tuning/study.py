@@ -168,7 +168,7 @@ def picture(rows: list[Row]) -> Figure:
                 label = algorithm if not place else None
                 axes.bar(x, fmean(found), 0.38, color=colour, label=label)
                 axes.plot([x] * len(found), found, "k.", ms=4)
-    axes.set(ylim=(45, 100), ylabel="test accuracy, %", title="Are two words swapped?")
+    axes.set(ylim=(45, 100), ylabel="test accuracy, %", title="Are the words shuffled?")
     axes.set_xticks(range(len(ROWS)), list(ROWS))
     axes.axhline(50, color="k", lw=0.5)
     axes.legend(frameon=False)
