@@ -1,0 +1,337 @@
+"""The data sets: bytes in memory, normalised and augmented on the device, once for each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recipes.common.data import InMemory, Split
+from recipes.image_classification import files
+from recipes.image_classification.files import DataError, Pixels
+
+Channels = tuple[float, ...]
+
+
+def normalised(images: Tensor, mean: Channels, deviation: Channels) -> Tensor:
+    """Pixels 0..1, [N, C, H, W], less the mean and over the deviation of each channel, [C]."""
+    shape = (-1, 1, 1)
+    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(deviation).view(shape)
+
+
+class Images(InMemory):
+    """Base of the data modules; a subclass reads its files in `read`.
+
+    Batches are uint8 until they are on the device. There they are scaled to 0..1, training batches
+    are augmented, and all are normalised; a batch that predictive coding goes through several times
+    is augmented once.
+
+    Args:
+        batch_size: Samples per training batch.
+        val_size: Training images held out for validation, the last ones.
+        train_size: How many of the others are learned, the first ones; None for all.
+        crop: Training images are padded by so many black pixels on each side and cropped to their
+            size at a random place; 0 for none.
+        flip: Training images are mirrored with probability 1/2.
+    """
+
+    mean: Channels
+    deviation: Channels
+    classes: int = 10
+
+    def __init__(
+        self, batch_size: int, val_size: int, train_size: int | None, crop: int, flip: bool
+    ) -> None:
+        super().__init__(batch_size)
+        self.val_size, self.train_size = val_size, train_size
+        self.crop, self.flip = crop, flip
+        self._augment: nn.Module | None = None
+
+    def read(self, split: str) -> Pixels:
+        """Images and labels of ``"train"``, validation included, or of ``"test"``."""
+        raise NotImplementedError
+
+    def load(self) -> dict[str, Split]:
+        """Images uint8 [N, C, H, W].
+
+        Raises:
+            DataError: Labels are no classes, or there are too few images for the sizes.
+        """
+        images, labels = _checked(self.read("train"), self.classes)
+        held_in = len(images) - self.val_size
+        learned = held_in if self.train_size is None else self.train_size
+        if not (0 < learned <= held_in < len(images)):
+            raise DataError(
+                f"val_size={self.val_size}, train_size={self.train_size}: expected sizes above 0 "
+                f"that take no more than the {len(images):,} training images."
+            )
+        return {
+            "train": (images[:learned], labels[:learned]),
+            "val": (images[held_in:], labels[held_in:]),
+            "test": _checked(self.read("test"), self.classes),
+        }
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor], dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Bytes become numbers, in the dtype of the module that learns them."""
+        images, labels = batch
+        images = images.float() / 255
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if self.trainer is not None and self.trainer.training:
+            images = self.augmented(images)
+        images = normalised(images, self.mean, self.deviation)
+        return images.to(torch.float32 if module is None else module.dtype), labels
+
+    def augmented(self, images: Tensor) -> Tensor:
+        """Images 0..1, [B, C, H, W], cropped and mirrored at random, each on its own."""
+        if not (self.crop or self.flip):
+            return images
+        if self._augment is None:
+            self._augment = _augmentation(images.shape[-2:], self.crop, self.flip)
+        augmented: Tensor = self._augment(images)
+        return augmented
+
+
+def _augmentation(size: torch.Size, crop: int, flip: bool) -> nn.Module:
+    try:
+        import kornia.augmentation as K
+    except ImportError as error:
+        raise ImportError("Augmentation needs `pip install kornia`.") from error
+    steps: list[nn.Module] = []
+    if crop:
+        steps.append(K.RandomCrop(tuple(size), padding=crop, cropping_mode="slice"))
+    if flip:
+        steps.append(K.RandomHorizontalFlip(p=0.5))
+    return nn.Sequential(*steps)
+
+
+def _checked(pixels: Pixels, classes: int) -> Split:
+    images, labels = pixels
+    if labels.min() < 0 or labels.max() >= classes:
+        raise DataError(
+            f"Labels reach from {labels.min()} to {labels.max()}: expected {classes} classes, "
+            f"0 to {classes - 1}."
+        )
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels
+
+
+class _Known(Images):
+    """A published data set, in a folder or downloaded.
+
+    Args:
+        data_dir: Folder of its files; None downloads it with `datasets`.
+        batch_size: Samples per training batch.
+        val_size: Training images held out for validation, the last ones.
+        train_size: How many of the others are learned, the first ones; None for all.
+        crop: Black pixels of padding before the random crop; 0 for none.
+        flip: Whether training images are mirrored at random.
+        checksums: Whether the pixels must be the published ones.
+    """
+
+    hub: ClassVar[tuple[str, str, str | None]]  # name, column of images, configuration
+    sums: ClassVar[Mapping[str, tuple[str, str]]]  # split -> sha256 of images and of labels
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        batch_size: int = 64,
+        val_size: int = 5_000,
+        train_size: int | None = None,
+        crop: int = 0,
+        flip: bool = False,
+        checksums: bool = True,
+    ) -> None:
+        super().__init__(batch_size, val_size, train_size, crop, flip)
+        self.data_dir, self.checksums = data_dir, checksums
+
+    def read(self, split: str) -> Pixels:
+        """From the folder or the hub."""
+        name, image, config = self.hub
+        pixels = (
+            files.download(name, split, image, config)
+            if self.data_dir is None
+            else self.read_files(Path(self.data_dir), split)
+        )
+        if self.checksums:
+            files.check(type(self).__name__, split, pixels, self.sums)
+        return pixels
+
+    @staticmethod
+    def read_files(folder: Path, split: str) -> Pixels:
+        """From the folder."""
+        return files.read_idx(folder, split)
+
+
+class MNIST(_Known):
+    """70,000 handwritten digits, 28x28 grey, in the original four ``.gz`` files."""
+
+    mean, deviation = (0.1307,), (0.3081,)
+    hub = ("ylecun/mnist", "image", None)
+    sums: ClassVar = {
+        "train": (
+            "741c988805d008ac6e4c904b69001ba184c24b2c540a4ef403f4c71b676cf757",
+            "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+        ),
+        "test": (
+            "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161",
+            "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5",
+        ),
+    }
+
+
+class FashionMNIST(_Known):
+    """70,000 pieces of clothing, 28x28 grey, in four ``.gz`` files as MNIST's."""
+
+    mean, deviation = (0.2860,), (0.3530,)
+    hub = ("zalando-datasets/fashion_mnist", "image", None)
+    sums: ClassVar = {
+        "train": (
+            "2e487a6c89124f78f2d7521542223cafe96f7123c3ca13d447772ac6ecbb3012",
+            "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7",
+        ),
+        "test": (
+            "c867c93ff95360594e8ec3287995350b824dd110b11595c0e13d5423f621867a",
+            "3d0e6c6ea990b53b6f8f500a41cac93881d981b315f84578b7d915342ade01e9",
+        ),
+    }
+
+
+class CIFAR10(_Known):
+    """60,000 photographs, 32x32 RGB, as ``train-*.parquet`` and ``test-*.parquet``."""
+
+    mean, deviation = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    hub = ("uoft-cs/cifar10", "img", None)
+    sums: ClassVar = {
+        "train": (
+            "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",
+            "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253",
+        ),
+        "test": (
+            "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04",
+            "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5",
+        ),
+    }
+
+    @staticmethod
+    def read_files(folder: Path, split: str) -> Pixels:
+        """From parquet."""
+        return files.read_parquet(folder, split, "img")
+
+
+class SVHN(_Known):
+    """99,289 house numbers, 32x32 RGB: ``.mat`` files as first published, or parquet."""
+
+    mean, deviation = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
+    hub = ("ufldl-stanford/svhn", "image", "cropped_digits")
+    counts: ClassVar = {"train": 73_257, "test": 26_032}
+
+    def read(self, split: str) -> Pixels:
+        """Of this set no checksum was at hand: ``checksums`` counts the images."""
+        name, image, config = self.hub
+        if self.data_dir is None:
+            pixels = files.download(name, split, image, config)
+        elif list((folder := Path(self.data_dir)).glob("*.parquet")):
+            pixels = files.read_parquet(folder, split, image)
+        else:
+            pixels = files.read_mat(folder, split)
+        if self.checksums and len(pixels[0]) != self.counts[split]:
+            raise DataError(
+                f"{len(pixels[0]):,} {split} images: SVHN has {self.counts[split]:,}. Fetch the "
+                "files again, or take them as they are with checksums: false."
+            )
+        return pixels
+
+
+class ImageFolder(Images):
+    """Your own images: ``data_dir/train/<class>/*.png`` and ``data_dir/test/<class>/*.png``.
+
+    Classes are the folders' names in alphabetical order. Every class gives the same share of its
+    training images for validation.
+
+    Args:
+        data_dir: Folder with ``train`` and ``test``; without ``test`` nothing can be tested.
+        size: Height and width that the middle square of an image is resized to.
+        grey: Whether images are read as grey, one channel, instead of RGB.
+        batch_size: Samples per training batch.
+        val_share: Of the training images, held out for validation, drawn with a fixed seed.
+        crop: Black pixels of padding before the random crop; 0 for none.
+        flip: Whether training images are mirrored at random.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        size: int = 32,
+        grey: bool = False,
+        batch_size: int = 64,
+        val_share: float = 0.1,
+        crop: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(batch_size, 0, None, crop, flip)
+        if not 0 < val_share < 1:
+            raise ValueError(f"val_share={val_share}: expected a share between 0 and 1.")
+        self.folder, self.size, self.val_share = Path(data_dir), size, val_share
+        self.mode = "L" if grey else "RGB"
+        self.names: list[str] = []
+
+    def load(self) -> dict[str, Split]:
+        """Reads the folders, and the mean and deviation of each channel off the training images.
+
+        Raises:
+            FileNotFoundError: ``data_dir/train`` is missing.
+            DataError: It has fewer than two classes, or a class fewer than two images.
+        """
+        train = self.folder / "train"
+        if not train.is_dir():
+            raise FileNotFoundError(
+                f"{train} is missing: data_dir must hold train/<class>/*.png, and the same under "
+                "test to test on."
+            )
+        self.names = sorted(p.name for p in train.iterdir() if p.is_dir())
+        if len(self.names) < 2:
+            raise DataError(f"{train} has {len(self.names)} folders: expected one for each class.")
+        self.classes = len(self.names)
+        images, labels = _checked(self._pixels("train"), self.classes)
+        held_out = self._held_out(labels)
+        channels = images[~held_out].astype(np.float32) / 255
+        self.mean = tuple(channels.mean((0, 2, 3)).tolist())
+        self.deviation = tuple((channels.std((0, 2, 3)) + 1e-6).tolist())
+        splits = {
+            "train": (images[~held_out], labels[~held_out]),
+            "val": (images[held_out], labels[held_out]),
+        }
+        if (self.folder / "test").is_dir():
+            splits["test"] = _checked(self._pixels("test"), self.classes)
+        return splits
+
+    def _pixels(self, split: str) -> Pixels:
+        return files.read_folders(self.folder / split, self.names, self.size, self.mode)
+
+    def _held_out(self, labels: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
+        """Which images are for validation, bool [N]."""
+        held_out, draw = np.zeros(len(labels), bool), np.random.default_rng(0)
+        for label, name in enumerate(self.names):
+            places = np.flatnonzero(labels == label)
+            if len(places) < 2:
+                raise DataError(f"{name} has one training image: expected two or more.")
+            count = min(max(1, round(self.val_share * len(places))), len(places) - 1)
+            held_out[draw.permutation(places)[:count]] = True
+        return held_out
+
+    def test_dataloader(self) -> Any:
+        """In order.
+
+        Raises:
+            FileNotFoundError: ``data_dir/test`` is missing.
+        """
+        if "test" not in self.splits:
+            raise FileNotFoundError(
+                f"{self.folder / 'test'} is missing: put images of each class there to test on."
+            )
+        return super().test_dataloader()

@@ -1,1 +1,0 @@
-"""MNIST, 28x28: the paper's smallest classification task."""
