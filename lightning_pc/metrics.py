@@ -104,9 +104,9 @@ class AdaptiveCalibrationError(Metric):
 
     def _asked(self) -> list[tuple[Tensor, Tensor]]:
         """Confidences and whether each was right, [N] both, of each question."""
-        labels = dim_zero_cat(self.labels) if self.labels else torch.empty(0)
-        if not len(labels):
+        if not len(self.labels):  # a list, or after the synchronisation of processes a tensor
             raise ValueError("No sample has been added: call update first.")
+        labels = dim_zero_cat(self.labels)
         probabilities = dim_zero_cat(self.probabilities).double()
         if self.per_class:
             return [(p, labels == label) for label, p in enumerate(probabilities.unbind(1))]

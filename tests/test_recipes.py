@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import gzip
 import json
 import statistics
-import struct
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,11 +15,10 @@ from lightning_pc.cli import main as lightning_pc_main
 from recipes import study
 from recipes.digits import demo
 from recipes.digits.data import Digits
-from recipes.mnist.data import MNIST
 
 RECIPES = Path(study.__file__).parent
-#: Those of images; test_language_modeling.py and test_fine_tuning.py run the others.
-YAMLS = [p for name in ("digits", "mnist") for p in sorted((RECIPES / name).glob("*.yaml"))]
+#: The others are run by the tests of their recipes.
+YAMLS = sorted((RECIPES / "digits").glob("*.yaml"))
 IDS = [path.relative_to(RECIPES).as_posix() for path in YAMLS]
 
 
@@ -34,37 +30,15 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def mnist_dir(tmp_path):
-    """MNIST's four files, with a few random digits in them."""
-    folder, rng = tmp_path / "mnist", np.random.default_rng(0)
-    folder.mkdir()
-    for split, count in (("train", 300), ("t10k", 100)):
-        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        labels = rng.integers(0, 10, count, dtype=np.uint8)
-        for kind, header, array in (
-            ("images-idx3", struct.pack(">4i", 2051, count, 28, 28), images),
-            ("labels-idx1", struct.pack(">2i", 2049, count), labels),
-        ):
-            packed = gzip.compress(header + array.tobytes())
-            (folder / f"{split}-{kind}-ubyte.gz").write_bytes(packed)
-    return folder
-
-
-def _is_mnist(path: Path) -> bool:
-    return path.parent.name == "mnist"
-
-
 def test_recipes_exist():
-    assert {"digits/bp.yaml", "digits/ipc.yaml", "mnist/bp.yaml", "mnist/ipc.yaml"} <= set(IDS)
+    assert {"digits/bp.yaml", "digits/ipc.yaml"} <= set(IDS)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=IDS)
-def test_yaml_runs(path, mnist_dir, tmp_path, monkeypatch):
+def test_yaml_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning_pc"])
-    extra = [f"--data.data_dir={mnist_dir}", "--data.val_size=100"] if _is_mnist(path) else []
-    cli = lightning_pc_main(["fit", "-c", str(path), "--trainer.fast_dev_run=2", *extra])
+    cli = lightning_pc_main(["fit", "-c", str(path), "--trainer.fast_dev_run=2"])
     assert cli.trainer.global_step >= 2
     strategy = cli.trainer.strategy
     if path.stem == "bp":
@@ -128,29 +102,6 @@ def test_batches_are_fetched_by_index():
     assert torch.equal(torch.bincount(torch.cat([y for _, y in batches])), torch.bincount(labels))
 
 
-def test_mnist_reads_idx_files(mnist_dir):
-    data = MNIST(str(mnist_dir), val_size=100)
-    data.setup("fit")
-    assert {name: len(split) for name, split in data.splits.items()} == {
-        "train": 200,
-        "val": 100,
-        "test": 100,
-    }
-    images, labels = data.splits["train"].tensors
-    raw = gzip.decompress((mnist_dir / "train-images-idx3-ubyte.gz").read_bytes())[16:]
-    first = torch.tensor(list(raw[:784]), dtype=torch.float32).reshape(28, 28)
-    torch.testing.assert_close(images[0], (first / 255 - 0.1307) / 0.3081)
-    assert labels.dtype == torch.int64
-
-
-def test_mnist_without_files_or_datasets_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="must hold the four MNIST"):
-        MNIST(str(tmp_path)).setup("fit")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install datasets.*data_dir"):
-        MNIST().setup("fit")
-
-
 def test_demo_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo"])
     demo.main(["--epochs", "1", "--results", str(tmp_path)])
@@ -162,23 +113,18 @@ def test_demo_runs(tmp_path, monkeypatch, capsys):
     assert "GPU available" not in printed
 
 
-def test_study_writes_its_record(tmp_path, monkeypatch, mnist_dir):
+def test_study_writes_its_record(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study"])
     out = tmp_path / "results.json"
-    args = [f"--data.data_dir={mnist_dir}", "--data.val_size=100", "--trainer.max_epochs=1"]
-    study.main(["mnist", "--seeds", "2", f"--out={out}", *args])
+    study.main(["digits", "--seeds", "2", f"--out={out}", "--trainer.max_epochs=1"])
     written = json.loads(out.read_text())
-    assert set(written["algorithms"]) == {"bp", "pc", "ipc"}
+    assert set(written["algorithms"]) == {"bp", "pc", "ipc", "zil"}
     assert written["algorithms"]["ipc"]["seeds"] == [0, 1]
-    assert written["command"].startswith("python -m recipes.study mnist --seeds 2")
+    assert written["command"].startswith("python -m recipes.study digits --seeds 2")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [RECIPES / name / "results.json" for name in ("digits", "mnist")],
-    ids=lambda p: p.parent.name,
-)
-def test_committed_results_are_of_these_yamls(path):
+def test_committed_results_are_of_these_yamls():
+    path = RECIPES / "digits" / "results.json"
     for name, figures in json.loads(path.read_text())["algorithms"].items():
         assert figures["config"] == f"recipes/{path.parent.name}/{name}.yaml"
         assert (RECIPES.parent / figures["config"]).exists()

@@ -58,6 +58,7 @@ def train(
     overrides: Sequence[str] = (),
     on_batch: Callable[[Run, float], None] = lambda run, share: None,
     keep: Path | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Run:
     """Fits and tests what a YAML says.
 
@@ -67,6 +68,7 @@ def train(
         overrides: Further arguments of LightningCLI, like ``--trainer.max_epochs=1``.
         on_batch: Called after each batch with the run so far and the share of it that is done.
         keep: Where to leave the checkpoint of the best weights, if there is one.
+        callbacks: Beside the YAML's.
 
     Returns:
         What came out.
@@ -81,7 +83,8 @@ def train(
             args=[f"--config={config}", f"--seed_everything={seed}", *overrides],
             run=False,
             save_config_callback=None,
-            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [_Record(run, on_batch)]},
+            trainer_defaults=dict.fromkeys(silent, False)
+            | {"callbacks": [_Record(run, on_batch), *callbacks]},
         )
         best = _best_weights(cli.trainer, folder)
         start = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -151,20 +152,30 @@ class _Known(Images):
 
     def read(self, split: str) -> Pixels:
         """From the folder or the hub."""
-        name, image, config = self.hub
-        pixels = (
-            files.download(name, split, image, config)
-            if self.data_dir is None
-            else self.read_files(Path(self.data_dir), split)
-        )
-        if self.checksums:
-            files.check(type(self).__name__, split, pixels, self.sums)
-        return pixels
+        return _read(type(self), self.data_dir, split, self.checksums)
 
-    @staticmethod
-    def read_files(folder: Path, split: str) -> Pixels:
+    @classmethod
+    def read_files(cls, folder: Path, split: str) -> Pixels:
         """From the folder."""
         return files.read_idx(folder, split)
+
+    @classmethod
+    def check(cls, pixels: Pixels, split: str) -> None:
+        """Raises `DataError` if the pixels are not the published ones."""
+        files.check(cls.__name__, split, pixels, cls.sums)
+
+
+@lru_cache(maxsize=2)  # the splits of one data set, for the next job of a study
+def _read(data: type[_Known], data_dir: str | None, split: str, checksums: bool) -> Pixels:
+    name, image, config = data.hub
+    pixels = (
+        files.download(name, split, image, config)
+        if data_dir is None
+        else data.read_files(Path(data_dir), split)
+    )
+    if checksums:
+        data.check(pixels, split)
+    return pixels
 
 
 class MNIST(_Known):
@@ -217,8 +228,8 @@ class CIFAR10(_Known):
         ),
     }
 
-    @staticmethod
-    def read_files(folder: Path, split: str) -> Pixels:
+    @classmethod
+    def read_files(cls, folder: Path, split: str) -> Pixels:
         """From parquet."""
         return files.read_parquet(folder, split, "img")
 
@@ -230,21 +241,21 @@ class SVHN(_Known):
     hub = ("ufldl-stanford/svhn", "image", "cropped_digits")
     counts: ClassVar = {"train": 73_257, "test": 26_032}
 
-    def read(self, split: str) -> Pixels:
-        """Of this set no checksum was at hand: ``checksums`` counts the images."""
-        name, image, config = self.hub
-        if self.data_dir is None:
-            pixels = files.download(name, split, image, config)
-        elif list((folder := Path(self.data_dir)).glob("*.parquet")):
-            pixels = files.read_parquet(folder, split, image)
-        else:
-            pixels = files.read_mat(folder, split)
-        if self.checksums and len(pixels[0]) != self.counts[split]:
+    @classmethod
+    def read_files(cls, folder: Path, split: str) -> Pixels:
+        """From parquet where there is any, else from ``.mat``."""
+        if list(folder.glob("*.parquet")):
+            return files.read_parquet(folder, split, "image")
+        return files.read_mat(folder, split)
+
+    @classmethod
+    def check(cls, pixels: Pixels, split: str) -> None:
+        """Counts the images: no checksum was at hand."""
+        if len(pixels[0]) != cls.counts[split]:
             raise DataError(
-                f"{len(pixels[0]):,} {split} images: SVHN has {self.counts[split]:,}. Fetch the "
+                f"{len(pixels[0]):,} {split} images: SVHN has {cls.counts[split]:,}. Fetch the "
                 "files again, or take them as they are with checksums: false."
             )
-        return pixels
 
 
 class ImageFolder(Images):

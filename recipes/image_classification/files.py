@@ -49,7 +49,7 @@ def _idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     try:
         content = gzip.decompress(path.read_bytes())
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+        return np.frombuffer(bytearray(content), np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (EOFError, OSError, zlib.error, ValueError) as error:
         raise DataError(f"{path} is damaged or cut off ({error}): fetch it again.") from error
 

@@ -119,7 +119,9 @@ class CNN(ConvNet):
     """
 
     def __init__(self, **shape: Any) -> None:
-        super().__init__(kernels=(64, 128, 64), pooled=(), hidden=(128,), strided=(0, 1, 2), **shape)
+        super().__init__(
+            kernels=(64, 128, 64), pooled=(), hidden=(128,), strided=(0, 1, 2), **shape
+        )
 
 
 class WidthCNN(ConvNet):

@@ -27,14 +27,14 @@ DATA = {"mnist": "mnist", "fashion_mnist": "fashion_mnist", "svhn": "svhn"}  # o
 AUGMENTED = {"data.crop": 4, "data.flip": True}
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20)
 #: What the convolutional networks of size 0 learn.
-REDUCED = {"data.train_size": 10_000, "trainer.max_epochs": 8}
+REDUCED = {"data.train_size": 5_000, "data.batch_size": 64, "trainer.max_epochs": 6}
 
 #: Size -> name of a row, its folder, seeds and settings beside the YAML's.
 ROWS: tuple[dict[str, tuple[str, int, dict[str, Any]]], ...] = (
     {
         "mnist": ("mnist", 5, {}),
         "fashion_mnist": ("fashion_mnist", 5, {}),
-        "cnn": ("cnn", 3, REDUCED),
+        "cnn": ("cnn", 2, REDUCED),
         **{f"width {c}": ("width", 1, REDUCED | {"model.net.width": c}) for c in WIDTHS[:3]},
     },
     {
