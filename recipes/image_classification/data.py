@@ -85,8 +85,12 @@ class Images(InMemory):
         module = None if self.trainer is None else self.trainer.lightning_module
         if self.trainer is not None and self.trainer.training:
             images = self.augmented(images)
-        images = normalised(images, self.mean, self.deviation)
+        images = self.normalise(images)
         return images.to(torch.float32 if module is None else module.dtype), labels
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images 0..1, [B, C, H, W], less this data set's mean and over its deviation."""
+        return normalised(images, self.mean, self.deviation)
 
     def augmented(self, images: Tensor) -> Tensor:
         """Images 0..1, [B, C, H, W], cropped and mirrored at random, each on its own."""
