@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
+import re
 import struct
 import sys
 from pathlib import Path
@@ -272,30 +273,11 @@ def test_own_images_in_folders(tmp_path):
     assert data.mean == pytest.approx((images / 255).mean((0, 2, 3)).tolist(), abs=1e-5)
 
 
-OWN = """
-from torch import nn
-
-class OwnCNN(nn.Module):
-    def __init__(self, classes: int = 2):
-        super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.AdaptiveAvgPool2d(2))
-        self.head = nn.Linear(16, classes)
-
-    def forward(self, x):
-        return self.head(self.features(x).flatten(1))
-"""
-
-RECIPE = """
-seed_everything: 0
-model:
-  class_path: recipes.image_classification.model.ImageClassifier
-  init_args: {net: own.OwnCNN}
-data:
-  class_path: recipes.image_classification.data.ImageFolder
-  init_args: {data_dir: images, size: 16, batch_size: 4}
-optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1.0e-2}}
-trainer: {max_epochs: 8, strategy: ipc, accelerator: cpu}
-"""
+def of_the_readme(language):
+    """The block of the README's user path."""
+    text = (HERE.parent / "README.md").read_text()
+    (block,) = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return block
 
 
 def test_own_images_own_network_from_training_to_plain_weights(tmp_path, monkeypatch, capsys):
@@ -303,15 +285,19 @@ def test_own_images_own_network_from_training_to_plain_weights(tmp_path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["lightning_pc"])
     folders(tmp_path / "images", per_class=8)
-    (tmp_path / "own.py").write_text(OWN)
-    (tmp_path / "own.yaml").write_text(RECIPE)
-    cli = lightning_pc_main(["fit", "-c", "own.yaml"])
+    (tmp_path / "own.py").write_text(of_the_readme("python"))
+    recipe = of_the_readme("yaml")
+    assert len(recipe.splitlines()) == 9
+    (tmp_path / "own.yaml").write_text(recipe)
+    cli = lightning_pc_main(["fit", "-c", "own.yaml", "--trainer.accelerator=cpu"])
     assert cli.trainer.strategy.report.algorithm == "ipc"
+    assert (tmp_path / "energy.png").exists()
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     evaluate.main([str(checkpoint), "out", "-c", "own.yaml"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["test"]["accuracy"] == 100  # dark against bright
     assert report["test_calibrated"]["loss"] <= report["test"]["loss"]
+    assert report["data.names"] == ["cat", "dog"]
     assert (tmp_path / "out" / "reliability.png").exists()
     import own
 

@@ -32,7 +32,7 @@ SIZES: tuple[dict[str, Any], ...] = (
     {
         "task": "cnn",
         "seeds": 2,
-        "test": 1_000,
+        "test": 500,
         "settings": REDUCED,
     },
     {

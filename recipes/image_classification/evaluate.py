@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LightningCLI
@@ -91,7 +92,12 @@ def main(args: Sequence[str] | None = None) -> None:
     heat = temperature(*val)
     before, metric = measured(*test)
     after, scaled = measured(test[0] / heat, test[1])
-    report = {"test": before, "temperature": round(heat, 5), "test_calibrated": after}
+    report: dict[str, Any] = {"test": before, "temperature": round(heat, 5)}
+    report |= {"test_calibrated": after}
+    for name in ("mean", "deviation", "names"):  # what a plain script needs to know of the data
+        report |= {
+            f"data.{name}": found for found in [getattr(cli.datamodule, name, None)] if found
+        }
     options.out.mkdir(parents=True, exist_ok=True)
     torch.save(cli.model.net.state_dict(), options.out / "weights.pt")
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -27,7 +27,7 @@ DATA = {"mnist": "mnist", "fashion_mnist": "fashion_mnist", "svhn": "svhn"}  # o
 AUGMENTED = {"data.crop": 4, "data.flip": True}
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20)
 #: What the convolutional networks of size 0 learn.
-REDUCED = {"data.train_size": 5_000, "data.batch_size": 64, "trainer.max_epochs": 6}
+REDUCED = {"data.train_size": 3_000, "data.batch_size": 64, "trainer.max_epochs": 6}
 
 #: Size -> name of a row, its folder, seeds and settings beside the YAML's.
 ROWS: tuple[dict[str, tuple[str, int, dict[str, Any]]], ...] = (
