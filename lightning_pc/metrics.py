@@ -107,7 +107,9 @@ class AdaptiveCalibrationError(Metric):
         if not len(self.labels):  # a list, or after the synchronisation of processes a tensor
             raise ValueError("No sample has been added: call update first.")
         labels = dim_zero_cat(self.labels)
-        probabilities = dim_zero_cat(self.probabilities).double()
+        probabilities = dim_zero_cat(self.probabilities)
+        exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
+        probabilities = probabilities.to(exact)
         if self.per_class:
             return [(p, labels == label) for label, p in enumerate(probabilities.unbind(1))]
         confidence, predicted = probabilities.max(1)

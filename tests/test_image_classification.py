@@ -22,8 +22,9 @@ from recipes.common.queue import Results, key, ordered
 from recipes.common.queue import main as queue_main
 from recipes.image_classification import calibration, evaluate, files, model, study
 from recipes.image_classification.corruptions import INTENSITIES, SETTINGS, corrupt
-from recipes.image_classification.data import CIFAR10, MNIST, SVHN, FashionMNIST, ImageFolder
+from recipes.image_classification.data import CIFAR10, MNIST, SVHN, FashionMNIST
 from recipes.image_classification.files import DataError
+from recipes.image_classification.folders import ImageFolder
 
 HERE = Path(study.__file__).parent
 YAMLS = sorted(HERE.glob("*/*.yaml"))
@@ -346,6 +347,8 @@ def test_sizes_and_classes_that_do_not_fit(data_dir, tmp_path):
     for sizes in ({"val_size": 120}, {"val_size": 0}, {"val_size": 40, "train_size": 81}):
         with pytest.raises(DataError, match="expected sizes above 0"):
             MNIST(folder, checksums=False, **sizes).setup("fit")
+    with pytest.raises(ValueError, match="crop=-1"):
+        MNIST(folder, crop=-1)
     data = MNIST(folder, checksums=False, val_size=VAL)
     data.classes = 9
     with pytest.raises(DataError, match="from 0 to 9: expected 9 classes"):
