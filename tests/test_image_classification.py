@@ -413,8 +413,13 @@ def test_study_runs_and_resumes(tiny, data_dir, tmp_path, monkeypatch, capsys):
     rows = Results(out).rows(jobs)
     assert len(rows) == 5
     assert all(0 <= row["test"] <= 100 and row["epochs"] == 1 for row in rows)
-    kept = torch.load(study.MODELS / "width 2_ipc_size0_0.ckpt", weights_only=True)
-    assert kept["state_dict"]["net.0.weight"].shape[0] == 16
+    kept = study.MODELS / "width 2_ipc_size0_0.ckpt"
+    (job,) = (j for j in jobs if (j["row"], j["algorithm"]) == ("width 2", "ipc"))
+    config = ["-c", str(HERE / "width" / "ipc.yaml")]
+    evaluate.main([str(kept), "out", *config, *study.arguments(job, str(data_dir))])
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    (row,) = (r for r in rows if (r["row"], r["algorithm"]) == ("width 2", "ipc"))
+    assert found["test"]["accuracy"] == pytest.approx(row["test"], abs=1e-3)
     monkeypatch.setattr(study, "train", lambda *_, **__: pytest.fail("was done"))
     queue_main(small, ["--out", str(out), "--data_dir", str(data_dir)])
 

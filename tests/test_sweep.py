@@ -131,6 +131,18 @@ def test_tpe_tries_between_the_ends(calls, command):
     assert len(set(rates) - {1e-4, 1e-2}) == 6
 
 
+def test_a_recipe_is_really_trained(tmp_path):
+    ranges = tmp_path / "ranges.yaml"
+    ranges.write_text(yaml.safe_dump({sweep.LR: [1e-5, 1e-2], sweep.GAMMA: [0.1]}))
+    config = str(RECIPES / "digits" / "ipc.yaml")
+    journal = tmp_path / "d.journal"
+    more = ["--ranges", str(ranges), "--trainer.max_epochs=1"]
+    sweep.main([config, "--journal", str(journal), *more])
+    slow, fast = json.loads(journal.with_suffix(".json").read_text())["searches"]["digits/ipc"]
+    assert (slow["lr"], fast["lr"]) == (1e-5, 1e-2)
+    assert fast["val"] > slow["val"] + 20
+
+
 def _process(command, file):
     calls = []
     sweep.train = fake(calls)

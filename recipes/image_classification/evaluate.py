@@ -27,7 +27,7 @@ from lightning_pc.metrics import AdaptiveCalibrationError
 from lightning_pc.plots import plot_reliability
 from recipes.common.training import hushed
 
-QUIET = dict.fromkeys(("logger", "enable_progress_bar", "enable_checkpointing"), False)
+QUIET = dict.fromkeys(("logger", "enable_progress_bar"), False)
 
 
 @torch.no_grad()
