@@ -189,6 +189,8 @@ def calibrated() -> Iterator[str]:
         lines = []
         for which, what in ((1, "AdaECE"), (0, "accuracy, %")):
             for name, found in zip(calibration.ALGORITHMS, pair, strict=True):
+                if not found:
+                    continue
                 values = [calibration.figures(found, i, which) for i in range(6)]
                 digits = ".3f" if which else ".1f"
                 lines.append([f"{what}, {name}", *(f"{median(v):{digits}}" for v in values)])

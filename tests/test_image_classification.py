@@ -481,6 +481,8 @@ def test_pairs_of_models_are_chosen_as_stated():
     first, second = calibration.tables(rows)
     assert list(first.columns[1].cells) == ["0.200", "0.040", "61.0", "52.0"]
     assert list(second.columns[2].cells) == ["0.200", "0.060", "25.5", "25.3"]
+    rows.append(rows[1] | {"seed": 1, "epochs": []})  # it diverged at once
+    assert len(calibration.models(rows, "ipc")) == 1
     rows[1]["epochs"] = [epoch(40, 30, 0.03)]
     assert calibration.matched(rows) is None
     assert len(calibration.tables(rows)) == 1

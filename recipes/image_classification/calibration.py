@@ -10,6 +10,7 @@ most. Size 0 is the small CNN of ``cnn/``, for two CPU cores; size 1 is AlexNet,
 
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import product
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
+from lightning_pc.errors import DivergenceError
 from lightning_pc.metrics import AdaptiveCalibrationError
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.common.training import train
@@ -127,7 +129,8 @@ def run(job: Job, data_dir: str | None) -> Figures:
     """
     measuring = _Measure(job["test"])
     config = HERE / job["task"] / f"{job['algorithm']}.yaml"
-    train(config, job["seed"], arguments(job, data_dir), callbacks=[measuring])
+    with suppress(DivergenceError):  # a result: the epochs before it are measured
+        train(config, job["seed"], arguments(job, data_dir), callbacks=[measuring])
     return {"epochs": measuring.epochs}
 
 
@@ -136,7 +139,7 @@ def models(rows: list[Row], algorithm: str) -> list[Measured]:
     return [
         max(row["epochs"], key=lambda epoch: epoch["val"])["measured"]
         for row in rows
-        if row["algorithm"] == algorithm
+        if row["algorithm"] == algorithm and row["epochs"]
     ]
 
 

@@ -84,6 +84,7 @@ def main(args: Sequence[str] | None = None) -> None:
         cli = LightningCLI(args=rest, run=False, save_config_callback=None, trainer_defaults=QUIET)
     saved = torch.load(options.checkpoint, map_location="cpu", weights_only=True)
     cli.model.load_state_dict(saved["state_dict"])
+    cli.model.to(cli.trainer.strategy.root_device)
     cli.datamodule.setup("test")
     val, test = (
         predicted(cli, loader())
@@ -99,7 +100,7 @@ def main(args: Sequence[str] | None = None) -> None:
             f"data.{name}": found for found in [getattr(cli.datamodule, name, None)] if found
         }
     options.out.mkdir(parents=True, exist_ok=True)
-    torch.save(cli.model.net.state_dict(), options.out / "weights.pt")
+    torch.save(cli.model.cpu().net.state_dict(), options.out / "weights.pt")
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     figure = Figure(figsize=(8, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
