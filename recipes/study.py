@@ -1,6 +1,7 @@
 """Trains a recipe's YAMLs over several seeds and writes ``recipes/<task>/results.json``.
 
     python -m recipes.study digits --seeds 5
+    python -m recipes.study mnist --seeds 3 --data.data_dir data/mnist
 
 Arguments that it does not know are LightningCLI's and hold for every run.
 """

@@ -69,7 +69,7 @@ def test_means_deviations_seeds_and_reductions(results):
             row("cnn", "ipc", 0, 40.0, settings=few),
             row("cnn", "bp", 0, 41.0, settings=few),
             row("cnn", "pc", 0, None, settings=few),
-            row("cnn", "ipc", 0, 70.0, size=1),
+            row("cnn", "ipc", 0, 70.0, size=2),
             row("width 1", "ipc", 0, 33.0, settings=few),
         ]
     )

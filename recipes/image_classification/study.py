@@ -3,8 +3,9 @@
     python -m recipes.image_classification.study --data_dir data
 
 A row is a YAML of this folder's folders. ``data_dir`` holds a folder for each data set: ``mnist``,
-``fashion_mnist``, ``cifar10``, ``svhn``. Size 0 has the MLPs in full and convolutional networks
-with fewer images and epochs, for two CPU cores; size 1 is everything as its YAML says.
+``fashion_mnist``, ``cifar10``, ``svhn``. Size 0, for two CPU cores, has the MLPs in full and
+convolutional networks with few images and epochs, size 1 with more of them; size 2 is everything as
+its YAML says.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ MODELS = Path(".cache/image_classification/models")
 DATA = {"mnist": "mnist", "fashion_mnist": "fashion_mnist", "svhn": "svhn"}  # others: cifar10
 AUGMENTED = {"data.crop": 4, "data.flip": True}
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20)
-#: What the convolutional networks of size 0 learn.
-REDUCED = {"data.train_size": 3_000, "data.batch_size": 64, "trainer.max_epochs": 6}
+#: What the convolutional networks of sizes 0 and 1 learn.
+REDUCED = {"data.train_size": 2_000, "data.batch_size": 64, "trainer.max_epochs": 4}
+HALFWAY = {"data.train_size": 10_000, "data.batch_size": 64, "trainer.max_epochs": 8}
 
 #: Size -> name of a row, its folder, seeds and settings beside the YAML's.
 ROWS: tuple[dict[str, tuple[str, int, dict[str, Any]]], ...] = (
@@ -36,6 +38,10 @@ ROWS: tuple[dict[str, tuple[str, int, dict[str, Any]]], ...] = (
         "fashion_mnist": ("fashion_mnist", 5, {}),
         "cnn": ("cnn", 2, REDUCED),
         **{f"width {c}": ("width", 1, REDUCED | {"model.net.width": c}) for c in WIDTHS[:3]},
+    },
+    {
+        "cnn": ("cnn", 3, HALFWAY),
+        **{f"width {c}": ("width", 2, HALFWAY | {"model.net.width": c}) for c in WIDTHS[:3]},
     },
     {
         "cnn": ("cnn", 5, {}),

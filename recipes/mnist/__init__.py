@@ -1,0 +1,1 @@
+"""MNIST, 28x28: the paper's smallest classification task."""
