@@ -177,11 +177,12 @@ def calibrated() -> Iterator[str]:
     if not rows:
         yield from (f"Ours: {NOT_RUN}.", "")
         return
-    reduced = rows[0]["settings"].get("data.train_size")
-    network = f"**Reduced**: the CNN, {reduced:,} images" if reduced else rows[0]["task"]
+    images = rows[0]["settings"].get("data.train_size")
+    reduced = "**Reduced**, and of models that have learned little: " if images else ""
+    network = f"{reduced}{rows[0]['task']}, {images or 45_000:,} images"
     seeds = len({row["seed"] for row in rows})
     yield (
-        f"{network}, {rows[0]['test']:,} test images, {seeds} seed(s). Medians over six "
+        f"{network}, {rows[0]['test']:,} test images, {seeds} {'seed' if seeds == 1 else 'seeds'}. Medians over six "
         "corruptions and the seeds by intensity; 0 is clean."
     )
     yield ""
