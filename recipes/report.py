@@ -180,9 +180,10 @@ def calibrated() -> Iterator[str]:
     images = rows[0]["settings"].get("data.train_size")
     reduced = "**Reduced**, and of models that have learned little: " if images else ""
     network = f"{reduced}{rows[0]['task']}, {images or 45_000:,} images"
-    seeds = len({row["seed"] for row in rows})
+    count = len({row["seed"] for row in rows})
+    seeds = f"{count} seeds" if count > 1 else "one seed"
     yield (
-        f"{network}, {rows[0]['test']:,} test images, {seeds} {'seed' if seeds == 1 else 'seeds'}. Medians over six "
+        f"{network}, {rows[0]['test']:,} test images, {seeds}. Medians over six "
         "corruptions and the seeds by intensity; 0 is clean."
     )
     yield ""
