@@ -10,6 +10,7 @@ import struct
 import sys
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lightning_pc.cli import main as lightning_pc_main
 from lightning_pc.errors import DivergenceError
 from recipes.common.queue import Results, key, ordered
 from recipes.common.queue import main as queue_main
+from recipes.common.training import train
 from recipes.image_classification import calibration, evaluate, files, model, study
 from recipes.image_classification.corruptions import INTENSITIES, SETTINGS, corrupt
 from recipes.image_classification.data import CIFAR10, MNIST, SVHN, FashionMNIST
@@ -432,6 +434,21 @@ def test_divergence_is_a_result(monkeypatch):
     rows = [j | study.run(j, None) for j in study.jobs()[:3]]
     assert all(row["diverged"] and row["test"] is None for row in rows)
     assert study.tables(rows)[0].row_count == 3
+
+
+class _Diverge(L.Callback):
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 2:
+            raise DivergenceError("The loss is nan.")
+
+
+def test_after_a_divergence_the_best_epoch_so_far_is_tested(tiny, data_dir):
+    job = next(j for j in study.jobs() if j["row"] == "mnist" and j["algorithm"] == "ipc")
+    arguments = [*study.arguments(tiny(job), str(data_dir)), "--trainer.max_epochs=4"]
+    run = train(HERE / "mnist" / "ipc.yaml", 0, arguments, callbacks=[_Diverge()])
+    assert run.diverged
+    assert len(run.val_accuracy) == 2
+    assert run.test_accuracy > 0
 
 
 def test_every_job_is_its_own():
