@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_pc.metrics import AdaptiveCalibrationError
 from lightning_pc.report import StepReport
 
 if TYPE_CHECKING:
@@ -62,6 +63,26 @@ def plot_history(
         ax.plot(*zip(*points, strict=True), color=colour, lw=1, label=name)
     ax.set(xlabel="batch", ylabel="energy per loss term", title="energy after inference")
     return _dressed(ax, len(names))
+
+
+def plot_reliability(metric: AdaptiveCalibrationError, ax: Axes | None = None) -> Axes:
+    """Share that is right against confidence, a point per bin of equal mass, and the diagonal.
+
+    Args:
+        metric: With what has been predicted.
+        ax: Where to draw; None for a new figure.
+
+    Returns:
+        The axes drawn on.
+    """
+    ax = _axes(ax)
+    confidence, right = (values.tolist() for values in metric.reliability())
+    ax.plot((0, 1), (0, 1), "k--", lw=1, label="calibrated")
+    ax.plot(confidence, right, "o-", ms=4, label=f"AdaECE {float(metric.compute()):.3f}")
+    ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
 
 
 def _axes(ax: Axes | None) -> Axes:

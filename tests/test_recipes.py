@@ -18,10 +18,9 @@ from lightning_pc.cli import main as lightning_pc_main
 from recipes import study
 from recipes.digits import demo
 from recipes.digits.data import Digits
-from recipes.mnist.data import MNIST
 
 RECIPES = Path(study.__file__).parent
-#: Those of images; test_language_modeling.py and test_fine_tuning.py run the others.
+#: The others are run by the tests of their recipes.
 YAMLS = [p for name in ("digits", "mnist") for p in sorted((RECIPES / name).glob("*.yaml"))]
 IDS = [path.relative_to(RECIPES).as_posix() for path in YAMLS]
 
@@ -51,8 +50,8 @@ def mnist_dir(tmp_path):
     return folder
 
 
-def _is_mnist(path: Path) -> bool:
-    return path.parent.name == "mnist"
+def tiny(folder):
+    return [f"--data.data_dir={folder}", "--data.val_size=100", "--data.checksums=false"]
 
 
 def test_recipes_exist():
@@ -63,7 +62,7 @@ def test_recipes_exist():
 def test_yaml_runs(path, mnist_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning_pc"])
-    extra = [f"--data.data_dir={mnist_dir}", "--data.val_size=100"] if _is_mnist(path) else []
+    extra = tiny(mnist_dir) if path.parent.name == "mnist" else []
     cli = lightning_pc_main(["fit", "-c", str(path), "--trainer.fast_dev_run=2", *extra])
     assert cli.trainer.global_step >= 2
     strategy = cli.trainer.strategy
@@ -128,29 +127,6 @@ def test_batches_are_fetched_by_index():
     assert torch.equal(torch.bincount(torch.cat([y for _, y in batches])), torch.bincount(labels))
 
 
-def test_mnist_reads_idx_files(mnist_dir):
-    data = MNIST(str(mnist_dir), val_size=100)
-    data.setup("fit")
-    assert {name: len(split) for name, split in data.splits.items()} == {
-        "train": 200,
-        "val": 100,
-        "test": 100,
-    }
-    images, labels = data.splits["train"].tensors
-    raw = gzip.decompress((mnist_dir / "train-images-idx3-ubyte.gz").read_bytes())[16:]
-    first = torch.tensor(list(raw[:784]), dtype=torch.float32).reshape(28, 28)
-    torch.testing.assert_close(images[0], (first / 255 - 0.1307) / 0.3081)
-    assert labels.dtype == torch.int64
-
-
-def test_mnist_without_files_or_datasets_says_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="must hold the four MNIST"):
-        MNIST(str(tmp_path)).setup("fit")
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install datasets.*data_dir"):
-        MNIST().setup("fit")
-
-
 def test_demo_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["demo"])
     demo.main(["--epochs", "1", "--results", str(tmp_path)])
@@ -165,7 +141,7 @@ def test_demo_runs(tmp_path, monkeypatch, capsys):
 def test_study_writes_its_record(tmp_path, monkeypatch, mnist_dir):
     monkeypatch.setattr(sys, "argv", ["study"])
     out = tmp_path / "results.json"
-    args = [f"--data.data_dir={mnist_dir}", "--data.val_size=100", "--trainer.max_epochs=1"]
+    args = [*tiny(mnist_dir), "--trainer.max_epochs=1"]
     study.main(["mnist", "--seeds", "2", f"--out={out}", *args])
     written = json.loads(out.read_text())
     assert set(written["algorithms"]) == {"bp", "pc", "ipc"}

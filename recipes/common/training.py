@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
 from lightning_pc import PCStrategy, StepReport
+from lightning_pc.errors import DivergenceError
 
 
 @dataclass
@@ -26,9 +30,11 @@ class Run:
     Attributes:
         config: The YAML.
         seed: Decides initial weights and batch order.
-        epochs: Number of epochs.
+        epochs: Number of epochs, at most.
         val_accuracy: After each epoch, in percent.
-        test_accuracy: Of the final weights, in percent.
+        test_accuracy: Of the final weights, in percent; of the best ones on the validation images
+            if the YAML has a ``ModelCheckpoint`` that monitors something.
+        diverged: Whether training ended in a divergence, after best weights had been found.
         energy: Of all value nodes at the last inference step of a batch, per sample, the mean of
             each epoch; empty for backprop.
         first_report: What the last batch of the first epoch did; None for backprop.
@@ -40,6 +46,7 @@ class Run:
     epochs: int = 0
     val_accuracy: list[float] = field(default_factory=list)
     test_accuracy: float = 0.0
+    diverged: bool = False
     energy: list[float] = field(default_factory=list)
     first_report: StepReport | None = None
     seconds: float = 0.0
@@ -50,6 +57,8 @@ def train(
     seed: int,
     overrides: Sequence[str] = (),
     on_batch: Callable[[Run, float], None] = lambda run, share: None,
+    keep: Path | None = None,
+    callbacks: Sequence[L.Callback] = (),
 ) -> Run:
     """Fits and tests what a YAML says.
 
@@ -58,25 +67,53 @@ def train(
         seed: Takes the place of the YAML's ``seed_everything``.
         overrides: Further arguments of LightningCLI, like ``--trainer.max_epochs=1``.
         on_batch: Called after each batch with the run so far and the share of it that is done.
+        keep: Where to leave the checkpoint of the best weights, if there is one.
+        callbacks: Beside the YAML's.
 
     Returns:
         What came out.
+
+    Raises:
+        DivergenceError: Training diverged, and there is no checkpoint of best weights to test.
     """
     run = Run(config, seed)
-    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    with hushed():
+    silent = ("logger", "enable_progress_bar", "enable_model_summary")
+    with hushed(), TemporaryDirectory() as folder:
         cli = LightningCLI(
             args=[f"--config={config}", f"--seed_everything={seed}", *overrides],
             run=False,
             save_config_callback=None,
-            trainer_defaults=dict.fromkeys(silent, False) | {"callbacks": [_Record(run, on_batch)]},
+            trainer_defaults=dict.fromkeys(silent, False)
+            | {"callbacks": [_Record(run, on_batch), *callbacks]},
         )
+        best = _best_weights(cli.trainer, folder)
         start = time.perf_counter()
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        try:
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        except DivergenceError:
+            if best is None or not best.best_model_path:
+                raise
+            run.diverged = True
         run.seconds = time.perf_counter() - start
-        results = cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        path = best.best_model_path if best else None
+        results = cli.trainer.test(
+            cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False
+        )
+        if path and keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, keep)
     run.test_accuracy = 100 * results[0]["test_accuracy"]
     return run
+
+
+def _best_weights(trainer: L.Trainer, folder: str) -> ModelCheckpoint | None:
+    """The checkpoint callback that monitors something; those that only save go."""
+    saving = trainer.checkpoint_callbacks
+    best = next((c for c in saving if isinstance(c, ModelCheckpoint) and c.monitor), None)
+    trainer.callbacks = [c for c in trainer.callbacks if c not in saving or c is best]
+    if best is not None:
+        best.dirpath = folder
+    return best
 
 
 class _Record(L.Callback):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.mnist.data import MNIST
-
-MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of CIFAR-10's channels
+from recipes.image_classification import files
+from recipes.image_classification.data import CIFAR10, MNIST, Channels, normalised
+from recipes.image_classification.files import Pixels
 
 
 class Images(NamedTuple):
@@ -26,19 +23,23 @@ class Images(NamedTuple):
 
 @lru_cache(maxsize=1)
 def mnist(data_dir: str | None, train: int, test: int) -> Images:
-    """The first ``train`` and ``test`` digits, from the folder of `recipes.mnist` or downloaded."""
-    splits = MNIST(data_dir).load()
+    """The first ``train`` and ``test`` digits, [N, 1, 28, 28].
 
-    def first(split: str, count: int) -> tuple[Tensor, Tensor]:
-        images, labels = splits[split]
-        return torch.from_numpy(images[:count].copy()), torch.from_numpy(labels[:count].copy())
-
-    return Images(first("train", train), first("test", test))
+    Args:
+        data_dir: Folder of the four ``.gz`` files; None downloads them with `datasets`.
+        train: Number of training images.
+        test: Number of test images.
+    """
+    read = MNIST(data_dir).read
+    return Images(
+        _first(read("train"), train, MNIST.mean, MNIST.deviation),
+        _first(read("test"), test, MNIST.mean, MNIST.deviation),
+    )
 
 
 @lru_cache(maxsize=1)
 def cifar10(data_dir: str | None, train: int, test: int) -> Images:
-    """The first ``train`` and ``test`` images.
+    """The first ``train`` and ``test`` images, [N, 3, 32, 32].
 
     Args:
         data_dir: Folder with ``train-*.parquet`` and ``test-*.parquet`` as on the Hugging Face hub
@@ -48,48 +49,19 @@ def cifar10(data_dir: str | None, train: int, test: int) -> Images:
     """
 
     def first(split: str, count: int) -> tuple[Tensor, Tensor]:
-        if data_dir is None:
-            rows = _download(split, count)
-        else:
-            rows = _read(sorted(Path(data_dir).glob(f"{split}-*.parquet")), data_dir, count)
-        pixels, labels = zip(*rows, strict=True)
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255
-        mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, DEVIATION))
-        return ((images - mean) / deviation).contiguous(), torch.tensor(labels)
+        name, image, _ = CIFAR10.hub
+        pixels = (
+            files.download(name, f"{split}[:{count}]", image)
+            if data_dir is None
+            else files.read_parquet(Path(data_dir), split, image, count)
+        )
+        return _first(pixels, count, CIFAR10.mean, CIFAR10.deviation)
 
     return Images(first("train", train), first("test", test))
 
 
-def _read(files: list[Path], folder: str, count: int) -> Iterable[tuple[Any, int]]:
-    if not files:
-        raise FileNotFoundError(
-            f"{folder} holds no CIFAR-10: expected train-*.parquet and test-*.parquet."
-        )
-    try:
-        from PIL import Image
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("Reading CIFAR-10 needs `pip install pyarrow pillow`.") from error
-    rows: list[tuple[Any, int]] = []
-    for file in files:
-        table = parquet.read_table(file).slice(0, count - len(rows))
-        rows += [
-            (np.asarray(Image.open(io.BytesIO(row["img"]["bytes"]))), row["label"])
-            for row in table.to_pylist()
-        ]
-    return rows
-
-
-def _download(split: str, count: int) -> Iterable[tuple[Any, int]]:
-    remedy = "pass a folder that holds it: --data_dir FOLDER."
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise ImportError(
-            f"Downloading CIFAR-10 needs `pip install datasets pillow`; or else {remedy}"
-        ) from error
-    try:
-        data = load_dataset("uoft-cs/cifar10", split=f"{split}[:{count}]")
-    except Exception as error:  # whatever the network and the hub come up with
-        raise RuntimeError(f"Could not download uoft-cs/cifar10 ({error}); {remedy}") from error
-    return [(np.asarray(row["img"]), row["label"]) for row in data]
+def _first(
+    pixels: Pixels, count: int, mean: Channels, deviation: Channels
+) -> tuple[Tensor, Tensor]:
+    images, labels = (torch.from_numpy(array[:count].copy()) for array in pixels)
+    return normalised(images.permute(0, 3, 1, 2) / 255, mean, deviation).contiguous(), labels

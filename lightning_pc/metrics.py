@@ -1,0 +1,128 @@
+"""How well predicted probabilities match frequencies: a torchmetrics metric; tensors only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+
+class AdaptiveCalibrationError(Metric):
+    """Adaptive expected calibration error, AdaECE (Nguyen & O'Connor 2015), 0..1.
+
+    Predictions are sorted by confidence and cut into bins of equal mass; the error is the mean over
+    samples of the distance between a bin's mean confidence and the share of it that is right. If
+    the samples cannot be shared out evenly, the bins of the lowest confidences hold one more, as
+    with ``numpy.array_split``. Equal confidences stay in the order they came in.
+
+    Args:
+        bins: How many; 15 as is usual. With fewer samples than bins, each sample is a bin.
+        per_class: Asks of each class in turn whether its probability matches the share of samples
+            that belong to it, and takes the mean over classes; otherwise the highest probability of
+            each sample is asked about.
+        kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``bins`` is not positive.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    probabilities: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, bins: int = 15, per_class: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if bins < 1:
+            raise ValueError(f"bins={bins}: expected 1 or more.")
+        self.bins, self.per_class = bins, per_class
+        self.add_state("probabilities", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, probabilities: Tensor, labels: Tensor) -> None:
+        """Adds a batch.
+
+        Args:
+            probabilities: [B, classes], each row with sum 1; not logits.
+            labels: Classes [B].
+
+        Raises:
+            ValueError: They are not that.
+        """
+        if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
+            raise ValueError(
+                f"Probabilities {tuple(probabilities.shape)} and labels {tuple(labels.shape)}: "
+                "expected [B, classes] and [B]."
+            )
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(f"Labels are {labels.dtype}: expected integers.")
+        if len(labels):
+            sums = probabilities.float().sum(1)
+            if not (probabilities >= 0).all() or not ((sums - 1).abs() < 1e-2).all():
+                raise ValueError("Rows are no probabilities: expected softmax(logits), sums of 1.")
+            if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
+                raise ValueError(
+                    f"Labels reach from {labels.min()} to {labels.max()}: expected 0 to "
+                    f"{probabilities.shape[1] - 1}."
+                )
+        self.probabilities.append(probabilities.detach())
+        self.labels.append(labels.detach())
+
+    def compute(self) -> Tensor:
+        """The error, a scalar.
+
+        Raises:
+            ValueError: There is no sample.
+        """
+        errors = []
+        for confidence, right in self._asked():
+            _, gaps, shares = _binned(confidence, right, self.bins)
+            errors.append((gaps.abs() * shares).sum())
+        return torch.stack(errors).mean()
+
+    def reliability(self) -> tuple[Tensor, Tensor]:
+        """What a reliability diagram shows, of the highest probabilities.
+
+        Returns:
+            Mean confidence and share that is right, of each bin, [bins] each.
+
+        Raises:
+            ValueError: There is no sample, or the metric is per class.
+        """
+        if self.per_class:
+            raise ValueError("A reliability diagram is of the top label: per_class=False.")
+        ((confidence, right),) = self._asked()
+        means, gaps, _ = _binned(confidence, right, self.bins)
+        return means, means - gaps
+
+    def _asked(self) -> list[tuple[Tensor, Tensor]]:
+        """Confidences and whether each was right, [N] both, of each question."""
+        if not len(self.labels):  # a list, or after the synchronisation of processes a tensor
+            raise ValueError("No sample has been added: call update first.")
+        labels = dim_zero_cat(self.labels)
+        probabilities = dim_zero_cat(self.probabilities)
+        exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
+        probabilities = probabilities.to(exact)
+        if self.per_class:
+            return [(p, labels == label) for label, p in enumerate(probabilities.unbind(1))]
+        confidence, predicted = probabilities.max(1)
+        return [(confidence, predicted == labels)]
+
+
+def _binned(confidence: Tensor, right: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean confidence, its distance to the share that is right, and share of all, of each bin."""
+    order = confidence.argsort(stable=True)
+    groups = zip(
+        *(x[order].tensor_split(min(bins, len(x))) for x in (confidence, right.to(confidence))),
+        strict=True,
+    )
+    found = [torch.stack([c.mean(), c.mean() - r.mean(), c.new_tensor(len(c))]) for c, r in groups]
+    means, gaps, counts = torch.stack(found).unbind(1)
+    return means, gaps, counts / len(confidence)

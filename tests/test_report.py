@@ -1,0 +1,101 @@
+"""The report shows what was run, of the largest size, and says what was not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from recipes import report
+from recipes.common.queue import Results
+from recipes.image_classification import calibration, study
+
+MACHINE = {
+    "machine": "x86_64 CPU, 2 cores",
+    "gpu": None,
+    "torch_threads": 1,
+    "versions": {"torch": "2.13.0"},
+}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Writes jobs and figures where the report looks for them; all other results are missing."""
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    for module in (study, calibration, report.language, report.learning_rates):
+        where = tmp_path / f"{module.__name__}.json"
+        monkeypatch.setattr(module, "STUDY", _Placed(module.STUDY, where))
+    monkeypatch.setattr(study, "HERE", tmp_path)
+
+    def write(rows):
+        file = Results(study.STUDY.results)
+        file.sittings.append({"command": "python -m x --size 0", **MACHINE})
+        for job, figures in rows:
+            file.add(job, figures, {})
+
+    return write
+
+
+class _Placed:
+    def __init__(self, study, results):
+        self.study, self.results = study, results
+
+
+def row(name, algorithm, seed, test, size=0, settings=None):
+    job = {"size": size, "row": name, "task": "cnn", "algorithm": algorithm, "seed": seed}
+    figures = {"test": test, "epochs": 6, "best_val": test, "diverged": test is None}
+    return job | {"settings": settings or {}}, figures
+
+
+def line(page, title):
+    (found,) = (x for x in page.splitlines() if x.startswith(f"| {title} |"))
+    return [cell.strip() for cell in found.strip("|").split("|")]
+
+
+def test_nothing_was_run(results):
+    page = report.page()
+    assert line(page, "MLP on MNIST")[4:] == ["not run"] * 4
+    assert line(page, "masked")[4:] == ["not run"] * 4
+    assert "Ours: not run." in page
+
+
+def test_means_deviations_seeds_and_reductions(results):
+    few = {"data.train_size": 5000}
+    results(
+        [
+            row("mnist", "bp", 0, 98.0),
+            row("mnist", "bp", 1, 99.0),
+            row("mnist", "ipc", 0, 98.25),
+            row("cnn", "ipc", 0, 40.0, settings=few),
+            row("cnn", "bp", 0, 41.0, settings=few),
+            row("cnn", "pc", 0, None, settings=few),
+            row("cnn", "ipc", 0, 70.0, size=2),
+            row("width 1", "ipc", 0, 33.0, settings=few),
+        ]
+    )
+    page = report.page()
+    mnist = line(page, "MLP on MNIST")
+    assert mnist[1:4] == ["98.26 ± 0.12", "98.55 ± 0.14", "98.54 ± 0.86"]
+    assert mnist[4:] == ["98.50 ± 0.71 (2)", "not run", "98.25 (1)", "all images, 6 epochs"]
+    assert line(page, "CNN on CIFAR-10")[4:] == [
+        *("not run", "not run", "70.00 (1)", "all images, 6 epochs")
+    ]
+    assert line(page, "1")[1:] == [
+        *("67.92", "70.61", "not run", "33.00 (1)", "**reduced**: 5,000 images, 6 epochs")
+    ]
+    assert "`python -m x --size 0` (x86_64 CPU, 2 cores, 1 threads, torch 2.13.0)" in page
+
+
+def test_divergence_is_told(results):
+    results([row("cnn", "pc", 0, None), row("cnn", "pc", 1, 30.0)])
+    assert line(report.page(), "CNN on CIFAR-10")[5] == "30.00 (2), 1 diverged"
+
+
+def test_the_committed_results_make_a_page(tmp_path):
+    report.main(["--out", str(tmp_path / "REPORT.md")])
+    page = (tmp_path / "REPORT.md").read_text()
+    assert "53 of 96" in page  # as in the README
+    assert "75 of 96" in page
+    figures = json.loads((report.HERE / "image_classification" / "speed.json").read_text())
+    assert f"`{figures['command']}`" in page
+    assert max(figures["data_share"].values()) < 0.1
