@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from typing import Any
 
 import lightning
@@ -25,3 +26,8 @@ def machine(torch_threads: int | None = None) -> dict[str, Any]:
             "lightning_pc": lightning_pc.__version__,
         },
     }
+
+
+def clock() -> float:
+    """Seconds: the processor's, the measure on a busy machine, but where there is a GPU."""
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()

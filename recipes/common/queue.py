@@ -191,6 +191,13 @@ def main(study: Study, args: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", study.module, *given])
 
     everything = study.jobs()
+    sizes = {job["size"] for job in everything}
+    if not sizes.issuperset(options.size or ()):
+        parser.error(f"--size: expected {', '.join(map(str, sorted(sizes)))}")
+    for name in ("processes", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected 1 or more")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         jobs = ordered(chosen(everything, options.where), options.size)
     except ValueError as error:

@@ -30,7 +30,9 @@ class WarmUp(L.Callback):
         self._last = inf
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        """Refuses schedulers, and counts the batches."""
+        """Refuses schedulers, counts the batches, and forgets an earlier fit's rates."""
+        if trainer.global_step == 0:
+            self._rates = []
         if trainer.lr_scheduler_configs:
             raise MisconfigurationException(
                 "WarmUp and a learning rate scheduler would both set the rates: use one of them."
@@ -52,7 +54,7 @@ class WarmUp(L.Callback):
         share = min(1.0, (step + 1) / self.batches) if self.batches else 1.0
         if self.decay:
             share *= max(0.0, 1 - step / self._last)
-        elif step > self.batches:
+        elif step >= self.batches:
             return
         for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

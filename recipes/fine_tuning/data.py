@@ -67,15 +67,16 @@ class WordOrder(L.LightningDataModule):
     Args:
         checkpoint: Folder or name of the model whose tokenizer cuts the sentences.
         data_dir: As of `OneBillionWords`; "small" takes `SmallText`.
-        train: Training sentences, the last of the training split: a language model that was
-            trained on its first has not seen them.
+        train: Training sentences, the last of the training split that have three different words
+            between the first and the last; a language model that was trained on other ones (of the
+            250,000 at hand on the first 200,000) has not seen them.
         test: Sentences of dev and of test.
         batch_size: Sentences of a batch.
         max_tokens: Longer sentences are cut.
         seed: Of the order of batches.
 
     Raises:
-        ValueError: There are not enough sentences.
+        ValueError: A number that cannot be, or there are not enough sentences.
     """
 
     def __init__(
@@ -89,6 +90,10 @@ class WordOrder(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        numbers = {"train": (train, 1), "test": (test, 1), "batch_size": (batch_size, 1)}
+        for name, (value, least) in (numbers | {"max_tokens": (max_tokens, 3)}).items():
+            if value < least:
+                raise ValueError(f"{name}={value}: expected {least} or more.")
         self.checkpoint, self.data_dir = checkpoint, data_dir
         self.counts = {"train": train, "dev": test, "test": test}
         self.batch_size, self.max_tokens, self.seed = batch_size, max_tokens, seed
@@ -104,7 +109,11 @@ class WordOrder(L.LightningDataModule):
         for split, count in self.counts.items():
             lines = [line for line in text.read(split) if len(set(line.split()[1:-1])) > 2]
             if len(lines) < count:
-                raise ValueError(f"The {split} split has {len(lines)} sentences, not {count}.")
+                argument = "train" if split == "train" else "test"
+                raise ValueError(
+                    f"The {split} split has {len(lines)} sentences that can be shuffled, not "
+                    f"{count}: pass a smaller {argument}."
+                )
             draws = random.Random(split)
             labels = [draws.choice((SHUFFLED, AS_WRITTEN)) for _ in range(count)]
             chosen = [

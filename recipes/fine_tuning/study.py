@@ -2,46 +2,51 @@
 
     python -m recipes.fine_tuning.study --data_dir data/lm1b --threads 2
 
-All jobs start from one masked language model, trained with backpropagation; the first one trains
-it and leaves it under ``.cache/fine_tuning``.
+All jobs start from one masked language model, trained with backpropagation, or from the same
+model untrained; the first one makes both and leaves them under ``.cache/fine_tuning``.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import shutil
-import time
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import LightningCLI
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from lightning_pc.errors import DivergenceError
-from recipes.common.queue import Figures, Job, Row, Study, main
+from recipes.common.machine import clock
+from recipes.common.queue import Figures, Job, Row, Study, key, main
 from recipes.common.training import hushed
 from recipes.language_modeling import study as language_modeling
+from recipes.language_modeling.data import OneBillionWords
 from recipes.language_modeling.export import export
-from recipes.language_modeling.model import load
+from recipes.language_modeling.model import LanguageModel, load
 
 HERE = Path(__file__).parent
 CACHE = Path(".cache/fine_tuning")
 ALGORITHMS = ("bp", "ipc")
+SENTENCES = 96_000  # of the pretraining
 #: The model that all start from: a row of the language models, and LightningCLI's settings.
 PRETRAINING: Job = {
     "row": "masked_bp",
     "seed": 0,
-    "settings": language_modeling.short("masked_bp", 96_000),
+    "settings": language_modeling.short("masked_bp", SENTENCES),
 }
-#: What is trained -> how, and the learning rates of which dev accuracy chooses one.
-ROWS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "all, from scratch": ({"model.pretrained": False}, (0.0002, 0.001)),
-    "all": ({}, (0.0002, 0.001)),
-    "last block": ({"model.trained": 1}, (0.0002, 0.001)),
-    "LoRA": ({"model.trained": "lora"}, (0.001, 0.004)),
+#: What is trained -> from where, how, and the learning rates of which dev accuracy chooses one.
+ROWS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    "all, from scratch": ("untrained", {}, (0.0002, 0.001)),
+    "all": ("pretrained", {}, (0.0002, 0.001)),
+    "last block": ("pretrained", {"model.trained": 1}, (0.0002, 0.001)),
+    "LoRA": ("pretrained", {"model.trained": "lora"}, (0.001, 0.004)),
 }
 SIZES: tuple[dict[str, int], ...] = ({"train": 4000, "seeds": 2}, {"train": 20_000, "seeds": 3})
 
@@ -50,25 +55,31 @@ def jobs() -> list[Job]:
     """Of each size all rows of both algorithms, one seed after the other."""
     return [
         {"size": size, "algorithm": algorithm, "row": row, "lr": lr, "seed": seed}
-        | {"settings": {"data.train": how["train"], **settings}}
+        | {"pretraining": SENTENCES, "settings": {"data.train": how["train"], **settings}}
         for size, how in enumerate(SIZES)
         for seed in range(how["seeds"])
-        for row, (settings, rates) in ROWS.items()
+        for row, (_, settings, rates) in ROWS.items()
         for lr, algorithm in product(rates, ALGORITHMS)
     ]
 
 
-def pretrained(data_dir: str | None) -> Path:
-    """The folder of the model that all start from; the first call trains it."""
-    folder = CACHE / "pretrained"
+def starts(data_dir: str | None) -> Path:
+    """A folder of the models ``pretrained`` and ``untrained``; the first call makes them."""
+    made_of = [key(PRETRAINING), OneBillionWords(data_dir).source()]
+    folder = CACHE / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "pretraining.lock").open("w") as lock:  # other processes wait for it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            checkpoint, new = CACHE / "pretrained.ckpt", CACHE / "pretrained.new"
+            checkpoint, new = folder.with_suffix(".ckpt"), folder.with_suffix(".new")
             language_modeling.train(PRETRAINING, data_dir, CACHE / "runs", checkpoint)
             shutil.rmtree(new, ignore_errors=True)
-            export(load(checkpoint), new)
+            trained = load(checkpoint)
+            torch.manual_seed(0)
+            untrained = LanguageModel(**trained.hparams)
+            untrained.tokenizer = trained.tokenizer
+            export(trained, new / "pretrained")
+            export(untrained.eval(), new / "untrained")
             new.rename(folder)
     return folder
 
@@ -77,9 +88,10 @@ def run(job: Job, data_dir: str | None) -> Figures:
     """Fine-tunes, and tests the final weights.
 
     Returns:
-        ``dev`` and ``test`` accuracy in percent, ``seconds`` of the fit, ``diverged``.
+        ``dev`` and ``test`` accuracy in percent, ``seconds`` of the fit (on a CPU
+        the processor's), ``diverged``.
     """
-    folder = pretrained(data_dir)
+    folder = starts(data_dir) / ROWS[job["row"]][0]
     settings: dict[str, Any] = {
         "model.checkpoint": folder,
         "data.checkpoint": folder,
@@ -102,12 +114,12 @@ def run(job: Job, data_dir: str | None) -> Figures:
             save_config_callback=None,
             trainer_defaults=dict.fromkeys(silent, False),
         )
-        start = time.perf_counter()
+        start = clock()
         try:
             cli.trainer.fit(cli.model, cli.datamodule)
         except DivergenceError:
             diverged = True
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
         dev = cli.trainer.callback_metrics["dev_accuracy"].item()
         cli.trainer.test(cli.model, cli.datamodule, verbose=False)

@@ -10,8 +10,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from recipes.language_modeling.data import Task
 from recipes.language_modeling.model import LanguageModel, load
 from recipes.language_modeling.tokens import BOS, EOS, MASK, SPECIAL, tokenizer
 
@@ -29,8 +31,9 @@ def sample(model: LanguageModel, start: str = "", temperature: float = 1.0, seed
         seed: Of the draws.
 
     Raises:
-        ValueError: The model has no room for more words than these.
+        ValueError: The model is masked, or has no room for more words than these.
     """
+    _must_be(model, "conditional")
     processor, generator = _processor(model), torch.Generator().manual_seed(seed)
     ids = [BOS, *processor.encode(start)] if start else [BOS]
     longest = model.net.config.max_position_embeddings
@@ -59,8 +62,9 @@ def fill(model: LanguageModel, sentence: str, best: int = 3) -> list[tuple[str, 
         Sentences and the last filling's probability, the likeliest first.
 
     Raises:
-        ValueError: No mask, or more tokens than the model takes.
+        ValueError: The model is conditional; no mask, or more tokens than the model takes.
     """
+    _must_be(model, "masked")
     processor = _processor(model)
     ids = [BOS]
     for number, part in enumerate(sentence.split(BLANK)):
@@ -88,7 +92,12 @@ def fill(model: LanguageModel, sentence: str, best: int = 3) -> list[tuple[str, 
     return found
 
 
-def _processor(model: LanguageModel):  # type: ignore[no-untyped-def]
+def _must_be(model: LanguageModel, task: Task) -> None:
+    if model.task != task:
+        raise ValueError(f"The model is {model.task}: expected a {task} one.")
+
+
+def _processor(model: LanguageModel) -> SentencePieceProcessor:
     assert model.tokenizer is not None
     return tokenizer(model.tokenizer)
 
@@ -104,6 +113,8 @@ def main(args: Sequence[str] | None = None) -> None:
     options = parser.parse_args(args)
     if options.temperature <= 0:
         parser.error("--temperature must be above 0")
+    if options.count < 1:
+        parser.error("--count must be 1 or more")
     try:
         model = load(options.checkpoint)
         if model.task == "masked":

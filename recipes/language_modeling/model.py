@@ -6,7 +6,7 @@ Nothing in it knows of predictive coding.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -38,13 +38,12 @@ class LanguageModel(L.LightningModule):
         activation: Of the feed-forward layers and the head, a name of transformers'.
         dropout: Of embeddings, attention weights and block outputs.
         linear: How linear layers are drawn: "torch", uniform within 1/sqrt(inputs) as PyTorch
-            does, or "bert", normal of deviation 0.02, which suits BERT's 768 units: with 128 the
-            masked model stays at unigram level for thousands of batches.
+            does, or "bert", normal of deviation 0.02, which was meant for BERT's 768 units.
         embeddings: Standard deviation of embeddings at first (BERT: 0.02; without LayerNorm,
             which would scale them, more).
 
     Raises:
-        ValueError: ``linear`` is neither, or ``embeddings`` not above 0.
+        ValueError: ``task`` or ``linear`` is neither, or ``embeddings`` not above 0.
     """
 
     def __init__(
@@ -64,6 +63,8 @@ class LanguageModel(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
+        if task not in get_args(Task):
+            raise ValueError(f"task={task!r}: expected 'masked' or 'conditional'.")
         if linear not in ("torch", "bert"):
             raise ValueError(f"linear={linear!r}: expected 'torch' or 'bert'.")
         if not embeddings > 0:

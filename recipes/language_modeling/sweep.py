@@ -3,7 +3,7 @@
     python -m recipes.language_modeling.sweep --where row=masked_ipc --data_dir data/lm1b
 
 Size 0 trains every combination on as many batches as hold 25,600 sentences, were all of them full,
-size 1 is the paper's own. The best dev perplexity wins.
+size 1 as long as the paper does. The best dev perplexity wins.
 """
 
 from __future__ import annotations
@@ -33,14 +33,11 @@ def jobs() -> list[Job]:
         for values in product(*ranges.values()):
             settings = dict(zip(ranges, values, strict=True))
             batch = settings.get("data.batch_size", given["data"]["init_args"]["batch_size"])
-            settings["trainer.val_check_interval"] = 100 * 128 // batch
             if size == 0:
-                settings |= {
-                    "model.dropout": 0.0,
-                    "data.eval_sentences": 1000,
-                    "trainer.max_steps": SENTENCES // batch,
-                    "trainer.val_check_interval": SENTENCES // batch,
-                }
+                settings = study.short(row, SENTENCES, batch) | settings
+                settings["trainer.val_check_interval"] = settings["trainer.max_steps"]
+            else:
+                settings["trainer.val_check_interval"] = 100 * 128 // batch
             found.append({"size": size, "row": row, "seed": 0, "settings": settings})
     return found
 

@@ -19,8 +19,8 @@ from recipes.language_modeling import study
 _STRATEGY = "trainer.strategy.init_args."
 _AUTO = {f"{_STRATEGY}gamma": "auto"}  # one gamma does not suit all placements
 _BLOCKS = [f"net.bert.encoder.layer.{i}" for i in range(2)]
-_FLAT = {"trainer.callbacks.init_args": {"batches": 20, "decay": False}}
-_BARE = _FLAT | {"trainer.gradient_clip_val": "null"}
+_FLAT = {"decay": False}
+_BARE = {"decay": False, "trainer.gradient_clip_val": "null"}
 
 
 #: With so few tokens a short run gets past saying the most frequent ones.
@@ -33,7 +33,8 @@ class Set(NamedTuple):
     Attributes:
         row: A YAML of this folder.
         fixed: What LightningCLI is given beside the YAML, for all variants.
-        variants: Name -> what it is given for this one.
+        variants: Name -> what it is given for this one; ``batches`` and ``decay`` are the
+            arguments of its `WarmUp`.
     """
 
     row: str
@@ -74,6 +75,19 @@ SETS = {
             "neither, gamma auto": _BARE | _AUTO,
             "neither, gamma 0.1": _BARE | {f"{_STRATEGY}gamma": 0.1},
             "neither, half the learning rate": _BARE | {"optimizer.lr": 0.0016},
+            "neither, no warm-up": _BARE | {"batches": 0},
+            "neither, gamma not decayed": _BARE | {f"{_STRATEGY}gamma_decay": 1.0},
+            "neither, energies weigh 0.1": _BARE | {f"{_STRATEGY}precisions": 0.1},
+        },
+    ),
+    "backprop": Set(
+        "conditional_bp",
+        {},
+        {
+            "the recipe": {},
+            "decay": {"decay": True},
+            "clipping": {"trainer.gradient_clip_val": 1.0},
+            "decay and clipping": {"decay": True, "trainer.gradient_clip_val": 1.0},
         },
     ),
 }
@@ -86,17 +100,20 @@ def jobs() -> list[Job]:
     """Of each size all variants, one seed after the other."""
     return [
         {"size": size, "set": name, "variant": variant, "row": group.row, "seed": seed}
-        | {
-            "settings": study.short(group.row, how["sentences"], BATCH_SIZE)
-            | {"data.seed": seed}
-            | group.fixed
-            | settings
-        }
+        | {"settings": _settings(group, settings, how["sentences"], seed)}
         for size, how in enumerate(SIZES)
         for seed in range(how["seeds"])
         for name, group in SETS.items()
         for variant, settings in group.variants.items()
     ]
+
+
+def _settings(group: Set, changes: dict[str, Any], sentences: int, seed: int) -> dict[str, Any]:
+    settings = study.short(group.row, sentences, BATCH_SIZE) | {"data.seed": seed} | group.fixed
+    warm_up = "trainer.callbacks.init_args"  # they are only given together
+    of_warm_up = {name: changes[name] for name in ("batches", "decay") if name in changes}
+    rest = {name: value for name, value in changes.items() if name not in of_warm_up}
+    return settings | rest | {warm_up: settings[warm_up] | of_warm_up}
 
 
 def tables(rows: list[Row]) -> list[Table]:
