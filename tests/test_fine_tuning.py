@@ -132,7 +132,7 @@ def test_batches_are_padded_little_and_come_in_another_order(pretrained):
 def test_too_few_sentences_are_told(pretrained):
     with pytest.raises(
         ValueError,
-        match="The dev split has 200 sentences that can be shuffled, not 300: pass a smaller test",
+        match="200 sentences that can be shuffled, not 300: pass a smaller test",
     ):
         WordOrder(pretrained, "small", train=100, test=300).setup("fit")
 
