@@ -1,4 +1,4 @@
-"""Where value nodes stand and which energy they have; first weights; what makes iPC fail, and cures it.
+"""Placements, energies and first weights; what makes iPC fail, and what cures it.
 
     python -m recipes.language_modeling.variants --data_dir data/lm1b
 
