@@ -43,9 +43,9 @@ PRETRAINING: Job = {
 }
 #: What is trained -> from where, how, and the learning rates of which dev accuracy chooses one.
 ROWS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "all, from scratch": ("untrained", {}, (0.0002, 0.001)),
-    "all": ("pretrained", {}, (0.0002, 0.001)),
-    "last block": ("pretrained", {"model.trained": 1}, (0.0002, 0.001)),
+    "all, from scratch": ("untrained", {}, (0.00005, 0.0002, 0.001)),
+    "all": ("pretrained", {}, (0.00005, 0.0002, 0.001)),
+    "last block": ("pretrained", {"model.trained": 1}, (0.00005, 0.0002, 0.001)),
     "LoRA": ("pretrained", {"model.trained": "lora"}, (0.001, 0.004)),
 }
 SIZES: tuple[dict[str, int], ...] = ({"train": 4000, "seeds": 2}, {"train": 20_000, "seeds": 3})
