@@ -129,6 +129,20 @@ def test_batches_are_padded_little_and_come_in_another_order(pretrained):
     assert [b["input_ids"].shape[1] for b in fixed] == [10, 18, 26, 34, 42]
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"train": 0}, "train=0: expected 1 or more"),
+        ({"test": -5}, "test=-5: expected 1 or more"),
+        ({"batch_size": 0}, "batch_size=0: expected 1 or more"),
+        ({"max_tokens": 2}, "max_tokens=2: expected 3 or more"),
+    ],
+)
+def test_numbers_of_the_data_that_cannot_be_are_told(options, says):
+    with pytest.raises(ValueError, match=says):
+        WordOrder("anything", "small", **options)
+
+
 def test_too_few_sentences_are_told(pretrained):
     with pytest.raises(
         ValueError,

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_pc.cli import main as cli
+from recipes.common import queue
 from recipes.common.warmup import WarmUp
 from recipes.language_modeling import generate, study, sweep, variants
 from recipes.language_modeling.data import IGNORED, Batches, OneBillionWords, SmallText
@@ -384,8 +385,10 @@ def test_a_checkpoint_of_another_tokenizer_is_told(cache, tmp_path):
 
 
 class Trained(LanguageModel):
+    rate = 1e-3
+
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-3)
+        return torch.optim.AdamW(self.parameters(), self.rate)
 
 
 # --- every YAML, and what becomes of its checkpoint -----------------------------------------------
@@ -520,6 +523,31 @@ def test_sentences_that_cannot_be_filled_are_told(cache, text, says):
     model.tokenizer = small(cache).corpus.model
     with pytest.raises(ValueError, match=says):
         generate.fill(model, text)
+
+
+def test_the_other_task_is_told(cache):
+    for task, use in (("masked", generate.sample), ("conditional", generate.fill)):
+        model = LanguageModel(task, **SMALL).eval()
+        model.tokenizer = small(cache).corpus.model
+        with pytest.raises(ValueError, match=f"The model is {task}: expected a"):
+            use(model, "the [MASK] .")
+    with pytest.raises(ValueError, match="task='causal': expected 'masked' or 'conditional'"):
+        LanguageModel("causal", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--size", "7"], "--size: expected 0, 1, 2"),
+        (["--processes", "0"], "--processes: expected 1 or more"),
+        (["--threads", "-1"], "--threads: expected 1 or more"),
+    ],
+)
+def test_arguments_of_a_study_that_cannot_be_are_told(tmp_path, capsys, arguments, says):
+    with pytest.raises(SystemExit):
+        queue.main(study.STUDY, [*arguments, "--out", str(tmp_path / "new" / "a.json")])
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_that_are_no_checkpoints_are_told(tmp_path, capsys):
@@ -746,6 +774,14 @@ def test_a_warm_up_raises_the_rate_and_survives_a_checkpoint(cache, tmp_path):
     assert first + rest == pytest.approx(expected)
     _, fallen = fit(8, batches=3, decay=True)
     assert fallen == pytest.approx([min(1, (i + 1) / 3) * (1 - i / 8) * 1e-3 for i in range(8)])
+    again, rates = WarmUp(2), []
+    for rate in (1e-3, 1e-4):
+        model = Trained(**SMALL)
+        model.rate = rate
+        run = trainer(max_steps=3, callbacks=[again], num_sanity_val_steps=0)
+        run.fit(model, SmallText(cache_dir=cache, max_tokens=32))
+        rates.append(run.optimizers[0].param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3, 1e-4])
     with pytest.raises(ValueError, match="batches=-1: expected 0 or more"):
         WarmUp(-1)
     with pytest.raises(MisconfigurationException, match="the fit has no end"):
