@@ -60,6 +60,7 @@ class AutoGamma:
         failures: How many of the last looks on end have failed.
         anew: The next batch looks, and gamma is chosen whatever the band says.
         alarmed: Inference raised the energy in the last batch.
+        close: It has done so once, for all that the looks had seen: they go closer from then on.
         soonest: Evaluations from the last look to one that follows an alarm.
     """
 
@@ -74,6 +75,7 @@ class AutoGamma:
     failures: int = 0
     anew: bool = True
     alarmed: bool = False
+    close: bool = False
     soonest: int = SOONEST
 
     def due(self) -> bool:
@@ -102,6 +104,7 @@ class AutoGamma:
         """Takes in a batch that is done: its evaluations, and whether inference raised F."""
         self.evaluations += evaluations
         self.alarmed = rose
+        self.close = self.close or rose
 
     def after_divergence(self) -> None:
         """The next batch looks, and gamma is chosen anew."""
@@ -121,17 +124,25 @@ class AutoGamma:
 
 @torch.no_grad()
 def largest_curvature(
-    nodes: Sequence[Node], evaluate: Callable[[], None], scale: float, seed: int
+    nodes: Sequence[Node],
+    evaluate: Callable[[], None],
+    scale: float,
+    seed: int,
+    close: bool = False,
 ) -> tuple[float, Node]:
     """The largest eigenvalue of d2F/dx2 by power iteration: mostly 0.7 to 0.95 of it.
 
-    Behind rectifiers, where the gradient jumps, more: twice is usual in small batches.
+    Behind rectifiers, where the gradient jumps, more: twice is usual in small batches. Less where F
+    is bent otherwise further off: of a pretrained BERT with a new classifier, whose values hardly
+    move, a sixth, unless it is looked at closely.
 
     Args:
         nodes: The batch's nodes with the gradients at their values; both are left as they are.
         evaluate: Gives every node its gradients at the values where they are now.
         scale: Factor from the gradients that come from below to those of F.
         seed: Of the first, random direction; torch's own generators are left alone.
+        close: Go no further than the gradient at the values is long, which is about as far as
+            inference goes, nor less than the rounding of the forward allows.
 
     Returns:
         The curvature (nan where it cannot be had) and the node that has most of its direction.
@@ -145,6 +156,10 @@ def largest_curvature(
     ]
     length = REACH * _size([node.x for node in nodes]) * sum(x.numel() for x in starts) ** 0.5
     base = [_gradient(node, scale) for node in nodes]
+    if close:
+        pull = _length([gradient for gradient in base if gradient is not None])
+        shortest = math.sqrt(max(node.rounding for node in nodes))
+        length = min(length, max(pull, length * shortest / REACH))
     curvature, largest = math.nan, nodes[0]
     try:
         for _ in range(PRODUCTS):

@@ -84,6 +84,7 @@ class Discovery(Watch):
             dtype = torch.promote_types(mu.dtype, torch.float32)
             value = mu.detach().to(dtype, copy=True).requires_grad_()
             site.node = self.kind(site.name, value, energy())
+            site.node.rounding = torch.finfo(mu.dtype).eps
         return stand(mu, site.node, self.gate)
 
     @override

@@ -73,6 +73,10 @@ class Inference:
             self._moved = moved if before is None else moved.maximum(self.momentum * before)
         self._last = energy
 
+    def finish(self, energy: Tensor) -> None:
+        """Takes in F of an evaluation, [], after which no value moves."""
+        self._last = energy
+
     @torch.no_grad()
     def move(self, nodes: Sequence[Node], scale: float) -> None:
         """Moves every node that an error has reached.

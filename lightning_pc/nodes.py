@@ -48,6 +48,7 @@ class Node:
         weight: Of its energy in F, at the coming evaluation.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
+        rounding: Relative, of its prediction's dtype.
     """
 
     through: ClassVar[bool] = False
@@ -62,6 +63,7 @@ class Node:
     weight: float = 1.0
     velocity: Tensor | None = None
     passes: str = ""
+    rounding: float = torch.finfo(torch.float32).eps
     # Of the current evaluation: the energy's gradients (None until an error arrives), the
     # gradient that comes from below, and where mu was computed.
     slopes: Slopes | None = None

@@ -150,6 +150,8 @@ class Relaxation:
                 self._move(total, self.losses[-1])
                 if self.least <= step + 2 < self.T and self._has_converged(step):
                     self.T = step + 2
+            else:
+                self.inference.finish(self._free_energy(total, self.losses[-1]))
             if self.schedule.updates(step, self.T):
                 self.learned_at.append(t)
                 if step < self.T - 1:
@@ -163,16 +165,16 @@ class Relaxation:
     def _choose_gamma(self) -> None:
         """Before the first move, the gradients in the nodes: looks at the curvature where due."""
         if self.curious:
-            self.seen = self._look()
+            self.seen = self._look(close=True)
         if self.auto is None:
             return
         if self.auto.due():
-            curvature, _ = self._look(seed=self.auto.looks)
+            curvature, _ = self._look(seed=self.auto.looks, close=self.auto.close)
             self.auto.take_in(curvature)
         self.inference.start_gamma = self.auto.gamma
         self.inference.begin()
 
-    def _look(self, seed: int = 0) -> tuple[float, Node]:
+    def _look(self, seed: int = 0, close: bool = False) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes = self.graph.nodes
         t = self.start + max(node.arrival for node in nodes)  # all nodes' energies count
@@ -188,7 +190,7 @@ class Relaxation:
             self._backward(self.evaluate(t, self.scale), t, moves=True, learns=False)
 
         try:
-            return largest_curvature(nodes, evaluate, 1.0 / self.scale, seed)
+            return largest_curvature(nodes, evaluate, 1.0 / self.scale, seed, close)
         finally:
             for node, weight in zip(nodes, weights, strict=True):
                 node.weight = weight
@@ -211,9 +213,11 @@ class Relaxation:
             node.forget()
 
     def _move(self, energy: Tensor, loss: Tensor) -> None:
-        alpha = self.terms * self.beta * self.pull
-        self.inference.observe(torch.add(energy, loss, alpha=alpha))
+        self.inference.observe(self._free_energy(energy, loss))
         self.inference.move(self.graph.nodes, 1.0 / self.scale)
+
+    def _free_energy(self, energy: Tensor, loss: Tensor) -> Tensor:
+        return torch.add(energy, loss, alpha=self.terms * self.beta * self.pull)
 
     def _take_in(self, loss: Tensor, t: int, check: bool) -> Tensor:
         """Keeps the loss and the energies; returns all nodes' energy, []."""

@@ -1,0 +1,101 @@
+"""Where F is bent close to the values, the automatic gamma looks closer once inference raises F."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_pc.curvature import AutoGamma
+from lightning_pc.optim import IPC, PC
+
+
+class Ripples(nn.Module):
+    """Pretrained and steep, but for a sine a step of 0.05 flattens; its classifier is new."""
+
+    def __init__(self, ripples=200.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.ripples = ripples
+        self.one, self.two, self.head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        nn.init.normal_(self.one.weight, std=0.4)
+        nn.init.normal_(self.head.weight, std=1e-4)
+
+    def forward(self, x):
+        return self.head(self.two(torch.sin(self.ripples * self.one(x))))
+
+
+NODES = ["one", "two"]
+
+
+def batch(samples=4):
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(samples, 6, generator=draw), torch.tensor([0, 1, 2, 0])[:samples]
+
+
+def exact_curvature(model, x, y):
+    """The largest eigenvalue of d2F/dx2 at the predictions, written out."""
+    with torch.no_grad():
+        one = model.one(x)
+        two = model.two(torch.sin(model.ripples * one))
+
+    def free_energy(values):
+        a, b = values[: one.numel()].view_as(one), values[one.numel() :].view_as(two)
+        errors = (a - model.one(x)).square() / 2, (b - model.two(torch.sin(model.ripples * a))) ** 2
+        loss = F.cross_entropy(model.head(b), y, reduction="sum")
+        return errors[0].sum() + errors[1].sum() / 2 + loss
+
+    values = torch.cat([one.flatten(), two.flatten()])
+    return float(torch.linalg.eigvalsh(torch.func.hessian(free_energy)(values))[-1])
+
+
+def trained(algorithm, model, x, y, batches, lr=0.0):
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), lr), model, value_nodes=NODES)
+    for _ in range(batches):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_a_gamma_that_raises_F_is_chosen_anew_from_close_by(algorithm, dtype):
+    model = Ripples().to(dtype)
+    x, y = (t.to(dtype) if t.is_floating_point() else t for t in batch())
+    exact = exact_curvature(model, x, y)
+    optimizer = trained(algorithm, model, x, y, 1)
+    far = optimizer.report
+    assert far.gamma * exact > 4  # what it is about: too far, so that F rises
+    assert far.free_energy[-1] > far.free_energy[0]
+    for _ in range(8):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        near = optimizer.report
+        assert 0.7 < near.gamma * exact < 2
+        assert near.free_energy[-1] <= near.free_energy[0]
+    assert optimizer.state_dict()["lightning_pc"]["close"]
+
+
+def test_the_rounding_of_bfloat16_is_no_curvature():
+    """There a close look goes as far as any: shorter steps would round to none or to others."""
+    found = []
+    for samples in (1, 4):
+        model = Ripples(ripples=1.0)
+        x, y = batch(samples)
+        for close in (False, True):
+            optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, value_nodes=NODES)
+            optimizer._learner.auto.close = close
+            with torch.autocast("cpu", torch.bfloat16):
+                optimizer.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
+            found.append(optimizer.report.curvature)
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+
+
+def test_a_rise_brings_the_looks_closer_for_good():
+    auto = AutoGamma(0.8, 0.5, 1.2)
+    auto.after(8, False)
+    assert not auto.close
+    auto.after(8, True)
+    auto.after(8, False)
+    assert auto.close
+    resumed = AutoGamma(0.8, 0.5, 1.2)
+    resumed.load_state_dict(auto.state_dict())
+    assert resumed.close
