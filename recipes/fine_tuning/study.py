@@ -33,7 +33,7 @@ from recipes.language_modeling.model import LanguageModel, load
 
 HERE = Path(__file__).parent
 CACHE = Path(".cache/fine_tuning")
-ALGORITHMS = ("bp", "ipc")
+ALGORITHMS = ("bp", "ipc", "epc")
 SENTENCES = 96_000  # of the pretraining
 #: The model that all start from: a row of the language models, and LightningCLI's settings.
 PRETRAINING: Job = {
@@ -41,25 +41,30 @@ PRETRAINING: Job = {
     "seed": 0,
     "settings": language_modeling.short("masked_bp", SENTENCES),
 }
-#: What is trained -> from where, how, and the learning rates of which dev accuracy chooses one.
-ROWS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
-    "all, from scratch": ("untrained", {}, (0.00005, 0.0002, 0.001)),
-    "all": ("pretrained", {}, (0.00005, 0.0002, 0.001)),
-    "last block": ("pretrained", {"model.trained": 1}, (0.00005, 0.0002, 0.001)),
-    "LoRA": ("pretrained", {"model.trained": "lora"}, (0.001, 0.004)),
+RATES = (0.00005, 0.0002, 0.001)
+COLOURS = ("0.6", "tab:blue", "tab:orange")
+EVERYWHERE = {"trainer.strategy.value_nodes": "auto"}
+#: What is trained -> from where, how, by which algorithms, and the learning rates of which dev
+#: accuracy chooses one.
+ROWS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[float, ...]]] = {
+    "all, from scratch": ("untrained", {}, ("bp", "ipc"), RATES),
+    "all": ("pretrained", {}, ALGORITHMS, RATES),
+    "all, nodes at auto": ("pretrained", EVERYWHERE, ("ipc",), RATES[:2]),
+    "last block": ("pretrained", {"model.trained": 1}, ("bp", "ipc"), RATES),
+    "LoRA": ("pretrained", {"model.trained": "lora"}, ("bp", "ipc"), (0.001, 0.004)),
 }
 SIZES: tuple[dict[str, int], ...] = ({"train": 4000, "seeds": 2}, {"train": 20_000, "seeds": 3})
 
 
 def jobs() -> list[Job]:
-    """Of each size all rows of both algorithms, one seed after the other."""
+    """Of each size all rows, one seed after the other."""
     return [
         {"size": size, "algorithm": algorithm, "row": row, "lr": lr, "seed": seed}
         | {"pretraining": SENTENCES, "settings": {"data.train": how["train"], **settings}}
         for size, how in enumerate(SIZES)
         for seed in range(how["seeds"])
-        for row, (_, settings, rates) in ROWS.items()
-        for lr, algorithm in product(rates, ALGORITHMS)
+        for row, (_, settings, algorithms, rates) in ROWS.items()
+        for lr, algorithm in product(rates, algorithms)
     ]
 
 
@@ -172,13 +177,13 @@ def picture(rows: list[Row]) -> Figure:
     """Test accuracy of each row, a bar for the mean over seeds and a dot for each."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, chosen = figure.subplots(), best(rows)
-    for i, (algorithm, colour) in enumerate(zip(ALGORITHMS, ("0.6", "tab:blue"), strict=True)):
+    for i, (algorithm, colour) in enumerate(zip(ALGORITHMS, COLOURS, strict=True)):
         for place, row in enumerate(ROWS):
             found = [r["test"] for r in chosen.get((row, algorithm), [])]
-            x = place + 0.4 * (i - 0.5)
+            x = place + 0.27 * (i - 1)
             if found:
-                label = algorithm if not place else None
-                axes.bar(x, fmean(found), 0.38, color=colour, label=label)
+                label = algorithm if row == "all" else None
+                axes.bar(x, fmean(found), 0.25, color=colour, label=label)
                 axes.plot([x] * len(found), found, "k.", ms=4)
     axes.set(ylim=(45, 100), ylabel="test accuracy, %", title="Are the words shuffled?")
     axes.set_xticks(range(len(ROWS)), list(ROWS))
