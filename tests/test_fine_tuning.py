@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -15,11 +18,13 @@ from transformers import (
     BartForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
     GPT2Config,
     GPT2ForSequenceClassification,
+    RobertaConfig,
 )
 
-from lightning_pc import PCStrategy
+from lightning_pc import PCStrategy, describe
 from lightning_pc.cli import main as cli
 from recipes.fine_tuning import study
 from recipes.fine_tuning.data import AS_WRITTEN, Padded, WordOrder
@@ -318,12 +323,12 @@ def test_the_study_fine_tunes_one_model_in_every_way(tmp_path, monkeypatch):
     few["data.data_dir"] = "small"
     rows = []
     for given in study.jobs():
-        rate = study.ROWS[given["row"]][2][0]
+        rate = study.ROWS[given["row"]].rates[0]
         if given["size"] == given["seed"] == 0 and given["lr"] == rate:
             changed = given | {"settings": given["settings"] | few}
             rows.append(given | study.run(changed, None))
     assert {(row["row"], row["algorithm"]) for row in rows} == {
-        (row, algorithm) for row in study.ROWS for algorithm in study.ALGORITHMS
+        (row, algorithm) for row, how in study.ROWS.items() for algorithm in how.algorithms
     }
     for row in rows:
         assert not row["diverged"]
@@ -340,6 +345,35 @@ def test_the_study_fine_tunes_one_model_in_every_way(tmp_path, monkeypatch):
     assert study.starts(None) != folder
     assert study.tables(rows)[0].row_count == len(rows)
     assert len(study.picture(rows).axes[0].patches) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "node"),
+    [
+        (BertConfig, "net.bert.pooler"),
+        (DistilBertConfig, "net.pre_classifier"),
+        (RobertaConfig, "net.classifier.dense"),
+    ],
+)
+def test_the_recipe_places_one_node_at_what_the_classifier_reads(config, node, tmp_path):
+    sizes = {"vocab_size": 30, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    names = {
+        "hidden_size": "dim",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
+    if config is DistilBertConfig:
+        sizes = {names.get(name, name): size for name, size in sizes.items()}
+    config(**sizes).save_pretrained(tmp_path)
+    model = FineTuned(str(tmp_path), pretrained=False)
+    strategy = yaml.safe_load(Path("recipes/fine_tuning/ipc.yaml").read_text())["trainer"][
+        "strategy"
+    ]
+    batch = {"input_ids": torch.randint(3, 30, (2, 5)), "labels": torch.tensor([0, 1])}
+    found = describe(
+        model, batch, value_nodes=strategy["init_args"]["value_nodes"], print_table=False
+    )
+    assert [row.name for row in found.rows] == [node]
 
 
 def test_dev_accuracy_chooses_the_learning_rate():

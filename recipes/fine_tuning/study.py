@@ -15,7 +15,7 @@ import shutil
 from itertools import product
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LightningCLI
@@ -44,14 +44,31 @@ PRETRAINING: Job = {
 RATES = (0.00005, 0.0002, 0.001)
 COLOURS = ("0.6", "tab:blue", "tab:orange")
 EVERYWHERE = {"trainer.strategy.value_nodes": "auto"}
-#: What is trained -> from where, how, by which algorithms, and the learning rates of which dev
-#: accuracy chooses one.
-ROWS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[float, ...]]] = {
-    "all, from scratch": ("untrained", {}, ("bp", "ipc"), RATES),
-    "all": ("pretrained", {}, ALGORITHMS, RATES),
-    "all, nodes at auto": ("pretrained", EVERYWHERE, ("ipc",), RATES[:2]),
-    "last block": ("pretrained", {"model.trained": 1}, ("bp", "ipc"), RATES),
-    "LoRA": ("pretrained", {"model.trained": "lora"}, ("bp", "ipc"), (0.001, 0.004)),
+
+
+class How(NamedTuple):
+    """A row.
+
+    Attributes:
+        start: "pretrained" or "untrained".
+        settings: LightningCLI's, beside the YAML's.
+        algorithms: Of `ALGORITHMS`.
+        rates: Learning rates, of which dev accuracy chooses one.
+    """
+
+    start: str
+    settings: dict[str, Any]
+    algorithms: tuple[str, ...] = ("bp", "ipc")
+    rates: tuple[float, ...] = RATES
+
+
+#: What is trained -> how.
+ROWS = {
+    "all, from scratch": How("untrained", {}),
+    "all": How("pretrained", {}, ALGORITHMS),
+    "all, nodes at auto": How("pretrained", EVERYWHERE, ("ipc",), RATES[:2]),
+    "last block": How("pretrained", {"model.trained": 1}),
+    "LoRA": How("pretrained", {"model.trained": "lora"}, rates=(0.001, 0.004)),
 }
 SIZES: tuple[dict[str, int], ...] = ({"train": 4000, "seeds": 2}, {"train": 20_000, "seeds": 3})
 
@@ -60,11 +77,11 @@ def jobs() -> list[Job]:
     """Of each size all rows, one seed after the other."""
     return [
         {"size": size, "algorithm": algorithm, "row": row, "lr": lr, "seed": seed}
-        | {"pretraining": SENTENCES, "settings": {"data.train": how["train"], **settings}}
-        for size, how in enumerate(SIZES)
-        for seed in range(how["seeds"])
-        for row, (_, settings, algorithms, rates) in ROWS.items()
-        for lr, algorithm in product(rates, algorithms)
+        | {"pretraining": SENTENCES, "settings": {"data.train": given["train"], **how.settings}}
+        for size, given in enumerate(SIZES)
+        for seed in range(given["seeds"])
+        for row, how in ROWS.items()
+        for lr, algorithm in product(how.rates, how.algorithms)
     ]
 
 
@@ -96,7 +113,7 @@ def run(job: Job, data_dir: str | None) -> Figures:
         ``dev`` and ``test`` accuracy in percent, ``seconds`` of the fit (on a CPU
         the processor's), ``diverged``.
     """
-    folder = starts(data_dir) / ROWS[job["row"]][0]
+    folder = starts(data_dir) / ROWS[job["row"]].start
     settings: dict[str, Any] = {
         "model.checkpoint": folder,
         "data.checkpoint": folder,
