@@ -19,7 +19,7 @@ from recipes.language_modeling import study
 _STRATEGY = "trainer.strategy.init_args."
 _AUTO = {f"{_STRATEGY}gamma": "auto"}  # one gamma does not suit all placements
 _BLOCKS = [f"net.bert.encoder.layer.{i}" for i in range(2)]
-_HEAD = ["net.cls.predictions.transform"]
+_NONLINEAR = {f"{_STRATEGY}value_nodes": "auto"}
 _FLAT = {"decay": False}
 _BARE = {"decay": False, "trainer.gradient_clip_val": "null"}
 
@@ -48,13 +48,13 @@ SETS = {
         "masked_ipc",
         _FEW,
         {
-            "auto, F_KL, gamma 1 (the recipe)": {},
-            "auto, F_KL, gamma 0.5 as in the paper": {f"{_STRATEGY}gamma": 0.5},
-            "auto, F_KL": _AUTO,
-            "auto, Gaussian": _AUTO | {f"{_STRATEGY}softmax_energy": "gaussian"},
+            "the head's activation alone (the recipe)": {},
+            "auto, F_KL, gamma 0.5 as in the paper": _NONLINEAR,
+            "auto, F_KL, gamma 1": _NONLINEAR | {f"{_STRATEGY}gamma": 1.0},
+            "auto, F_KL": _NONLINEAR | _AUTO,
+            "auto, Gaussian": _NONLINEAR | _AUTO | {f"{_STRATEGY}softmax_energy": "gaussian"},
             "block outputs": _AUTO | {f"{_STRATEGY}value_nodes": _BLOCKS},
             "all linear outputs": _AUTO | {f"{_STRATEGY}value_nodes": "linear"},
-            "the head's activation alone": _AUTO | {f"{_STRATEGY}value_nodes": _HEAD},
         },
     ),
     "initialisation": Set(
