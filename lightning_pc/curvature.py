@@ -60,7 +60,7 @@ class AutoGamma:
         failures: How many of the last looks on end have failed.
         anew: The next batch looks, and gamma is chosen whatever the band says.
         alarmed: Inference raised the energy in the last batch.
-        close: It has done so once, for all that the looks had seen: they go closer from then on.
+        close: It has done so once, or diverged: looks go closer from then on.
         soonest: Evaluations from the last look to one that follows an alarm.
     """
 
@@ -107,8 +107,8 @@ class AutoGamma:
         self.close = self.close or rose
 
     def after_divergence(self) -> None:
-        """The next batch looks, and gamma is chosen anew."""
-        self.anew = True
+        """The next batch looks, closely, and gamma is chosen anew."""
+        self.anew = self.close = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""
@@ -134,7 +134,7 @@ def largest_curvature(
 
     Behind rectifiers, where the gradient jumps, more: twice is usual in small batches. Less where F
     is bent otherwise further off: of a pretrained BERT with a new classifier, whose values hardly
-    move, a sixth, unless it is looked at closely.
+    move, a seventh, unless it is looked at closely.
 
     Args:
         nodes: The batch's nodes with the gradients at their values; both are left as they are.

@@ -83,8 +83,7 @@ class Discovery(Watch):
         else:
             dtype = torch.promote_types(mu.dtype, torch.float32)
             value = mu.detach().to(dtype, copy=True).requires_grad_()
-            site.node = self.kind(site.name, value, energy())
-            site.node.rounding = torch.finfo(mu.dtype).eps
+            site.node = self.kind(site.name, value, energy(), rounding=_rounding(mu))
         return stand(mu, site.node, self.gate)
 
     @override
@@ -179,6 +178,17 @@ class Discovery(Watch):
                 "its forward once more without the node: switch gradient checkpointing off, or "
                 "place nodes outside of the checkpointed modules (value_nodes=...)."
             )
+
+
+def _rounding(mu: Tensor) -> float:
+    """Relative, of what computes ``mu``: its own dtype, or a shorter one behind it."""
+    kinds, device = [torch.finfo(mu.dtype).eps], mu.device.type
+    if torch.is_autocast_enabled(device):
+        kinds.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+    backends = torch.backends
+    if device == "cuda" and (backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32):
+        kinds.append(2.0**-10)
+    return max(kinds)
 
 
 def _kept_node(kept: list[Site], index: int, site: Site) -> Node | None:

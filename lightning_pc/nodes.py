@@ -48,7 +48,7 @@ class Node:
         weight: Of its energy in F, at the coming evaluation.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
-        rounding: Relative, of its prediction's dtype.
+        rounding: Relative, of the arithmetic that computes its prediction.
     """
 
     through: ClassVar[bool] = False

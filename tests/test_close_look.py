@@ -89,6 +89,39 @@ def test_the_rounding_of_bfloat16_is_no_curvature():
     assert found[2] == found[3]
 
 
+def test_a_close_look_goes_as_far_as_the_gradient_at_the_values():
+    """With a classifier that pulls hard that is as far as any look, close by F is steeper."""
+    found = {}
+    for pull in (1e-4, 10.0):
+        for close in (False, True):
+            model = Ripples().double()
+            nn.init.normal_(model.head.weight, std=pull)
+            optimizer = trained(PC, model, batch()[0].double(), batch()[1], 0)
+            optimizer._learner.auto.close = close
+            optimizer.step(lambda: F.cross_entropy(model(batch()[0].double()), batch()[1]))  # noqa: B023
+            found[pull, close] = optimizer.report.curvature
+    assert found[10.0, True] == found[10.0, False]
+    assert found[1e-4, True] > 3 * found[1e-4, False]
+
+
+def test_a_rise_after_the_last_move_counts():
+    """PC's last evaluation moves no value any more."""
+    model, (x, y) = Ripples(), batch()
+    sgd = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = PC(sgd, model, value_nodes=NODES, T=3, momentum="auto")
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    free = optimizer.report.free_energy
+    assert free[1] <= free[0] < free[2]
+    assert optimizer.state_dict()["lightning_pc"]["alarmed"]
+
+
+def test_a_divergence_brings_the_looks_closer():
+    auto = AutoGamma(0.8, 0.5, 1.2)
+    auto.after_divergence()
+    assert auto.close
+    assert auto.anew
+
+
 def test_a_rise_brings_the_looks_closer_for_good():
     auto = AutoGamma(0.8, 0.5, 1.2)
     auto.after(8, False)

@@ -388,3 +388,6 @@ def test_dev_accuracy_chooses_the_learning_rate():
         "ipc": {0.001},
     }
     assert all(len(found) == study.SIZES[0]["seeds"] for found in chosen.values())
+    partly = [row for row in rows if row["seed"] == 0 or row["lr"] == 0.001]
+    for found in study.best(partly).values():
+        assert {row["lr"] for row in found} == {0.001}  # run with both seeds
