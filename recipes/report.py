@@ -234,7 +234,8 @@ def language_models() -> Iterator[str]:
     rows, sittings = read(language.STUDY.results)
     lines, used = [], []
     for task, paper in TABLE_3.items():
-        cells, learned = [], ""
+        cells: list[str] = []
+        learned: dict[str, list[str]] = {}
         for algorithm in ALGORITHMS:
             mine = largest(rows, f"{task}_{algorithm}")
             used += mine
@@ -243,8 +244,10 @@ def language_models() -> Iterator[str]:
             cells.append(f"{perplexity} ({won} of {len(mine)})" if mine else NOT_RUN)
             if mine:
                 reduced = "**reduced**: " if mine[0]["size"] < 2 else ""
-                learned = f"{reduced}{mine[0]['batches']:,} batches"
-        lines.append([*paper, *cells, learned or NOT_RUN])
+                batches = f"{reduced}{mine[0]['batches']:,} batches"
+                learned.setdefault(batches, []).append(algorithm)
+        parts = [f"{n} ({', '.join(who)})" if len(learned) > 1 else n for n, who in learned.items()]
+        lines.append([*paper, *cells, "; ".join(parts) or NOT_RUN])
     yield from table(["", "BP", "PC", "iPC", "ours: BP", "PC", "iPC", "ours learned from"], lines)
     yield from provenance(used, sittings, language.STUDY.results.with_suffix(".png"))
 

@@ -99,3 +99,13 @@ def test_the_committed_results_make_a_page(tmp_path):
     figures = json.loads((report.HERE / "image_classification" / "speed.json").read_text())
     assert f"`{figures['command']}`" in page
     assert max(figures["data_share"].values()) < 0.1
+
+
+def test_language_models_of_different_sizes_are_told_apart(results):
+    file = Results(report.language.STUDY.results)
+    file.sittings.append({"command": "python -m x", **MACHINE})
+    for size, row, batches in ((0, "masked_bp", 10), (0, "masked_pc", 10), (1, "masked_bp", 40)):
+        job = {"size": size, "row": row, "seed": 0, "settings": {}}
+        file.add(job, {"test": 300.0, "batches": batches, "diverged": False}, {})
+    told = line(report.page(), "masked")[-1]
+    assert told == "**reduced**: 40 batches (bp); **reduced**: 10 batches (pc)"
