@@ -48,8 +48,9 @@ def exact_curvature(model, x, y):
     return float(torch.linalg.eigvalsh(torch.func.hessian(free_energy)(values))[-1])
 
 
-def trained(algorithm, model, x, y, batches, lr=0.0):
-    optimizer = algorithm(torch.optim.SGD(model.parameters(), lr), model, value_nodes=NODES)
+def trained(algorithm, model, x, y, batches):
+    """Values move, weights do not."""
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.0), model, value_nodes=NODES)
     for _ in range(batches):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
     return optimizer
@@ -91,14 +92,15 @@ def test_the_rounding_of_bfloat16_is_no_curvature():
 
 def test_a_close_look_goes_as_far_as_the_gradient_at_the_values():
     """With a classifier that pulls hard that is as far as any look, close by F is steeper."""
-    found = {}
+    (x, y), found = batch(), {}
+    x = x.double()
     for pull in (1e-4, 10.0):
         for close in (False, True):
             model = Ripples().double()
             nn.init.normal_(model.head.weight, std=pull)
-            optimizer = trained(PC, model, batch()[0].double(), batch()[1], 0)
+            optimizer = trained(PC, model, x, y, 0)
             optimizer._learner.auto.close = close
-            optimizer.step(lambda: F.cross_entropy(model(batch()[0].double()), batch()[1]))  # noqa: B023
+            optimizer.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
             found[pull, close] = optimizer.report.curvature
     assert found[10.0, True] == found[10.0, False]
     assert found[1e-4, True] > 3 * found[1e-4, False]
