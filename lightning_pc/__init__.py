@@ -1,6 +1,7 @@
 """Predictive coding for any unmodified ``nn.Module``.
 
-Importing the package registers ``Trainer(strategy="ipc")``, ``"pc"``, ``"zil"`` and ``"epc"``.
+Importing the package registers ``Trainer(strategy="ipc")``, ``"pc"``, ``"zil"``, ``"epc"`` and
+``"iepc"``.
 """
 
 from lightning_pc.callbacks import EnergyMonitor as EnergyMonitor

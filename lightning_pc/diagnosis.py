@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_pc.errors import DivergenceError
 from lightning_pc.nodes import Node
 from lightning_pc.report import StepReport
+from lightning_pc.schedules import SCHEDULES
 
 #: What is seen this often on end is no accident: batches in which inference raises the energy, or
 #: looks at the curvature that fail.
@@ -185,7 +186,7 @@ def explain(report: StepReport) -> str:
     if moved < 0 and same:
         worst = report.nodes[int(energy[-1].argmax())]
         cause = "gamma is too large"
-        if report.algorithm == "ipc":
+        if SCHEDULES[report.algorithm].incremental:
             cause = "the steps of the weights, or gamma, are too large for this batch"
         lines.append(f"It rose: {cause}; most of the energy is at '{worst}'.")
     if report.curvature is not None:

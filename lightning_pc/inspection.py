@@ -107,7 +107,7 @@ def describe(
     batch_or_closure: Any,
     *,
     value_nodes: ValueNodes = "auto",
-    algorithm: Literal["ipc", "pc", "zil", "epc"] = "ipc",
+    algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc",
     T: int | None = None,
     print_table: bool = True,
 ) -> Description:
@@ -119,7 +119,7 @@ def describe(
             module its input: a tensor, a tuple of arguments or a mapping of keyword arguments),
             or a callable that returns the loss.
         value_nodes: Where nodes stand, as for `lightning_pc.PCStrategy`.
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"`` or ``"epc"``.
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
         T: Inference steps, None for the algorithm's default.
         print_table: Print the table; False to get the `Description` alone.
 

@@ -101,11 +101,13 @@ class ErrorNode(Node):
 
     Attributes:
         e: The error ``x - mu``, in the value's dtype, [B, *]; starts at zero.
+        gain: Factor of the error that parameters learn from, at the coming evaluation.
     """
 
     through: ClassVar[bool] = True
 
     e: Tensor = field(init=False)
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         self.e = torch.zeros_like(self.x, requires_grad=False)
@@ -122,7 +124,7 @@ class ErrorNode(Node):
         self.x.copy_(mu).add_(self.e)
         # Not of x and mu, whose difference rounds away an error that is small beside them.
         zero = self.e.new_zeros(())
-        self.slopes = self.energy.evaluate(self.e, zero, scale, self.weight)
+        self.slopes = self.energy.evaluate(self.e, zero, scale * self.gain, self.weight)
 
 
 @dataclass(eq=False)
@@ -186,11 +188,11 @@ class _Stand(torch.autograd.Function):
             return grads[0], None, None, None
         if ctx.gate.sealed:
             return None, None, None, None
-        node.below = grads[0] if grads[0] is None else grads[0].to(node.x.dtype)
-        if node.through and ctx.gate.moving:
-            return grads[0], None, None, None
         error = None if node.slopes is None else node.slopes.dmu
-        return error, None, None, None
+        if node.through and not ctx.gate.moving:
+            return error, None, None, None
+        node.below = grads[0] if grads[0] is None else grads[0].to(node.x.dtype)
+        return grads[0] if node.through else error, None, None, None
 
 
 def stand(mu: Tensor, node: Node, gate: Gate) -> Tensor:

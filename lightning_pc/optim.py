@@ -24,7 +24,7 @@ STATE = "lightning_pc"
 
 
 class PredictiveCodingOptimizer(Optimizer):
-    """Base of `PC`, `IPC`, `ZIL` and `EPC`: a real optimizer that owns nothing but the schedule.
+    """Base of `PC`, `IPC` and the others: a real optimizer that owns nothing but the schedule.
 
     ``param_groups``, ``state`` and ``state_dict`` are the wrapped optimizer's own, so learning
     rate schedulers, checkpoints and Fabric work as with that optimizer alone.
@@ -33,8 +33,8 @@ class PredictiveCodingOptimizer(Optimizer):
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
         T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil: depth + 1,
-            epc: 8); ``"auto"`` ends inference when F moves by less than 1 % of what it has moved
-            so far, after depth + 1 to max(32, 4 (depth + 1)) steps.
+            epc, iepc: 8); ``"auto"`` ends inference when F moves by less than 1 % of what it has
+            moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps.
         gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
             which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1.
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
@@ -52,7 +52,7 @@ class PredictiveCodingOptimizer(Optimizer):
         loss_terms: The number of terms M that the loss is a mean of, or a callable that gives it;
             None to read it off the loss functions that the closure calls.
         softmax_energy: Energy at the logits of a softmax: ``"categorical"`` (F_KL) or
-            ``"gaussian"``; zil and epc are Gaussian throughout.
+            ``"gaussian"``; zil, epc and iepc are Gaussian throughout.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"depth"``,
             ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of
             `lightning_pc.precisions`, or a callable ``(depth, t) -> weight``.
@@ -267,6 +267,17 @@ class EPC(PredictiveCodingOptimizer):
     """
 
     algorithm = "epc"
+
+
+class IEPC(PredictiveCodingOptimizer):
+    """`IPC` in error coordinates: errors and weights move at every inference step.
+
+    As in `EPC` the signal crosses any depth at once, and the values go along with the weights. For
+    deep and pretrained modules with value nodes everywhere. ``step`` takes T steps of the wrapped
+    optimizer, as in `IPC`. Arguments as in `PredictiveCodingOptimizer`.
+    """
+
+    algorithm = "iepc"
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lightning_pc.errors import DivergenceError
 from lightning_pc.graph import Graph
 from lightning_pc.inference import Inference
 from lightning_pc.losses import ask_for_gradients
-from lightning_pc.nodes import Gate, Node
+from lightning_pc.nodes import ErrorNode, Gate, Node
 from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.schedules import Schedule
 
@@ -127,11 +127,17 @@ class Relaxation:
         for node in self.graph.nodes:
             node.weight = weights[node.depth]
 
+    def _set_gains(self, t: int) -> None:
+        for node in self.graph.nodes:
+            if isinstance(node, ErrorNode):
+                node.gain = self.schedule.gain(self.inference.start_gamma * node.weight, t)
+
     def _descend(self, step: int) -> None:
         parameters = list(self.graph.arrivals)
         while step < self.T:
             t = self.start + step
             self.weigh(step)
+            self._set_gains(t)
             loss = self.evaluate(t, self.scale)
             moves, learns = self.schedule.moves(step, self.T), self.schedule.learns(step, self.T)
             total = self._take_in(loss, t, check=learns or not step)
@@ -251,14 +257,20 @@ class Relaxation:
         Value steps ask for no weight gradient. Nodes and stages that no error has reached yet
         are not asked either, so their ``.grad`` stays None.
         """
-        graph, gate = self.graph, self.gate
+        graph, gate, schedule = self.graph, self.gate, self.schedule
         values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
         root = torch.full_like(loss, self.seed * self.pull)
-        if not self.schedule.stagewise:
+        if not schedule.stagewise:
             reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
-            if values or reached:
-                with gate.opened(moving=moves):
-                    torch.autograd.backward(loss, root, inputs=[*values, *reached])
+            # Errors move by the gradient of all that is below, weights learn from their stage's.
+            apart = schedule.node.through and bool(values and reached)
+            if apart:
+                with gate.opened(moving=True):
+                    torch.autograd.backward(loss, root, inputs=values, retain_graph=True)
+            inputs = reached if apart else [*values, *reached]
+            if inputs:
+                with gate.opened(moving=moves and not apart):
+                    torch.autograd.backward(loss, root, inputs=inputs)
             return
         stage = [node for node in graph.nodes if node.slopes is not None and node.depth == t]
         roots: list[Any] = (

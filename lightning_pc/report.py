@@ -17,7 +17,7 @@ class StepReport:
     Axis legend: t inference steps, n nodes in call order.
 
     Attributes:
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"`` or ``"epc"``.
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
         steps: Evaluations run: T, with centered nudging 2 T - 1 (first +beta, then -beta).
         depth: Depth of the module: its deepest node's.
         nodes: Node names, in call order.

@@ -12,7 +12,7 @@ from lightning_pc.energies import softmax_energy
 from lightning_pc.errors import ConfigError
 from lightning_pc.placement import ValueNodes
 from lightning_pc.precisions import Constant, Decaying, Precisions, Spiking, precisions
-from lightning_pc.schedules import schedule
+from lightning_pc.schedules import SCHEDULES, schedule
 
 #: Name -> the sign of beta in each phase of a batch.
 NUDGINGS: dict[str, tuple[int, ...]] = {"positive": (1,), "negative": (-1,), "centered": (1, -1)}
@@ -84,10 +84,10 @@ class Settings:
             )
         if momentum and self.algorithm == "zil":
             raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
-        if automatic and self.algorithm == "ipc":
+        if automatic and SCHEDULES[self.algorithm].incremental:
             raise ConfigError(
-                "momentum='auto' tells from two gradients how F bends between them, but ipc moves "
-                "the weights as well: give a number, or use 'pc' or 'epc'."
+                "momentum='auto' tells from two gradients how F bends between them, but "
+                f"{self.algorithm} moves the weights as well: give a number, or use 'pc' or 'epc'."
             )
         if automatic and precisions(self.precisions).varies:
             raise ConfigError(
@@ -114,17 +114,18 @@ class Settings:
                 "T='auto' stops where the energy does, but varying precisions move it by "
                 "themselves: give a number of steps."
             )
-        if self.algorithm == "epc" and isinstance(weights, (Spiking, Decaying)):
+        if SCHEDULES[self.algorithm].node.through and isinstance(weights, (Spiking, Decaying)):
             raise ConfigError(
                 f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
-                "epc's errors start everywhere at once: use 'pc' or 'ipc'."
+                f"{self.algorithm}'s errors start everywhere at once: use 'pc' or 'ipc'."
             )
         if self.nudging != "centered":
             return
-        if self.algorithm == "ipc":
+        if SCHEDULES[self.algorithm].incremental:
             raise ConfigError(
-                "nudging='centered': ipc moves the weights at every step, and the second phase "
-                "would not start where the first did. Use 'pc', or 'positive' or 'negative'."
+                f"nudging='centered': {self.algorithm} moves the weights at every step, and the "
+                "second phase would not start where the first did. Use 'pc', or 'positive' or "
+                "'negative'."
             )
         if self.reset == "never":
             raise ConfigError(

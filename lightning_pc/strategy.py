@@ -56,11 +56,12 @@ class PCStrategy(SingleDeviceStrategy):
 
     Args:
         algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
-            first, then weights once), ``"zil"`` (backprop's update by local errors) or ``"epc"``
-            (pc in error coordinates, for deep modules: Goemaere et al. 2025).
+            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"``
+            (pc in error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in
+            error coordinates, for deep and pretrained modules).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil: depth + 1;
-            epc: 8. "auto" ends inference when F moves by less than 1 % of what it has moved so
-            far, after depth + 1 to max(32, 4 (depth + 1)) steps.
+            epc, iepc: 8. "auto" ends inference when F moves by less than 1 % of what it has moved
+            so far, after depth + 1 to max(32, 4 (depth + 1)) steps.
         gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
             which is looked at every 300 evaluations; zil: 1.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
@@ -77,7 +78,7 @@ class PCStrategy(SingleDeviceStrategy):
         loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
             the batch. Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: "categorical" (F_KL, Pinchetti et al. 2022)
-            or "gaussian"; zil and epc are Gaussian throughout.
+            or "gaussian"; zil, epc and iepc are Gaussian throughout.
         precisions: Weight of each node's energy in F: "constant" (1), a number, "depth",
             "spiking" or "decaying" (Qi et al. 2025), an object of lightning_pc.precisions, or in
             Python a callable (depth, t) -> weight.
@@ -98,7 +99,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        algorithm: Literal["ipc", "pc", "zil", "epc"] = "ipc",
+        algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc",
         *,
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
@@ -214,7 +215,7 @@ class PCStrategy(SingleDeviceStrategy):
         self.pre_backward(closure_loss)
         closure_loss = precision.pre_backward(closure_loss, self._module)
         accumulated = trainer.accumulate_grad_batches
-        if self.settings.algorithm == "ipc" and accumulated > 1:
+        if SCHEDULES[self.settings.algorithm].incremental and accumulated > 1:
             self._refuse_accumulation(accumulated)
 
         def update() -> None:
@@ -264,7 +265,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"`` and ``"epc"``."""
+        """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` and ``"iepc"``."""
         for name, schedule in SCHEDULES.items():
             if name not in strategy_registry:
                 strategy_registry.register(
@@ -318,12 +319,13 @@ class PCStrategy(SingleDeviceStrategy):
                 f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
                 "nodes: give the Trainer the module itself."
             )
-        if self.settings.algorithm != "ipc":
+        if not SCHEDULES[self.settings.algorithm].incremental:
             return
         if is_overridden("optimizer_step", module, pl.LightningModule):
             raise MisconfigurationException(
-                f"{name} overrides `optimizer_step`, but ipc steps T times a batch and only the "
-                "last of these would go through it: remove the override, or use 'pc'."
+                f"{name} overrides `optimizer_step`, but {self.settings.algorithm} steps T times a "
+                "batch and only the last of these would go through it: remove the override, or use "
+                "'pc'."
             )
         planned = [
             batches
@@ -337,8 +339,8 @@ class PCStrategy(SingleDeviceStrategy):
 
     def _refuse_accumulation(self, batches: int) -> None:
         raise MisconfigurationException(
-            f"accumulate_grad_batches={batches}: ipc moves the weights at every inference step, so "
-            "there is nothing to accumulate. Use a larger batch, or 'pc'."
+            f"accumulate_grad_batches={batches}: {self.settings.algorithm} moves the weights at "
+            "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
         )
 
     def _refuse_optimizers(self) -> None:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import lightning_pc
 
-ALGORITHMS = ("ipc", "pc", "zil", "epc")
+ALGORITHMS = ("ipc", "pc", "zil", "epc", "iepc")
 D, H, C = 5, 7, 3  # inputs, hidden units, classes
 
 

@@ -165,13 +165,22 @@ class Explicit:
 class ErrorCoordinates(Explicit):
     """ePC (Goemaere et al. 2025): F(e) = loss + 1/2 sum ||e||^2 with x = mu + e in the network.
 
-    The errors descend F(e) through the whole network; then the weights learn from F(x, theta) as
-    in `Explicit`, with every value held at its x.
+    The errors descend F(e) through the whole network; then, incrementally at every step, the
+    weights learn from F(x, theta) as in `Explicit`, with every value held at its x. Incrementally
+    an energy of weight w in it counts 1 / (1 - (1 - gamma w)^t) times.
     """
+
+    way = None  # of the errors, so far: gamma and t
 
     def at(self, mu, dim=None):
         if self.settled:
-            return super().at(mu)
+            before = self.energy
+            weight = self.weigh(self.depths[self.index], self.t) if self.depths else 1.0
+            x = super().at(mu)
+            if self.way:
+                gamma, t = self.way
+                self.energy = before + (self.energy - before) / (1 - (1 - gamma * weight) ** t)
+            return x
         if self.index == len(self.errors):
             self.errors.append(torch.zeros_like(mu, requires_grad=True))
         e = self.errors[self.index]
@@ -185,21 +194,25 @@ class ErrorCoordinates(Explicit):
         weights = [p for p in model.parameters() if p.requires_grad]
         learned = [torch.zeros_like(w) for w in weights]
         for beta in betas:
-            self.errors, self.settled, velocities = [], False, None
+            self.errors, velocities = [], None
             for t in range(T):
-                self.values = []
+                self.values, self.settled = [], False
                 free, _ = self.free_energy(model, batch, t, beta)
-                if t < T - 1:
-                    slopes = torch.autograd.grad(free, self.errors)
-                    velocities = velocities or [torch.zeros_like(e) for e in self.errors]
-                    with torch.no_grad():
+                slopes = torch.autograd.grad(free, self.errors)
+                self.settled = True
+                self.way = (gamma, t) if incremental and t else None
+                free, terms = self.free_energy(model, batch, t, beta)
+                dw = torch.autograd.grad(free / terms / beta / len(betas), weights)
+                with torch.no_grad():
+                    if incremental or t < T - 1:
+                        velocities = velocities or [torch.zeros_like(e) for e in self.errors]
                         for e, v, slope in zip(self.errors, velocities, slopes, strict=True):
                             e -= gamma * v.mul_(momentum).add_(slope)
-            self.settled = True
-            free, terms = self.free_energy(model, batch, T - 1, beta)
-            slopes = torch.autograd.grad(free / terms / beta / len(betas), weights)
-            for total, slope in zip(learned, slopes, strict=True):
+                    if incremental:
+                        for w, slope in zip(weights, dw, strict=True):
+                            w -= lr * slope
+            for total, slope in zip(learned, dw, strict=True):
                 total += slope
         with torch.no_grad():
             for w, slope in zip(weights, learned, strict=True):
-                w -= lr * slope
+                w -= 0 if incremental else lr * slope

@@ -37,7 +37,7 @@ from torch import nn
 from lightning_pc import RandomState, curvature
 from lightning_pc.curvature import EVERY, LARGEST, PRODUCTS, SOONEST, START, AutoGamma
 from lightning_pc.errors import ConfigError, DivergenceError
-from lightning_pc.optim import EPC, IPC, PC, ZIL
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 ALGORITHMS = [PC, IPC, EPC]
 every = pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -860,7 +860,7 @@ ODD = {  # module, change of the inputs, change of the targets, loss, whether va
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, partial(PC, momentum="auto")])
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, IEPC, partial(PC, momentum="auto")])
 def test_odd_batches_neither_freeze_nor_ruin_anything(algorithm, name):
     make, inputs, targets, loss, slope = ODD[name]
     torch.manual_seed(3)

@@ -24,7 +24,7 @@ from problems import (
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.optim import EPC, PC
+from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 CHAIN = "linear"  # nodes at the outputs of the linear modules
 
@@ -288,3 +288,49 @@ def test_every_energy_is_gaussian():
     losses = [optimizer.step(lambda: model(**batch).loss).item() for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
     assert set(optimizer.report.learned.values()) <= {0, 1}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_incrementally_every_step_is_nearly_backprops(name):
+    """To first order in gamma the errors have come the share of their way that they count for."""
+    make, value_nodes, draw = WHOLE[name]
+    model, (x, y) = make().double(), map(double, draw(6))
+
+    def loss():
+        torch.manual_seed(3)
+        return ce(model, x, y)
+
+    expected = torch.cat([g.flatten() for g in backprop(model, loss)])
+    for T in (2, 6):
+        distances = []
+        for gamma in (1e-3, 1e-5):
+            settle(IEPC, model, loss, T=T, gamma=gamma, value_nodes=value_nodes)
+            distances.append(float((gradients(model) - expected).norm() / expected.norm()))
+        assert distances[0] < 0.1
+        assert distances[1] < 0.02 * distances[0]
+
+
+class FirstToken(nn.Module):
+    """A classifier that reads the first of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.embed(x))[:, 0])
+
+
+@pytest.mark.parametrize(("algorithm", "held_back"), [(IPC, True), (IEPC, False)])
+def test_what_the_loss_does_not_read_goes_along_with_the_weights(algorithm, held_back):
+    """iPC's values stand, so that every entry's error says where the weights came from."""
+    torch.manual_seed(0)
+    model, x, y = FirstToken(), torch.randn(8, 5, 4), torch.randint(3, (8,))
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.5), model, gamma=0.2, T=6)
+    predictions = []
+    model.embed.register_forward_hook(lambda *call: predictions.append(call[-1].detach()))
+    optimizer.step(lambda: ce(model, x, y))
+    value, prediction = optimizer.values["tanh"].detach(), predictions[-1]
+    assert float((value - prediction)[:, 0].norm()) > 0.01
+    assert bool((value - prediction)[:, 1:].norm() > 0.01) is held_back
+    assert float((prediction - predictions[0])[:, 1:].norm()) > 0.01

@@ -42,7 +42,7 @@ from lightning_pc.errors import (
     ReplayError,
     UnsupportedError,
 )
-from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 from lightning_pc.precisions import Decaying, Depth, Spiking
 
 WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
@@ -50,6 +50,7 @@ WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
     "pc": PC,
     "zil": ZIL,
     "epc": EPC,
+    "iepc": IEPC,
 }
 
 
@@ -110,6 +111,8 @@ ARGUMENTS = [
     ({"beta": math.inf}, "beta=inf"),
     ({"beta": "1"}, "beta='1'"),
     ({"algorithm": "ipc", "nudging": "centered"}, "centered.*: ipc moves the weights.*'pc'"),
+    ({"algorithm": "iepc", "nudging": "centered"}, "centered.*: iepc moves the.*'pc'"),
+    ({"algorithm": "iepc", "momentum": "auto"}, "iepc moves the weights as well"),
     ({"algorithm": "pc", "nudging": "centered", "T": 1}, "T=1 leaves the values no step"),
     ({"algorithm": "pc", "nudging": "centered", "reset": "never"}, "use reset='batch'"),
     ({"algorithm": "zil", "nudging": "negative"}, "zil is exact for plain"),
@@ -641,8 +644,13 @@ TRAINER_PROBLEMS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "LBFGS": (Memorizes, ALGORITHMS, {}, "LBFGS"),
     "a wrapper": (Wraps, ALGORITHMS, {}, "PC would do predictive coding twice"),
     "own backward": (OwnBackward, ALGORITHMS, {}, "OwnBackward overrides `backward`"),
-    "own step": (OwnStep, ["ipc"], {}, "overrides `optimizer_step`.*'pc'"),
-    "accumulation": (Module, ["ipc"], {"accumulate_grad_batches": 2}, "larger batch, or 'pc'"),
+    "own step": (OwnStep, ["ipc", "iepc"], {}, "overrides `optimizer_step`.*'pc'"),
+    "accumulation": (
+        Module,
+        ["ipc", "iepc"],
+        {"accumulate_grad_batches": 2},
+        "larger batch, or 'pc'",
+    ),
     "scheduled accumulation": (
         Module,
         ["ipc"],

@@ -15,10 +15,16 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_pc import StepReport
-from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 
-WRAPPERS = [PC, IPC, ZIL, EPC]
-FIXED = {PC: {"gamma": 0.1}, IPC: {"gamma": 0.1}, ZIL: {}, EPC: {"gamma": 0.1}}
+WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
+FIXED = {
+    PC: {"gamma": 0.1},
+    IPC: {"gamma": 0.1},
+    ZIL: {},
+    EPC: {"gamma": 0.1},
+    IEPC: {"gamma": 0.1},
+}
 every = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
@@ -171,7 +177,7 @@ def test_step_hooks(wrapper):
     optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append(("post", type(o))))
     optimizer.optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append("inner"))
     step(model, optimizer)
-    updates = optimizer.report.steps if wrapper is IPC else 1
+    updates = optimizer.report.steps if wrapper in (IPC, IEPC) else 1
     assert seen == [("pre", wrapper), *["inner"] * updates, ("post", wrapper)]
 
 

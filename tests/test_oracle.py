@@ -10,7 +10,7 @@ from oracle import ErrorCoordinates, Explicit, Oracle, cross_entropy, squared_er
 from problems import MLP, far, relative, twin
 from torch import nn
 
-from lightning_pc.optim import EPC, IPC, PC
+from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 SIZES = (8, 8, 5)  # ragged last batch
 LOSSES = {  # name -> the user's loss, the oracle's, terms M of a batch of n with 4 outputs
@@ -272,13 +272,13 @@ GRAPHS = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [PC, IPC, EPC])
+@pytest.mark.parametrize("algorithm", [PC, IPC, EPC, IEPC])
 @pytest.mark.parametrize("graph", GRAPHS)
 def test_any_graph_equals_its_free_energy_written_out(graph, algorithm):
     make, draw = GRAPHS[graph]
     model = make().double()
     other, lr, T = twin(model), 0.05, 6
-    written_out = ErrorCoordinates if algorithm is EPC else Explicit
+    written_out = ErrorCoordinates if algorithm in (EPC, IEPC) else Explicit
     explicit = written_out(lambda m, at, *batch: m.explicit(at, *batch))
     optimizer = algorithm(
         torch.optim.SGD(model.parameters(), lr), model, T=T, gamma=0.2, gamma_decay=1
@@ -287,7 +287,7 @@ def test_any_graph_equals_its_free_energy_written_out(graph, algorithm):
     for n in SIZES:
         x, y = draw(n)
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
-        explicit.batch(other, (x, y), 0.2, T, lr, algorithm is IPC)
+        explicit.batch(other, (x, y), 0.2, T, lr, algorithm in (IPC, IEPC))
         for own, node in zip(explicit.values, optimizer.values.values(), strict=True):
             assert relative(node.detach(), own.detach()) < 1e-9
     assert far(model, other)[0] < 1e-9

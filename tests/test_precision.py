@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from lightning_problems import ALGORITHMS, Module, data, loader, mlp, seed_all, trainer, weights
 from torch import nn
 
-from lightning_pc.optim import EPC, IPC, PC, ZIL
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
-WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC}
+WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC, "iepc": IEPC}
 WEIGHTS = {
     "32-true": torch.float32,
     "64-true": torch.float64,

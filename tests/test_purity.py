@@ -696,7 +696,7 @@ def test_nothing_stays_behind(algorithm, at, error, value_nodes):
     trainer("auto").fit(module, loader(data(1)))  # and plain Lightning trains it on
 
 
-@pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL", "EPC"])
+@pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL", "EPC", "IEPC"])
 def test_optimizer_leaves_nothing_behind(algorithm):
     model = mlp(nn.Dropout(0.5))
     before = traces(model)

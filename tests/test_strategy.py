@@ -33,9 +33,9 @@ from lightning_problems import (
 from torch import nn
 
 import lightning_pc
-from lightning_pc.optim import EPC, IPC, PC, ZIL
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
-WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC}
+WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC, "iepc": IEPC}
 
 
 def squared(scores: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Moves(L.Callback):
 @pytest.mark.parametrize(
     ("how", "order"), [("norm", 2.0), ("value", float("inf"))], ids=["norm", "value"]
 )
-@pytest.mark.parametrize(("algorithm", "steps"), [("ipc", 5), ("pc", 1), ("epc", 1)])
+@pytest.mark.parametrize(("algorithm", "steps"), [("ipc", 5), ("iepc", 5), ("pc", 1), ("epc", 1)])
 def test_every_step_is_clipped(how, order, algorithm, steps):
     moves, lr, clip = Moves(order), 0.3, 1e-3
     fit = trainer(
@@ -151,7 +151,9 @@ def test_every_step_is_clipped(how, order, algorithm, steps):
         assert far > 0.9 * steps * lr * clip  # each of the steps was that long
 
 
-@pytest.mark.parametrize(("algorithm", "times"), [("ipc", 5), ("pc", 1), ("zil", 1), ("epc", 1)])
+@pytest.mark.parametrize(
+    ("algorithm", "times"), [("ipc", 5), ("iepc", 5), ("pc", 1), ("zil", 1), ("epc", 1)]
+)
 def test_the_users_own_clipping_acts_at_each_step(algorithm, times):
     class Clips(Chosen):
         clipped = 0
