@@ -78,6 +78,9 @@ class AutoGamma:
     close: bool = False
     soonest: int = SOONEST
 
+    def __post_init__(self) -> None:
+        self.gamma = min(self.gamma, self.aim)
+
     def due(self) -> bool:
         """Whether to look before the values of this batch move."""
         since = self.evaluations - self.looked_at
@@ -120,6 +123,10 @@ class AutoGamma:
         for name in self.state_dict():
             if name in state:
                 setattr(self, name, state[name])
+        if self.curvature is not None:  # of another algorithm it may be far too large
+            chosen = min(self.aim / self.curvature, LARGEST)
+            kept = self.low <= self.gamma * self.curvature <= self.high
+            self.anew = self.anew or not (kept or self.gamma == chosen)
 
 
 @torch.no_grad()

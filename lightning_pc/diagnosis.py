@@ -157,7 +157,11 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) 
             "loss learns. Either gamma is too small, or no gradient of the loss reaches the nodes "
             "(dead units, a constant loss)."
         )
-    far = [n.name for n in nodes if n.arrival < end and gamma**n.arrival < 1e-4]
+    far = [
+        node.name
+        for node in nodes
+        if not node.through and node.arrival < end and gamma**node.arrival < 1e-4
+    ]
     silent = [name for name in far if peaks[name] == 0]
     if not silent:
         return ""

@@ -86,6 +86,9 @@ class Inference:
             scale: Factor that turns ``below`` into the gradient of the sum F.
         """
         values = [node.coordinates for node in nodes]
+        for node in nodes:  # a rate on the device is not waited for
+            rate = self.start_gamma if isinstance(self.gamma, Tensor) else self.gamma
+            node.moved(rate, self.momentum)
         if not self.momentum:
             descend(values, nodes, scale, self.gamma)
             return

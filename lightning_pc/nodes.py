@@ -4,7 +4,8 @@ A `_Stand` takes the place of an activation. Forwards it swaps the prediction ``
 ``x``; backwards it swaps the gradient that comes from below for the node's own prediction error.
 So one ordinary ``loss.backward()`` yields dF/dx of every node and dF/dtheta of every stage, and
 nothing travels further than to the next node. (In error coordinates, `ErrorNode`, the gradients
-that values move by do: there a stand hands on what comes from below.)
+that values move by do: there a stand hands on what comes from below, and where weights move at the
+same step, they have a second backward.)
 
 Who puts stands there is `lightning_pc.watch`, a `TorchFunctionMode` that sees every nonlinearity
 that the module calls. Outside its ``with`` there is no hook, no attribute and no changed method on
@@ -85,6 +86,9 @@ class Node:
         """
         self.slopes = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale, self.weight)
 
+    def moved(self, gamma: float, momentum: float) -> None:
+        """Takes in that its coordinates have made a step."""
+
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
         self.slopes = self.below = self.edge = None
@@ -101,13 +105,11 @@ class ErrorNode(Node):
 
     Attributes:
         e: The error ``x - mu``, in the value's dtype, [B, *]; starts at zero.
-        gain: Factor of the error that parameters learn from, at the coming evaluation.
     """
 
     through: ClassVar[bool] = True
 
     e: Tensor = field(init=False)
-    gain: float = 1.0
 
     def __post_init__(self) -> None:
         self.e = torch.zeros_like(self.x, requires_grad=False)
@@ -124,7 +126,39 @@ class ErrorNode(Node):
         self.x.copy_(mu).add_(self.e)
         # Not of x and mu, whose difference rounds away an error that is small beside them.
         zero = self.e.new_zeros(())
-        self.slopes = self.energy.evaluate(self.e, zero, scale * self.gain, self.weight)
+        self.slopes = self.energy.evaluate(self.e, zero, scale * self._gain, self.weight)
+
+    @property
+    def _gain(self) -> float:
+        """Factor of the error that parameters learn from."""
+        return 1.0
+
+
+@dataclass(eq=False)
+class WholeErrorNode(ErrorNode):
+    """An error from which parameters learn on its way, and which counts as if it were all of it.
+
+    Else weights above the loss's own stage would learn at about gamma times the learning rate.
+
+    Attributes:
+        come: The share of its way that an error has come, to first order, of 1 / weight: that of
+            an entry which a constant gradient of -1 pulls at and no other entry.
+        pace: The velocity of that entry.
+    """
+
+    come: float = 0.0
+    pace: float = 0.0
+
+    @override
+    def moved(self, gamma: float, momentum: float) -> None:
+        self.pace = momentum * self.pace + 1.0 - self.weight * self.come
+        self.come += gamma * self.pace
+
+    @property
+    @override
+    def _gain(self) -> float:
+        share = self.weight * self.come
+        return 1.0 / share if share > 0 else 1.0
 
 
 @dataclass(eq=False)

@@ -16,7 +16,7 @@ from lightning_pc.errors import DivergenceError
 from lightning_pc.graph import Graph
 from lightning_pc.inference import Inference
 from lightning_pc.losses import ask_for_gradients
-from lightning_pc.nodes import ErrorNode, Gate, Node
+from lightning_pc.nodes import Gate, Node
 from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.schedules import Schedule
 
@@ -127,17 +127,11 @@ class Relaxation:
         for node in self.graph.nodes:
             node.weight = weights[node.depth]
 
-    def _set_gains(self, t: int) -> None:
-        for node in self.graph.nodes:
-            if isinstance(node, ErrorNode):
-                node.gain = self.schedule.gain(self.inference.start_gamma * node.weight, t)
-
     def _descend(self, step: int) -> None:
         parameters = list(self.graph.arrivals)
         while step < self.T:
             t = self.start + step
             self.weigh(step)
-            self._set_gains(t)
             loss = self.evaluate(t, self.scale)
             moves, learns = self.schedule.moves(step, self.T), self.schedule.learns(step, self.T)
             total = self._take_in(loss, t, check=learns or not step)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
 from typing_extensions import override
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.nodes import ErrorNode, Node
+from lightning_pc.nodes import ErrorNode, Node, WholeErrorNode
 
 
 class Schedule(ABC):
@@ -59,10 +58,6 @@ class Schedule(ABC):
     def updates(self, t: int, T: int) -> bool:
         """Whether the optimizer steps at t."""
         return self.learns(t, T)
-
-    def gain(self, gamma: float, t: int) -> float:
-        """Factor of the errors that parameters learn from after t value steps at this rate."""
-        return 1.0
 
 
 class IPC(Schedule):
@@ -143,17 +138,8 @@ class IEPC(IPC):
     # A hundredth of 1 / curvature: weights that learn from errors of a tenth of their equilibrium
     # made a masked BERT's curvature grow from 1 to 18 within 100 batches, and it did not learn.
     aim, band = 0.01, (0.005, 0.02)
-    node = ErrorNode
+    node = WholeErrorNode
     gaussian = True
-
-    @override
-    def gain(self, gamma: float, t: int) -> float:
-        """To first order an error has come 1 - (1 - gamma)^t of its way; it counts as all of it.
-
-        Else weights above the loss's own stage would learn at gamma times the learning rate.
-        """
-        come = 1.0 if gamma >= 1 else -math.expm1(t * math.log1p(-gamma))
-        return 1 / come if come > 0 else 1.0
 
 
 SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL, EPC, IEPC)}

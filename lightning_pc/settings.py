@@ -10,6 +10,7 @@ from typing import Literal
 
 from lightning_pc.energies import softmax_energy
 from lightning_pc.errors import ConfigError
+from lightning_pc.nodes import WholeErrorNode
 from lightning_pc.placement import ValueNodes
 from lightning_pc.precisions import Constant, Decaying, Precisions, Spiking, precisions
 from lightning_pc.schedules import SCHEDULES, schedule
@@ -95,6 +96,18 @@ class Settings:
                 "precisions change F itself: give a number."
             )
 
+    def _check_whole(self) -> None:
+        if self.T == "auto":
+            raise ConfigError(
+                f"T='auto' waits until F has converged, but {self.algorithm} stays near its start "
+                "on purpose: give a number of steps."
+            )
+        if self.reset == "never":
+            raise ConfigError(
+                f"reset='never': {self.algorithm} would go on learning from gradients of calls "
+                "long past, since its errors forget as slowly as they move. Use 'ipc' or 'pc'."
+            )
+
     def _check_variants(self) -> None:
         if self.nudging not in tuple(NUDGINGS):
             known = ", ".join(map(repr, NUDGINGS))
@@ -119,6 +132,8 @@ class Settings:
                 f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
                 f"{self.algorithm}'s errors start everywhere at once: use 'pc' or 'ipc'."
             )
+        if SCHEDULES[self.algorithm].node is WholeErrorNode:
+            self._check_whole()
         if self.nudging != "centered":
             return
         if SCHEDULES[self.algorithm].incremental:

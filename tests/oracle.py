@@ -167,40 +167,41 @@ class ErrorCoordinates(Explicit):
 
     The errors descend F(e) through the whole network; then, incrementally at every step, the
     weights learn from F(x, theta) as in `Explicit`, with every value held at its x. Incrementally
-    an energy of weight w in it counts 1 / (1 - (1 - gamma w)^t) times.
+    an energy counts as many times as makes that of a lone error, which a constant gradient pulls
+    at, count as if it had come all of its way.
     """
 
-    way = None  # of the errors, so far: gamma and t
+    lone = ()  # that error, of each node
 
     def at(self, mu, dim=None):
         if self.settled:
-            before = self.energy
-            weight = self.weigh(self.depths[self.index], self.t) if self.depths else 1.0
+            before, index = self.energy, self.index
             x = super().at(mu)
-            if self.way:
-                gamma, t = self.way
-                self.energy = before + (self.energy - before) / (1 - (1 - gamma * weight) ** t)
+            if self.lone:
+                share = self.weight(index) * self.lone[index]
+                self.energy = before + (self.energy - before) / share
             return x
         if self.index == len(self.errors):
             self.errors.append(torch.zeros_like(mu, requires_grad=True))
         e = self.errors[self.index]
-        weight = self.weigh(self.depths[self.index], self.t) if self.depths else 1.0
+        self.energy = self.energy + self.weight(self.index) * 0.5 * e.pow(2).sum()
         self.index += 1
-        self.energy = self.energy + weight * 0.5 * e.pow(2).sum()
         self.values.append((mu + e).detach().requires_grad_())
         return mu + e
+
+    def weight(self, index):
+        return self.weigh(self.depths[index], self.t) if self.depths else 1.0
 
     def batch(self, model, batch, gamma, T, lr, incremental=False, betas=(1.0,), momentum=0.0):
         weights = [p for p in model.parameters() if p.requires_grad]
         learned = [torch.zeros_like(w) for w in weights]
         for beta in betas:
-            self.errors, velocities = [], None
+            self.errors, velocities, self.lone, paces = [], None, (), ()
             for t in range(T):
                 self.values, self.settled = [], False
                 free, _ = self.free_energy(model, batch, t, beta)
                 slopes = torch.autograd.grad(free, self.errors)
                 self.settled = True
-                self.way = (gamma, t) if incremental and t else None
                 free, terms = self.free_energy(model, batch, t, beta)
                 dw = torch.autograd.grad(free / terms / beta / len(betas), weights)
                 with torch.no_grad():
@@ -209,6 +210,11 @@ class ErrorCoordinates(Explicit):
                         for e, v, slope in zip(self.errors, velocities, slopes, strict=True):
                             e -= gamma * v.mul_(momentum).add_(slope)
                     if incremental:
+                        lone = self.lone or [0.0] * len(slopes)
+                        paces = paces or lone
+                        pulls = [self.weight(i) * one - 1 for i, one in enumerate(lone)]
+                        paces = [momentum * v + p for v, p in zip(paces, pulls, strict=True)]
+                        self.lone = [e - gamma * v for e, v in zip(lone, paces, strict=True)]
                         for w, slope in zip(weights, dw, strict=True):
                             w -= lr * slope
             for total, slope in zip(learned, dw, strict=True):

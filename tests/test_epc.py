@@ -290,9 +290,10 @@ def test_every_energy_is_gaussian():
     assert set(optimizer.report.learned.values()) <= {0, 1}
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("name", WHOLE)
-def test_incrementally_every_step_is_nearly_backprops(name):
-    """To first order in gamma the errors have come the share of their way that they count for."""
+def test_incrementally_every_step_is_nearly_backprops(name, momentum):
+    """At weights that stay: errors have come the share of their way that they count for."""
     make, value_nodes, draw = WHOLE[name]
     model, (x, y) = make().double(), map(double, draw(6))
 
@@ -304,7 +305,8 @@ def test_incrementally_every_step_is_nearly_backprops(name):
     for T in (2, 6):
         distances = []
         for gamma in (1e-3, 1e-5):
-            settle(IEPC, model, loss, T=T, gamma=gamma, value_nodes=value_nodes)
+            given = {"gamma": gamma, "momentum": momentum, "value_nodes": value_nodes}
+            settle(IEPC, model, loss, T=T, **given)
             distances.append(float((gradients(model) - expected).norm() / expected.norm()))
         assert distances[0] < 0.1
         assert distances[1] < 0.02 * distances[0]
@@ -334,3 +336,23 @@ def test_what_the_loss_does_not_read_goes_along_with_the_weights(algorithm, held
     assert float((value - prediction)[:, 0].norm()) > 0.01
     assert bool((value - prediction)[:, 1:].norm() > 0.01) is held_back
     assert float((prediction - predictions[0])[:, 1:].norm()) > 0.01
+
+
+def test_incrementally_errors_stay_near_their_start():
+    model, (x, y) = MLP((6, 7, 5, 4)).double(), vectors(8)
+    x = x.double()
+    optimizer = settle(IEPC, model, lambda: ce(model, x, y))
+    assert optimizer.report.gamma * optimizer.report.curvature == pytest.approx(0.01)
+    far = settle(EPC, model, lambda: ce(model, x, y), T=200)
+    share = optimizer.report.energy[-1].sum() / far.report.energy[-1].sum()
+    assert 0.002 < share < 0.02  # (1 - 0.99^7)^2 of it
+
+
+def test_a_rate_of_another_algorithm_is_looked_at_before_it_is_used():
+    model, (x, y) = MLP((6, 7, 5, 4)), vectors(8)
+    before, after = (a(torch.optim.SGD(model.parameters(), 0.1), model) for a in (IPC, IEPC))
+    before.step(lambda: ce(model, x, y))
+    assert before.report.gamma > 0.1
+    after.load_state_dict(before.state_dict())
+    after.step(lambda: ce(model, x, y))
+    assert after.report.gamma * after.report.curvature == pytest.approx(0.01)
