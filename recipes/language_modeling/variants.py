@@ -26,6 +26,7 @@ _BARE = {"decay": False, "trainer.gradient_clip_val": "null"}
 
 #: With so few tokens a short run gets past saying the most frequent ones.
 _FEW = {"data.vocabulary": 1001, "model.vocabulary": 1001}
+_NORMED = {"model.layer_norm": True}
 
 
 class Set(NamedTuple):
@@ -46,15 +47,23 @@ class Set(NamedTuple):
 SETS = {
     "placement": Set(
         "masked_ipc",
-        _FEW,
+        _FEW | {"model.layer_norm": False},
         {
-            "the head's activation alone (the recipe)": {},
+            "the head's activation alone": {},
             "auto, F_KL, gamma 0.5 as in the paper": _NONLINEAR,
             "auto, F_KL, gamma 1": _NONLINEAR | {f"{_STRATEGY}gamma": 1.0},
             "auto, F_KL": _NONLINEAR | _AUTO,
             "auto, Gaussian": _NONLINEAR | _AUTO | {f"{_STRATEGY}softmax_energy": "gaussian"},
             "block outputs": _AUTO | {f"{_STRATEGY}value_nodes": _BLOCKS},
             "all linear outputs": _AUTO | {f"{_STRATEGY}value_nodes": "linear"},
+            "with LayerNorm: the head's activation alone (the recipe)": _NORMED,
+            "with LayerNorm: auto, F_KL, gamma 1": _NORMED
+            | _NONLINEAR
+            | {f"{_STRATEGY}gamma": 1.0},
+            "with LayerNorm: auto, iePC, lr 0.0002": _NORMED
+            | _NONLINEAR
+            | _AUTO
+            | {f"{_STRATEGY}algorithm": "iepc", "optimizer.lr": 0.0002},
         },
     ),
     "initialisation": Set(
