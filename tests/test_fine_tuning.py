@@ -176,7 +176,7 @@ def train(pretrained, tmp_path, *more, yaml="ipc"):
     )
 
 
-@pytest.mark.parametrize("yaml", ["bp", "ipc"])
+@pytest.mark.parametrize("yaml", ["bp", "ipc", "epc", "iepc"])
 @pytest.mark.parametrize("trained", ["all", "1", "lora"])
 def test_what_is_trained_moves_and_is_loaded_by_plain_transformers(
     pretrained, tmp_path, trained, yaml

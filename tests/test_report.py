@@ -54,7 +54,7 @@ def line(page, title):
 
 def test_nothing_was_run(results):
     page = report.page()
-    assert line(page, "MLP on MNIST")[4:] == ["not run"] * 4
+    assert line(page, "MLP on MNIST")[4:] == ["not run"] * 5
     assert line(page, "masked")[4:] == ["not run"] * 4
     assert "Ours: not run." in page
 
@@ -76,9 +76,15 @@ def test_means_deviations_seeds_and_reductions(results):
     page = report.page()
     mnist = line(page, "MLP on MNIST")
     assert mnist[1:4] == ["98.26 ± 0.12", "98.55 ± 0.14", "98.54 ± 0.86"]
-    assert mnist[4:] == ["98.50 ± 0.71 (2)", "not run", "98.25 (1)", "all images, 6 epochs"]
+    assert mnist[4:] == [
+        "98.50 ± 0.71 (2)",
+        "not run",
+        "98.25 (1)",
+        "not run",
+        "all images, 6 epochs",
+    ]
     assert line(page, "CNN on CIFAR-10")[4:] == [
-        *("not run", "not run", "70.00 (1)", "all images, 6 epochs")
+        *("not run", "not run", "70.00 (1)", "not run", "all images, 6 epochs")
     ]
     assert line(page, "1")[1:] == [
         *("67.92", "70.61", "not run", "33.00 (1)", "**reduced**: 5,000 images, 6 epochs")

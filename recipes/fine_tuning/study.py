@@ -33,7 +33,7 @@ from recipes.language_modeling.model import LanguageModel, load
 
 HERE = Path(__file__).parent
 CACHE = Path(".cache/fine_tuning")
-ALGORITHMS = ("bp", "ipc", "epc")
+ALGORITHMS = ("bp", "ipc", "epc", "iepc")
 SENTENCES = 96_000  # of the pretraining
 #: The model that all start from: a row of the language models, and LightningCLI's settings.
 PRETRAINING: Job = {
@@ -42,7 +42,7 @@ PRETRAINING: Job = {
     "settings": language_modeling.short("masked_bp", SENTENCES),
 }
 RATES = (0.00005, 0.0002, 0.001)
-COLOURS = ("0.6", "tab:blue", "tab:orange")
+COLOURS = ("0.6", "tab:blue", "tab:orange", "tab:green")
 EVERYWHERE = {"trainer.strategy.value_nodes": "auto"}
 
 
@@ -204,10 +204,10 @@ def picture(rows: list[Row]) -> Figure:
     for i, (algorithm, colour) in enumerate(zip(ALGORITHMS, COLOURS, strict=True)):
         for place, row in enumerate(ROWS):
             found = [r["test"] for r in chosen.get((row, algorithm), [])]
-            x = place + 0.27 * (i - 1)
+            x = place + 0.2 * (i - 1.5)
             if found:
                 label = algorithm if row == "all" else None
-                axes.bar(x, fmean(found), 0.25, color=colour, label=label)
+                axes.bar(x, fmean(found), 0.18, color=colour, label=label)
                 axes.plot([x] * len(found), found, "k.", ms=4)
     axes.set(ylim=(45, 100), ylabel="test accuracy, %", title="Are the words shuffled?")
     axes.set_xticks(range(len(ROWS)), list(ROWS))

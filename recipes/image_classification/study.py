@@ -25,6 +25,8 @@ from recipes.common.training import train
 HERE = Path(__file__).parent
 MODELS = Path(".cache/image_classification/models")
 DATA = {"mnist": "mnist", "fashion_mnist": "fashion_mnist", "svhn": "svhn"}  # others: cifar10
+#: Algorithm -> its lines' colour.
+COLOURS = {"bp": "0.35", "pc": "tab:orange", "ipc": "tab:blue", "iepc": "tab:green"}
 AUGMENTED = {"data.crop": 4, "data.flip": True}
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20)
 #: What the convolutional networks of sizes 0 and 1 learn.
@@ -118,7 +120,7 @@ def tables(rows: list[Row]) -> list[Table]:
     for heading in ("row", "algorithm", "validation", "test", "epochs", "s / epoch", "seeds"):
         table.add_column(heading, justify="left" if heading in ("row", "algorithm") else "right")
     for name in dict.fromkeys(row["row"] for row in rows):
-        for algorithm in ("bp", "pc", "ipc"):
+        for algorithm in COLOURS:
             mine = [r for r in rows if (r["row"], r["algorithm"]) == (name, algorithm)]
             if not mine:
                 continue
@@ -140,7 +142,6 @@ def picture(rows: list[Row]) -> Figure:
     names = list(dict.fromkeys(row["row"] for row in rows))
     figure = Figure(figsize=(12, 3 * (1 + (len(names) - 1) // 3)), layout="constrained")
     panels = figure.subplots(1 + (len(names) - 1) // 3, 3, squeeze=False).flat
-    colours = {"bp": "0.35", "pc": "tab:orange", "ipc": "tab:blue"}
     for axes in panels:
         axes.axis("off")
     for axes, name in zip(panels, names, strict=False):
@@ -149,7 +150,7 @@ def picture(rows: list[Row]) -> Figure:
             axes.plot(
                 range(1, row["epochs"] + 1),
                 row["val"],
-                color=colours[row["algorithm"]],
+                color=COLOURS[row["algorithm"]],
                 label=row["algorithm"] if row["seed"] == 0 else None,
             )
         axes.set(title=name, xlabel="epoch")

@@ -27,8 +27,14 @@ NETWORKS = ("mlp", "residual")
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 #: The smaller its gamma, the closer epc is to backprop.
 SMALL = 1e-4
-#: Backprop and ePC have the better of two; an iPC batch takes T steps of its own.
-RATES = {"bp": (3e-4, 1e-3), "pc": (1e-3,), "ipc": (1e-4,), "epc": (3e-4, 1e-3)}
+#: Some have the better of two; a batch of iPC or iePC takes T steps of its own.
+RATES = {
+    "bp": (3e-4, 1e-3),
+    "pc": (1e-3,),
+    "ipc": (1e-4,),
+    "iepc": (3e-5, 1e-4),
+    "epc": (3e-4, 1e-3),
+}
 SIZES: tuple[dict[str, Any], ...] = (
     {"train": 3072, "test": 1000, "epochs": 4, "batch": 64, "width": 32, "seeds": 1},
     {"train": 8192, "test": 2000, "epochs": 4, "batch": 64, "width": 64, "seeds": 1},
@@ -55,6 +61,8 @@ def jobs() -> list[Job]:
 def _rates(algorithm: str) -> list[Job]:
     if algorithm == "bp":
         return [{"gamma": None}]
+    if algorithm == "iepc":  # hardly feels its gamma
+        return [{"gamma": "auto"}]
     own: dict[str, list[Job]] = {"epc": [{"gamma": SMALL}], "pc": [MOMENTUM]}
     return [*({"gamma": gamma} for gamma in GAMMAS), *own.get(algorithm, [])]
 

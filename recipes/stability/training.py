@@ -21,7 +21,7 @@ from recipes.stability.data import Images
 #: The algorithms of the package that a study can have rows for, by name.
 ALGORITHMS: dict[str, Any] = {
     name: getattr(optim, name.upper())
-    for name in ("pc", "ipc", "epc")
+    for name in ("pc", "ipc", "epc", "iepc")
     if hasattr(optim, name.upper())
 }
 CLASSES = 10
