@@ -141,7 +141,7 @@ def picture(rows: list[Row]) -> Figure:
     """Validation accuracy while training, a panel for each row, a line for each seed."""
     names = list(dict.fromkeys(row["row"] for row in rows))
     figure = Figure(figsize=(12, 3 * (1 + (len(names) - 1) // 3)), layout="constrained")
-    panels = figure.subplots(1 + (len(names) - 1) // 3, 3, squeeze=False).flat
+    panels = list(figure.subplots(1 + (len(names) - 1) // 3, 3, squeeze=False).flat)
     for axes in panels:
         axes.axis("off")
     for axes, name in zip(panels, names, strict=False):
