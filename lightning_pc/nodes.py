@@ -141,8 +141,8 @@ class WholeErrorNode(ErrorNode):
     Else weights above the loss's own stage would learn at about gamma times the learning rate.
 
     Attributes:
-        come: The share of its way that an error has come, to first order, of 1 / weight: that of
-            an entry which a constant gradient of -1 pulls at and no other entry.
+        come: How far a lone entry has come that a constant gradient of -1 pulls at; its whole way
+            is 1 / weight. To first order all entries have come the same share of theirs.
         pace: The velocity of that entry.
     """
 

@@ -24,7 +24,9 @@ from problems import (
 from torch import nn
 
 from lightning_pc import describe
+from lightning_pc.curvature import AutoGamma
 from lightning_pc.optim import EPC, IEPC, IPC, PC
+from lightning_pc.schedules import IEPC as IEPCSchedule
 
 CHAIN = "linear"  # nodes at the outputs of the linear modules
 
@@ -356,3 +358,17 @@ def test_a_rate_of_another_algorithm_is_looked_at_before_it_is_used():
     after.load_state_dict(before.state_dict())
     after.step(lambda: ce(model, x, y))
     assert after.report.gamma * after.report.curvature == pytest.approx(0.01)
+
+
+def test_a_rate_that_no_look_has_chosen_is_no_larger_than_one_that_a_look_would():
+    assert AutoGamma(IEPCSchedule.aim, *IEPCSchedule.band).gamma == 0.01
+
+
+@pytest.mark.parametrize("algorithm", [EPC, IEPC])
+def test_a_dead_branch_is_not_told_to_be_far(algorithm, recwarn):
+    """Nothing shrinks on its way in error coordinates, where gamma may be as small as this."""
+    model, (x, y) = chain(3, f=nn.ReLU), regression(5)
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    settle(algorithm, model, lambda: squared(model, x, y), T=4, gamma=5e-5)
+    assert not [w for w in recwarn if "shrinks" in str(w.message)]

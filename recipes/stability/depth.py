@@ -61,7 +61,7 @@ def jobs() -> list[Job]:
 def _rates(algorithm: str) -> list[Job]:
     if algorithm == "bp":
         return [{"gamma": None}]
-    if algorithm == "iepc":  # hardly feels its gamma
+    if algorithm == "iepc":  # no fixed one was tried
         return [{"gamma": "auto"}]
     own: dict[str, list[Job]] = {"epc": [{"gamma": SMALL}], "pc": [MOMENTUM]}
     return [*({"gamma": gamma} for gamma in GAMMAS), *own.get(algorithm, [])]
