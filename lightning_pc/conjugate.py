@@ -4,6 +4,10 @@ Conjugate gradients are heavy ball with the best rate and the best momentum of e
 quadratic F no choice from the same gradients comes lower), but the rate takes the curvature along
 the step. It is known once the step is done, from the gradients at its two ends. So each step is
 first tried at gamma, and its right length is made up for in the step after it.
+
+In iPC the weights have moved between those gradients, too. While F falls fast that hardly matters.
+Once it hardly falls, values only follow the weights, and gradients that the weights keep alike look
+like a direction in which F is flat: there steps are plain ones, or values would run ahead.
 """
 
 from __future__ import annotations
@@ -19,10 +23,13 @@ from lightning_pc.nodes import Node
 
 #: The longest step, in units of gamma: how much flatter than at its steepest F may be taken for.
 LONGEST = 8.0
+#: Where weights move as well, a step is a plain one after F has fallen by less than this share of
+#: all its fall.
+SETTLED = 0.1
 
 
 class Conjugate(Inference):
-    """The values' conjugate gradients over one batch, at fixed weights and an F that stays.
+    """The values' conjugate gradients over one batch, of an F that changes with the weights alone.
 
     With r = -dF/dx at x, and s the step's direction (first r): the next gradients are those at
     x + gamma s, which gives F's change of slope along s, and with it the length of the step that
@@ -33,14 +40,30 @@ class Conjugate(Inference):
     Args:
         gamma: Length of the tried step, stable in every direction (below 2 / curvature).
         gamma_decay: Factor of gamma after a step at which the energy has not fallen.
+        incremental: The weights move as well: a step after which F has hardly fallen is at most
+            gamma long, and the direction after it is the gradient's.
     """
+
+    def __init__(self, gamma: float, gamma_decay: float, incremental: bool = False) -> None:
+        self._incremental = incremental
+        super().__init__(gamma, gamma_decay)
 
     @override
     def begin(self) -> None:
         super().begin()
+        self._settled: Tensor | None = None
         self._directions: list[Tensor] = []
         self._slopes: list[Tensor] = []  # dF/dx at the end of the step of the right length
         self._tried: float | Tensor = 0.0
+
+    @override
+    @torch.no_grad()
+    def observe(self, energy: Tensor) -> None:
+        before = self._last
+        super().observe(energy)
+        if self._incremental and before is not None and self._first is not None:
+            all_of_it = (self._first - energy).clamp(min=0.0)
+            self._settled = before - energy <= SETTLED * all_of_it
 
     @override
     @torch.no_grad()
@@ -63,12 +86,16 @@ class Conjugate(Inference):
         along = _dot(directions, changes)
         length = torch.where(along > 0, -_dot(directions, before) / along, LONGEST)
         length = length.clamp(0.0, LONGEST)  # in units of the tried step
+        if self._settled is not None:
+            length = torch.where(self._settled, length.clamp(max=1.0), length)
         add(values, directions, -1.0, (length - 1.0) * self._tried)
         was = _dot(before, before)
         ends = list(torch._foreach_mul(changes, length))
         torch._foreach_add_(ends, before)
-        momentum = (_dot(ends, ends) - _dot(ends, before)) / was
-        torch._foreach_mul_(directions, momentum.nan_to_num(0.0).clamp(0.0, 1.0))
+        momentum = ((_dot(ends, ends) - _dot(ends, before)) / was).nan_to_num(0.0).clamp(0.0, 1.0)
+        if self._settled is not None:
+            momentum = momentum.masked_fill(self._settled, 0.0)
+        torch._foreach_mul_(directions, momentum)
         torch._foreach_sub_(directions, ends)
         self._slopes = ends
 

@@ -42,9 +42,9 @@ class PredictiveCodingOptimizer(Optimizer):
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
         momentum: Share of their velocity that values keep from step to step, in [0, 1): heavy
             ball, at rest at the start of a batch. Default 0, the paper's descent; PCX (Pinchetti
-            et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"auto"`` (pc, epc)
-            finds rate and momentum of each step, by conjugate gradients; gamma is then the length
-            of the step that is tried (`lightning_pc.conjugate`).
+            et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"auto"`` (pc, ipc,
+            epc) finds rate and momentum of each step, by conjugate gradients; gamma is then the
+            length of the step that is tried (`lightning_pc.conjugate`).
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
             ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
             module type, a callable ``(name, module) -> bool``, or a list of these.

@@ -85,10 +85,10 @@ class Settings:
             )
         if momentum and self.algorithm == "zil":
             raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
-        if automatic and SCHEDULES[self.algorithm].incremental:
+        if automatic and SCHEDULES[self.algorithm].node is WholeErrorNode:
             raise ConfigError(
-                "momentum='auto' tells from two gradients how F bends between them, but "
-                f"{self.algorithm} moves the weights as well: give a number, or use 'pc' or 'epc'."
+                f"momentum='auto' leads to the minimum of F, but {self.algorithm} stays near its "
+                "start on purpose: give a number, or use 'ipc'."
             )
         if automatic and precisions(self.precisions).varies:
             raise ConfigError(

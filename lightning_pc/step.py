@@ -224,7 +224,7 @@ class Learner:
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.momentum
         inference = (
-            Conjugate(gamma, decay)
+            Conjugate(gamma, decay, self.schedule.incremental)
             if momentum == "auto"
             else Inference(gamma, decay, float(momentum))
         )

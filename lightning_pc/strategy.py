@@ -69,8 +69,9 @@ class PCStrategy(SingleDeviceStrategy):
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
         momentum: Share of their velocity that values keep from step to step, in [0, 1): heavy
             ball, at rest at the start of a batch. 0 is the paper's descent; PCX (Pinchetti et al.
-            2024) takes 0.35 to 0.7 for iPC; zil: 0. "auto" (pc, epc) finds rate and momentum of
-            each step, by conjugate gradients; gamma is then the length of the step that is tried.
+            2024) takes 0.35 to 0.7 for iPC; zil: 0. "auto" (pc, ipc, epc) finds rate and momentum
+            of each step, by conjugate gradients; gamma is then the length of the step that is
+            tried.
         value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
             "linear", "blocks", a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.

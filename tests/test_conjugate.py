@@ -12,10 +12,10 @@ from problems import MLP, twin, vectors
 from test_curvature import chain, classifier, sgd, squared
 from torch import nn
 
-from lightning_pc.conjugate import LONGEST, Conjugate
+from lightning_pc.conjugate import LONGEST, SETTLED, Conjugate
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
-from lightning_pc.optim import EPC, PC
+from lightning_pc.optim import EPC, IPC, PC
 
 T = 9
 
@@ -73,6 +73,79 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
     if algorithm is PC:
         for node, value in zip(optimizer.values.values(), values, strict=True):
             torch.testing.assert_close(node.detach(), value, rtol=1e-8, atol=1e-10)
+
+
+def stepped(net, x, y, gamma, lr, steps):
+    """F at each step of iPC, and which of them found F settled; moves the weights of ``net``."""
+
+    def forward(model, at, x, y):
+        for layer in model[:-1]:
+            x = at(layer(x))
+        return (model[-1](x) - y).square().sum(), y.numel()
+
+    oracle = Explicit(forward)
+    oracle.free_energy(net, (x, y))
+    shapes, sizes = [v.shape for v in oracle.values], [v.numel() for v in oracle.values]
+    at = torch.cat([v.detach().flatten() for v in oracle.values])
+    weights, free, settled, s, before = list(net.parameters()), [], [], None, None
+    for _ in range(steps):
+        flat = at.clone().requires_grad_()
+        oracle.values = [p.view(v) for p, v in zip(flat.split(sizes), shapes, strict=True)]
+        energy, terms = oracle.free_energy(net, (x, y))
+        g, *slopes = torch.autograd.grad(energy, [flat, *weights])
+        free.append(energy.item())
+        if s is None:
+            s, before = -g, g
+        else:
+            fallen, all_of_it = free[-2] - free[-1], max(0.0, free[0] - free[-1])
+            settled.append(fallen <= SETTLED * all_of_it)
+            bent = float(s @ (g - before))
+            length = min(LONGEST, max(0.0, -float(s @ before) / bent)) if bent > 0 else LONGEST
+            length = min(length, 1.0) if settled[-1] else length
+            at = at + (length - 1) * gamma * s
+            end = before + length * (g - before)
+            kept = float(end @ (end - before) / (before @ before))
+            s = (0.0 if settled[-1] else min(1.0, max(0.0, kept))) * s - end
+            before = end
+        at = at + gamma * s
+        with torch.no_grad():
+            for weight, slope in zip(weights, slopes, strict=True):
+                weight -= lr * slope / terms
+    return free, settled
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.3])
+def test_where_weights_move_as_well(lr):
+    """Conjugate until F hardly falls, then plain steps; the weights learn at each."""
+    net, x, y = chain(2, 1.0, 5).double(), torch.randn(4, 5).double(), torch.randn(4, 5).double()
+    explicit = copy.deepcopy(net)
+    free, settled = stepped(explicit, x, y, 0.2, lr, 12)
+    assert len(set(settled)) == 2
+    given = {"gamma": 0.2, "gamma_decay": 1, "value_nodes": "linear", "T": 12}
+    optimizer = IPC(sgd(net, lr), net, momentum="auto", **given)
+    optimizer.step(squared(net, x, y))
+    torch.testing.assert_close(
+        optimizer.report.free_energy, torch.tensor(free, dtype=torch.float64), rtol=1e-9, atol=0
+    )
+    for p, q in zip(net.parameters(), explicit.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_values_that_follow_the_weights_do_not_run_ahead():
+    """Gradients that moving weights keep alike are no direction in which F is flat."""
+    node = Node("n", torch.zeros(1, 1).requires_grad_(), Gaussian())
+    ways = {}
+    for incremental in (False, True):
+        node.x.data.zero_()
+        conjugate = Conjugate(0.1, 1.0, incremental)
+        for energy in (10.0, 1.0, 0.9, 0.8, 0.7):
+            conjugate.observe(torch.tensor(energy))
+            node.below = torch.full((1, 1), -1.0)
+            conjugate.move([node], 1.0)
+        ways[incremental] = float(node.x.detach())
+    # all but the last are made longer where weights stand, the first alone where they do not
+    assert ways[False] == pytest.approx(0.1 * (4 * LONGEST + 1))
+    assert ways[True] == pytest.approx(0.1 * (LONGEST + 4))
 
 
 @pytest.mark.parametrize("seed", range(6))

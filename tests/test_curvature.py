@@ -642,7 +642,7 @@ _slow = pytest.mark.xfail(reason="the curvatures of its nodes differ too far for
             for case in itertools.product(ALGORITHMS, TASKS)
             if not (case[0] is EPC and TASKS[case[1]] is None)
         ),
-        *((PC, name, "auto") for name in TASKS),
+        *((algorithm, name, "auto") for algorithm in (PC, IPC) for name in TASKS),
         *((EPC, name, "auto") for name in ("cnn", "deep")),
         *((algorithm, "cnn", 0.65) for algorithm in (PC, IPC)),
     ],
@@ -860,7 +860,9 @@ ODD = {  # module, change of the inputs, change of the targets, loss, whether va
 
 
 @pytest.mark.parametrize("name", ODD)
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, IEPC, partial(PC, momentum="auto")])
+@pytest.mark.parametrize(
+    "algorithm", [*ALGORITHMS, IEPC, *(partial(each, momentum="auto") for each in (PC, IPC))]
+)
 def test_odd_batches_neither_freeze_nor_ruin_anything(algorithm, name):
     make, inputs, targets, loss, slope = ODD[name]
     torch.manual_seed(3)

@@ -283,11 +283,10 @@ def test_numbers_of_jobs():
     assert len(smallest) == 32 + 2 * 128
     assert len(architectures.NETWORKS) == 12
     sizes = [job["size"] for job in architectures.jobs()]
-    assert (sizes.count(0), sizes.count(1)) == (132, 396)
+    assert (sizes.count(0), sizes.count(1)) == (144, 432)
     for study in (architectures, depth, defaults):
         with_momentum = [job for job in study.jobs() if "momentum" in job]
-        assert with_momentum
-        assert all(job["algorithm"] == "pc" for job in with_momentum)
+        assert {job["algorithm"] for job in with_momentum} == {"pc", "ipc"}
     assert {job["depth"] for job in depth.jobs()} == {2, 4, 8, 16, 32, 64}
 
 

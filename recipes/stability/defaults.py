@@ -34,17 +34,20 @@ ROWS: tuple[tuple[str, int | str | None, str | None], ...] = (
     ("pc", None, None),
     ("ipc", None, None),
     ("epc", None, None),
+    ("iepc", None, None),
     ("pc", None, "auto"),
+    ("ipc", None, "auto"),
     ("pc", 16, None),
     ("pc", 32, None),
     ("pc", "auto", None),
 )
-#: An iPC batch takes T steps of its own.
+#: A batch of iPC or iePC takes T steps of its own.
 RATES = {
     "bp": (2e-4, 1e-3, 5e-3),
     "pc": (2e-4, 1e-3, 5e-3),
     "epc": (2e-4, 1e-3, 5e-3),
     "ipc": (1e-4, 3e-4, 1e-3),
+    "iepc": (1e-4, 3e-4, 1e-3),
 }
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": 2, "epochs": 15, "batch": 64, "width": 64},

@@ -63,8 +63,8 @@ def _rates(algorithm: str) -> list[Job]:
         return [{"gamma": None}]
     if algorithm == "iepc":  # no fixed one was tried
         return [{"gamma": "auto"}]
-    own: dict[str, list[Job]] = {"epc": [{"gamma": SMALL}], "pc": [MOMENTUM]}
-    return [*({"gamma": gamma} for gamma in GAMMAS), *own.get(algorithm, [])]
+    own = {"gamma": SMALL} if algorithm == "epc" else MOMENTUM
+    return [*({"gamma": gamma} for gamma in GAMMAS), own]
 
 
 def mlp(depth: int, width: int) -> nn.Module:
