@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_pc.errors import ConfigError
+
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
 _BY_ELEMENT = (
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.kl_div),
@@ -135,3 +137,48 @@ def loss_terms(calls: list[LossCall]) -> float | None:
     if not terms or any(abs(m - terms[0]) > tolerance * terms[0] for m in terms):
         return None
     return terms[0]
+
+
+def count_terms(
+    given: float | Callable[..., float] | None,
+    calls: list[LossCall],
+    batch: Any,
+    batch_size: Callable[[], float | None],
+    otherwise: float,
+) -> tuple[float, str]:
+    """M, and what the user should know where it had to be guessed ("" where not).
+
+    Args:
+        given: The argument ``loss_terms=``.
+        calls: On which the loss depends; a sum needs the first backward behind it.
+        batch: What the forward was given, () or (batch, ...).
+        batch_size: Asked where there is no call of a loss function.
+        otherwise: Taken where that does not know either.
+
+    Raises:
+        ConfigError: ``given`` is no positive number.
+    """
+    if given is not None:
+        try:
+            terms = float(given(*batch[:1])) if callable(given) else float(given)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"loss_terms={given!r} gave no number ({error}): under PCStrategy it is called "
+                "with the batch, by an optimizer of lightning_pc.optim with nothing."
+            ) from error
+        if not (math.isfinite(terms) and terms > 0):
+            raise ConfigError(f"loss_terms gave {terms}: expected a positive number.")
+        return terms, ""
+    agreed = loss_terms(calls)
+    if agreed is not None:
+        return agreed, ""
+    if calls:
+        guess: float | None = calls[0].batch
+        why = "the loss functions it calls do not agree on it"
+    else:
+        guess, why = batch_size(), "it calls no loss function of torch's"
+    terms = float(otherwise if guess is None else guess)
+    return terms, (
+        f"Cannot read off the training loss how many terms it is a mean of ({why}); the batch "
+        f"size, {terms:g}, is taken. Set loss_terms= to a number or a callable of the batch."
+    )

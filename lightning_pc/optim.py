@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,9 +18,7 @@ from lightning_pc.replay import nothing
 from lightning_pc.report import StepReport
 from lightning_pc.settings import Settings
 from lightning_pc.step import Learner
-
-#: Where an optimizer's state dict holds the learner's.
-STATE = "lightning_pc"
+from lightning_pc.wrapping import STATE, once, with_state, without_state
 
 
 class PredictiveCodingOptimizer(Optimizer):
@@ -294,34 +292,6 @@ def _fabric_agrees() -> Iterator[None]:
     finally:
         for wrappers, flag in zip(loaded, before, strict=True):
             wrappers._in_fabric_backward = flag
-
-
-def with_state(state_dict: dict[str, Any], learner: Learner) -> dict[str, Any]:
-    """An optimizer's state with the learner's beside it, which torch's optimizers pass over."""
-    ours = learner.state_dict()
-    return {**state_dict, STATE: ours} if ours else state_dict
-
-
-def without_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """An optimizer's state alone, and the learner's ({} where it has none)."""
-    return {k: v for k, v in state_dict.items() if k != STATE}, state_dict.get(STATE, {})
-
-
-def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-    """``closure``, for an optimizer that needs one; its second call is an error."""
-    called = False
-
-    def first() -> Any:
-        nonlocal called
-        if called:
-            raise ConfigError(
-                f"{type(optimizer).__name__} evaluates its closure more than once a step, each of "
-                "which would be a whole inference: use an optimizer of one gradient a step."
-            )
-        called = True
-        return closure()
-
-    return first
 
 
 def refuse_optimizer(optimizer: object, model: nn.Module) -> None:

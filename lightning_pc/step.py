@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from lightning_pc.checks import (
 from lightning_pc.conjugate import Conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.diagnosis import PATIENCE, silenced, unseen, unstable
-from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
+from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
 from lightning_pc.inference import Inference
-from lightning_pc.losses import loss_terms
+from lightning_pc.losses import count_terms
 from lightning_pc.nodes import Gate, Site
 from lightning_pc.placement import PRESETS, Placement, resolve
 from lightning_pc.precisions import precisions
@@ -325,34 +324,12 @@ class Learner:
         return loss
 
     def _terms(self, graph: Graph, batch: Any, batch_size: Callable[[], float | None]) -> float:
-        given = self.settings.loss_terms
-        if given is not None:
-            try:
-                terms = float(given(*batch[:1])) if callable(given) else float(given)
-            except (TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"loss_terms={given!r} gave no number ({error}): under PCStrategy it is called "
-                    "with the batch, by an optimizer of lightning_pc.optim with nothing."
-                ) from error
-            if not (math.isfinite(terms) and terms > 0):
-                raise ConfigError(f"loss_terms gave {terms}: expected a positive number.")
-            return terms
-        terms_or_none = loss_terms(graph.losses)
-        if terms_or_none is not None:
-            return terms_or_none
-        if graph.losses:
-            guess: float | None = graph.losses[0].batch
-            why = "the loss functions it calls do not agree on it"
-        else:
-            guess, why = batch_size(), "it calls no loss function of torch's"
-        if guess is None:
-            guess = next((node.x.shape[0] for node in graph.nodes if node.x.dim()), 1)
-        self._warn(
-            "loss_terms",
-            f"Cannot read off the training loss how many terms it is a mean of ({why}); the batch "
-            f"size, {guess:g}, is taken. Set loss_terms= to a number or a callable of the batch.",
+        first = next((node.x.shape[0] for node in graph.nodes if node.x.dim()), 1)
+        terms, doubt = count_terms(
+            self.settings.loss_terms, graph.losses, batch, batch_size, otherwise=first
         )
-        return float(guess)
+        self._warn("loss_terms", doubt)
+        return terms
 
     def _look_at_model(self) -> Placement:
         """Names, placement and what we know of modules, anew when the model has changed."""

@@ -6,8 +6,7 @@ Two seams: `PCStrategy.training_step` runs the first forward with the nodes in p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -15,40 +14,24 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
-from lightning.pytorch.plugins.precision import (
-    DeepSpeedPrecision,
-    FSDPPrecision,
-    HalfPrecision,
-    MixedPrecision,
-    Precision,
-)
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.errors import ConfigError, PCError
-from lightning_pc.optim import once, refuse_optimizer, with_state, without_state
+from lightning_pc.errors import ConfigError
+from lightning_pc.optim import refuse_optimizer
 from lightning_pc.precisions import Precisions
+from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_module, refuse_precision
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import SCHEDULES
 from lightning_pc.settings import Settings
 from lightning_pc.step import Learner
-
-
-@contextmanager
-def _at_the_door() -> Iterator[None]:
-    """What is wrong with the set-up is Lightning's MisconfigurationException here."""
-    try:
-        yield
-    except PCError as error:
-        raise MisconfigurationException(str(error)) from error
+from lightning_pc.wrapping import once, with_state, without_state
 
 
 class PCStrategy(SingleDeviceStrategy):
@@ -128,7 +111,7 @@ class PCStrategy(SingleDeviceStrategy):
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
-        with _at_the_door():
+        with at_the_door():
             self.settings = Settings(
                 algorithm=algorithm,
                 T=T,
@@ -182,11 +165,11 @@ class PCStrategy(SingleDeviceStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        self._refuse_precision()
-        self._refuse_module(trainer)
+        refuse_precision(self.precision_plugin)
+        refuse_module(self._module, trainer, self.settings.algorithm)
         super().setup(trainer)
         self._refuse_optimizers()
-        with _at_the_door():
+        with at_the_door():
             self._learner = Learner(self._module, self.settings)
             self._learner.check()
 
@@ -218,7 +201,7 @@ class PCStrategy(SingleDeviceStrategy):
         closure_loss = precision.pre_backward(closure_loss, self._module)
         accumulated = trainer.accumulate_grad_batches
         if SCHEDULES[self.settings.algorithm].incremental and accumulated > 1:
-            self._refuse_accumulation(accumulated)
+            refuse_accumulation(self.settings.algorithm, accumulated)
 
         def update() -> None:
             assert optimizer is not None
@@ -283,75 +266,13 @@ class PCStrategy(SingleDeviceStrategy):
         assert self._learner is not None, "setup() has not run"
         return self._learner
 
-    def _refuse_precision(self) -> None:
-        plugin = self.precision_plugin
-        if isinstance(plugin, (FSDPPrecision, DeepSpeedPrecision)):
-            raise MisconfigurationException(
-                f"PCStrategy trains on one device and cannot use {type(plugin).__name__}."
-            )
-        half = isinstance(plugin, (MixedPrecision, HalfPrecision)) and plugin.precision.startswith(
-            "16"
-        )
-        if half:
-            raise MisconfigurationException(
-                "PCStrategy does not train in float16: prediction errors fall below its range, "
-                "and a gradient scaler would skip single updates within a batch. Use "
-                "precision='bf16-mixed', 'bf16-true' or '32-true'."
-            )
-
-    def _refuse_module(self, trainer: pl.Trainer) -> None:
-        module, name = self._module, type(self._module).__name__
-        if not module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{name} uses manual optimization, but PCStrategy decides when values and weights "
-                "move: remove automatic_optimization = False, or use lightning_pc.optim in your "
-                "own loop."
-            )
-        if is_overridden("backward", module, pl.LightningModule):
-            raise MisconfigurationException(
-                f"{name} overrides `backward`, which PCStrategy replaces: remove the override."
-            )
-        if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-            raise MisconfigurationException(
-                f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
-                "PCStrategy runs it several times on each batch: take (batch, batch_idx)."
-            )
-        if getattr(module, "_compiler_ctx", None) is not None:
-            raise MisconfigurationException(
-                f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
-                "nodes: give the Trainer the module itself."
-            )
-        if not SCHEDULES[self.settings.algorithm].incremental:
-            return
-        if is_overridden("optimizer_step", module, pl.LightningModule):
-            raise MisconfigurationException(
-                f"{name} overrides `optimizer_step`, but {self.settings.algorithm} steps T times a "
-                "batch and only the last of these would go through it: remove the override, or use "
-                "'pc'."
-            )
-        planned = [
-            batches
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler)
-            for batches in callback.scheduling.values()
-        ]
-        most = max([trainer.accumulate_grad_batches, *planned])
-        if most > 1:
-            self._refuse_accumulation(most)
-
-    def _refuse_accumulation(self, batches: int) -> None:
-        raise MisconfigurationException(
-            f"accumulate_grad_batches={batches}: {self.settings.algorithm} moves the weights at "
-            "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
-        )
-
     def _refuse_optimizers(self) -> None:
         if len(self.optimizers) != 1 or not isinstance(self.optimizers[0], Optimizer):
             raise MisconfigurationException(
                 f"PCStrategy needs exactly one optimizer, {type(self._module).__name__}."
                 f"configure_optimizers gave {len(self.optimizers)}."
             )
-        with _at_the_door():
+        with at_the_door():
             refuse_optimizer(self.optimizers[0], self._module)
 
 

@@ -1,0 +1,96 @@
+"""What `PCStrategy` refuses at the Trainer's door, each with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import (
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_pc.errors import PCError
+from lightning_pc.schedules import SCHEDULES
+
+
+@contextmanager
+def at_the_door() -> Iterator[None]:
+    """What is wrong with the set-up is Lightning's MisconfigurationException here."""
+    try:
+        yield
+    except PCError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def refuse_precision(plugin: Precision) -> None:
+    """Refuses float16 and the plugins of strategies for several devices."""
+    if isinstance(plugin, (FSDPPrecision, DeepSpeedPrecision)):
+        raise MisconfigurationException(
+            f"PCStrategy trains on one device and cannot use {type(plugin).__name__}."
+        )
+    half = isinstance(plugin, (MixedPrecision, HalfPrecision)) and plugin.precision.startswith("16")
+    if half:
+        raise MisconfigurationException(
+            "PCStrategy does not train in float16: prediction errors fall below its range, "
+            "and a gradient scaler would skip single updates within a batch. Use "
+            "precision='bf16-mixed', 'bf16-true' or '32-true'."
+        )
+
+
+def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: str) -> None:
+    """Refuses modules that run their own backward, steps or batches, and accumulation for ipc."""
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} uses manual optimization, but PCStrategy decides when values and weights "
+            "move: remove automatic_optimization = False, or use lightning_pc.optim in your "
+            "own loop."
+        )
+    if is_overridden("backward", module, pl.LightningModule):
+        raise MisconfigurationException(
+            f"{name} overrides `backward`, which PCStrategy replaces: remove the override."
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise MisconfigurationException(
+            f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
+            "PCStrategy runs it several times on each batch: take (batch, batch_idx)."
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise MisconfigurationException(
+            f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
+            "nodes: give the Trainer the module itself."
+        )
+    if not SCHEDULES[algorithm].incremental:
+        return
+    if is_overridden("optimizer_step", module, pl.LightningModule):
+        raise MisconfigurationException(
+            f"{name} overrides `optimizer_step`, but {algorithm} steps T times a "
+            "batch and only the last of these would go through it: remove the override, or use "
+            "'pc'."
+        )
+    planned = [
+        batches
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler)
+        for batches in callback.scheduling.values()
+    ]
+    most = max([trainer.accumulate_grad_batches, *planned])
+    if most > 1:
+        refuse_accumulation(algorithm, most)
+
+
+def refuse_accumulation(algorithm: str, batches: int) -> None:
+    """Refuses several batches an optimizer step, for algorithms that step within a batch."""
+    raise MisconfigurationException(
+        f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
+        "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
+    )
