@@ -7,7 +7,8 @@ first tried at gamma, and its right length is made up for in the step after it.
 
 In iPC the weights have moved between those gradients, too. While F falls fast that hardly matters.
 Once it hardly falls, values only follow the weights, and gradients that the weights keep alike look
-like a direction in which F is flat: there steps are plain ones, or values would run ahead.
+like a direction in which F is flat: there no step is longer than gamma, and the next one goes
+straight down the gradient, or values would run ahead.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from lightning_pc.nodes import Node
 
 #: The longest step, in units of gamma: how much flatter than at its steepest F may be taken for.
 LONGEST = 8.0
-#: Where weights move as well, a step is a plain one after F has fallen by less than this share of
-#: all its fall.
+#: Where weights move as well: after a step by which F has fallen by less than this share of all its
+#: fall in this call, that step is not made longer, and the next starts without momentum. (An F that
+#: falls evenly thus counts as settled from the tenth step on.)
 SETTLED = 0.1
 
 
 class Conjugate(Inference):
-    """The values' conjugate gradients over one batch, of an F that changes with the weights alone.
+    """The values' conjugate gradients over one batch, of an F that changes by the weights at most.
 
     With r = -dF/dx at x, and s the step's direction (first r): the next gradients are those at
     x + gamma s, which gives F's change of slope along s, and with it the length of the step that
@@ -61,7 +63,8 @@ class Conjugate(Inference):
     def observe(self, energy: Tensor) -> None:
         before = self._last
         super().observe(energy)
-        if self._incremental and before is not None and self._first is not None:
+        if self._incremental and before is not None:
+            assert self._first is not None
             all_of_it = (self._first - energy).clamp(min=0.0)
             self._settled = before - energy <= SETTLED * all_of_it
 

@@ -1,9 +1,10 @@
-"""What `PCStrategy` refuses at the Trainer's door, each with what to do instead."""
+"""Modules, precisions and accumulation that `PCStrategy` refuses, each with what to do instead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -47,7 +48,10 @@ def refuse_precision(plugin: Precision) -> None:
 
 
 def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: str) -> None:
-    """Refuses modules that run their own backward, steps or batches, and accumulation for ipc."""
+    """Refuses modules that run their own backward, steps or batches or are compiled.
+
+    For algorithms that step within a batch also planned accumulation.
+    """
     name = type(module).__name__
     if not module.automatic_optimization:
         raise MisconfigurationException(
@@ -88,7 +92,7 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         refuse_accumulation(algorithm, most)
 
 
-def refuse_accumulation(algorithm: str, batches: int) -> None:
+def refuse_accumulation(algorithm: str, batches: int) -> NoReturn:
     """Refuses several batches an optimizer step, for algorithms that step within a batch."""
     raise MisconfigurationException(
         f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "

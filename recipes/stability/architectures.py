@@ -21,7 +21,7 @@ from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.networks import NETWORKS, Loss, problem
 from recipes.stability.training import MOMENTUM, Learner, rate
 
-GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
+RATES: tuple[Job, ...] = (*({"gamma": g} for g in (1.0, 0.5, 0.1, 0.01, "auto")), MOMENTUM)
 ALGORITHMS = ("ipc", "pc")
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": (0,), "steps": 50},
@@ -37,13 +37,9 @@ def jobs() -> list[Job]:
         | {"steps": settings["steps"], "lr": 1e-3, "weight_decay": 0.01}
         for size, settings in enumerate(SIZES)
         for network, algorithm in product(NETWORKS, ALGORITHMS)
-        for given in _rates()
+        for given in RATES
         for seed in settings["seeds"]
     ]
-
-
-def _rates() -> list[Job]:
-    return [*({"gamma": gamma} for gamma in GAMMAS), MOMENTUM]
 
 
 def run(job: Job, data_dir: str | None = None) -> Figures:
@@ -109,7 +105,7 @@ def _table(rows: list[Row], algorithm: str) -> Table:
     steps = rows[0]["steps"]
     table = Table(title=f"size {rows[0]['size']}: {algorithm}, loss after {steps} steps")
     table.add_column("network")
-    rates = [rate(given) for given in _rates()]
+    rates = [rate(given) for given in RATES]
     for heading in (*(f"gamma {which}" for which in rates), "auto / best fixed"):
         table.add_column(heading, justify="right")
     ratios = []
@@ -130,7 +126,7 @@ def picture(rows: list[Row]) -> Figure:
     panels = figure.subplots(len(ALGORITHMS), 1, sharex=True)
     for axes, algorithm in zip(panels, ALGORITHMS, strict=True):
         found = [losses(rows, network, algorithm) for network in NETWORKS]
-        for which in map(rate, _rates()):
+        for which in map(rate, RATES):
             values = [each.get(which, inf) for each in found]
             marker = "*" if isinstance(which, str) else "o"
             axes.plot(

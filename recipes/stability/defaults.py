@@ -1,4 +1,4 @@
-"""Every argument at its default against backprop; and what momentum and ``T="auto"`` do to PC.
+"""Every argument at its default against backprop; what momentum does, and ``T="auto"`` to PC.
 
     python -m recipes.stability.defaults
 
