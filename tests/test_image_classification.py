@@ -413,10 +413,10 @@ def test_study_runs_and_resumes(tiny, data_dir, tmp_path, monkeypatch, capsys):
     )
     queue_main(small, ["--out", str(out), "--data_dir", str(data_dir)])
     rows = Results(out).rows(jobs)
-    assert len(rows) == 5
+    assert len(rows) == 7
     assert all(0 <= row["test"] <= 100 and row["epochs"] == 1 for row in rows)
     drawn = [axes for axes in study.picture(rows).axes if axes.axison]
-    assert [len(axes.lines) for axes in drawn] == [3, 2]
+    assert [len(axes.lines) for axes in drawn] == [4, 3]
     kept = study.MODELS / "width 2_ipc_size0_0.ckpt"
     (job,) = (j for j in jobs if (j["row"], j["algorithm"]) == ("width 2", "ipc"))
     config = ["-c", str(HERE / "width" / "ipc.yaml")]
