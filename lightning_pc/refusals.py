@@ -1,10 +1,9 @@
-"""Modules, precisions and accumulation that `PCStrategy` refuses, each with what to do instead."""
+"""What `PCStrategy` refuses at the Trainer's door, each with what to do instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,8 +17,10 @@ from lightning.pytorch.plugins.precision import (
 )
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch.optim import Optimizer
 
 from lightning_pc.errors import PCError
+from lightning_pc.optim import refuse_optimizer
 from lightning_pc.schedules import SCHEDULES
 
 
@@ -73,9 +74,9 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
             f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
             "nodes: give the Trainer the module itself."
         )
-    if not SCHEDULES[algorithm].incremental:
-        return
-    if is_overridden("optimizer_step", module, pl.LightningModule):
+    if SCHEDULES[algorithm].incremental and is_overridden(
+        "optimizer_step", module, pl.LightningModule
+    ):
         raise MisconfigurationException(
             f"{name} overrides `optimizer_step`, but {algorithm} steps T times a "
             "batch and only the last of these would go through it: remove the override, or use "
@@ -87,14 +88,24 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         if isinstance(callback, GradientAccumulationScheduler)
         for batches in callback.scheduling.values()
     ]
-    most = max([trainer.accumulate_grad_batches, *planned])
-    if most > 1:
-        refuse_accumulation(algorithm, most)
+    refuse_accumulation(algorithm, max([trainer.accumulate_grad_batches, *planned]))
 
 
-def refuse_accumulation(algorithm: str, batches: int) -> NoReturn:
+def refuse_accumulation(algorithm: str, batches: int) -> None:
     """Refuses several batches an optimizer step, for algorithms that step within a batch."""
-    raise MisconfigurationException(
-        f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
-        "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
-    )
+    if SCHEDULES[algorithm].incremental and batches > 1:
+        raise MisconfigurationException(
+            f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
+            "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
+        )
+
+
+def refuse_optimizers(module: pl.LightningModule, optimizers: Sequence[object]) -> None:
+    """Refuses all but one optimizer that can take a predictive coding step of the module."""
+    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
+        raise MisconfigurationException(
+            f"PCStrategy needs exactly one optimizer, {type(module).__name__}."
+            f"configure_optimizers gave {len(optimizers)}."
+        )
+    with at_the_door():
+        refuse_optimizer(optimizers[0], module)

@@ -23,9 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.optim import refuse_optimizer
 from lightning_pc.precisions import Precisions
-from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_module, refuse_precision
+from lightning_pc.refusals import (
+    at_the_door,
+    refuse_accumulation,
+    refuse_module,
+    refuse_optimizers,
+    refuse_precision,
+)
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import SCHEDULES
@@ -168,7 +173,7 @@ class PCStrategy(SingleDeviceStrategy):
         refuse_precision(self.precision_plugin)
         refuse_module(self._module, trainer, self.settings.algorithm)
         super().setup(trainer)
-        self._refuse_optimizers()
+        refuse_optimizers(self._module, self.optimizers)
         with at_the_door():
             self._learner = Learner(self._module, self.settings)
             self._learner.check()
@@ -200,8 +205,7 @@ class PCStrategy(SingleDeviceStrategy):
         self.pre_backward(closure_loss)
         closure_loss = precision.pre_backward(closure_loss, self._module)
         accumulated = trainer.accumulate_grad_batches
-        if SCHEDULES[self.settings.algorithm].incremental and accumulated > 1:
-            refuse_accumulation(self.settings.algorithm, accumulated)
+        refuse_accumulation(self.settings.algorithm, accumulated)
 
         def update() -> None:
             assert optimizer is not None
@@ -265,15 +269,6 @@ class PCStrategy(SingleDeviceStrategy):
     def _require_learner(self) -> Learner:
         assert self._learner is not None, "setup() has not run"
         return self._learner
-
-    def _refuse_optimizers(self) -> None:
-        if len(self.optimizers) != 1 or not isinstance(self.optimizers[0], Optimizer):
-            raise MisconfigurationException(
-                f"PCStrategy needs exactly one optimizer, {type(self._module).__name__}."
-                f"configure_optimizers gave {len(self.optimizers)}."
-            )
-        with at_the_door():
-            refuse_optimizer(self.optimizers[0], self._module)
 
 
 def _loss_of(output: Any) -> Tensor | None:
