@@ -20,15 +20,16 @@ from lightning_pc.optim import EPC, IPC, PC
 T = 9
 
 
+def squares(model, at, x, y):
+    """F's loss and its number of terms, with a value after each linear layer but the last."""
+    for layer in model[:-1]:
+        x = layer(x) if isinstance(layer, nn.ReLU) else at(layer(x))
+    return (model[-1](x) - y).square().sum(), y.numel()
+
+
 def written_out(kind, net, x, y, gamma):
     """F at each tried step of textbook conjugate gradients, and where the last one ends."""
-
-    def forward(model, at, x, y):
-        for layer in model[:-1]:
-            x = at(layer(x))
-        return (model[-1](x) - y).square().sum(), y.numel()
-
-    oracle = kind(forward)
+    oracle = kind(squares)
     oracle.errors, oracle.settled = [], False
     oracle.free_energy(net, (x, y))
     values = oracle.errors if kind is ErrorCoordinates else oracle.values
@@ -77,13 +78,7 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
 
 def stepped(net, x, y, gamma, lr, steps):
     """F at each step of iPC, and what each step was like; moves the weights of ``net``."""
-
-    def forward(model, at, x, y):
-        for layer in model[:-1]:
-            x = layer(x) if isinstance(layer, nn.ReLU) else at(layer(x))
-        return (model[-1](x) - y).square().sum(), y.numel()
-
-    oracle = Explicit(forward)
+    oracle = Explicit(squares)
     oracle.free_energy(net, (x, y))
     shapes, sizes = [v.shape for v in oracle.values], [v.numel() for v in oracle.values]
     at = torch.cat([v.detach().flatten() for v in oracle.values])
