@@ -83,27 +83,33 @@ class Conjugate(Inference):
         add(values, self._directions, -1.0, self._tried)
 
     def _correct(self, values: list[Tensor], slopes: list[Tensor]) -> None:
-        """From the tried step's end to the right one's, and the next direction."""
+        """From the tried step's end to the right one's, and the next direction.
+
+        In place: there are three tensors beside each value, and no more.
+        """
         directions, before = self._directions, self._slopes
-        changes = list(torch._foreach_sub(slopes, before))
-        along = _dot(directions, changes)
+        torch._foreach_sub_(slopes, before)
+        along = _dot(directions, slopes)
         length = torch.where(along > 0, -_dot(directions, before) / along, LONGEST)
-        length = length.clamp(0.0, LONGEST)  # in units of the tried step
+        length = length.nan_to_num(1.0).clamp(0.0, LONGEST)  # in units of the tried step
         if self._settled is not None:
             length = torch.where(self._settled, length.clamp(max=1.0), length)
-        add(values, directions, -1.0, (length - 1.0) * self._tried)
+        missing = (length - 1.0) * self._tried
+        for value, direction in zip(values, directions, strict=True):
+            value.addcmul_(direction, missing)
         was = _dot(before, before)
-        ends = list(torch._foreach_mul(changes, length))
-        torch._foreach_add_(ends, before)
-        momentum = ((_dot(ends, ends) - _dot(ends, before)) / was).nan_to_num(0.0).clamp(0.0, 1.0)
+        torch._foreach_mul_(slopes, length)
+        torch._foreach_add_(before, slopes)
+        momentum = (_dot(before, slopes) / was).nan_to_num(0.0).clamp(0.0, 1.0)
         if self._settled is not None:
             momentum = momentum.masked_fill(self._settled, 0.0)
         torch._foreach_mul_(directions, momentum)
-        torch._foreach_sub_(directions, ends)
-        self._slopes = ends
+        torch._foreach_sub_(directions, before)
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Of all nodes' entries together, []."""
-    parts = [torch.linalg.vecdot(x.flatten(), y.flatten()) for x, y in zip(one, other, strict=True)]
+    """Of all nodes' entries together, [], whatever autocast says."""
+    with torch.autocast(one[0].device.type, enabled=False):
+        pairs = zip(one, other, strict=True)
+        parts = [torch.linalg.vecdot(x.flatten(), y.flatten()) for x, y in pairs]
     return torch.stack(parts).sum()
