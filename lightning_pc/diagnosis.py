@@ -194,10 +194,10 @@ def explain(report: StepReport) -> str:
             cause = "the steps of the weights, or gamma, are too large for this batch"
         lines.append(f"It rose: {cause}; most of the energy is at '{worst}'.")
     if report.curvature is not None:
+        most = limit(0.0 if report.momentum == "auto" else report.momentum)
         lines.append(
             f"gamma {report.gamma:.3g} times the curvature {report.curvature:.3g} is "
-            f"{report.gamma * report.curvature:.2g}; the limit is "
-            f"{limit(report.momentum):g}."
+            f"{report.gamma * report.curvature:.2g}; the limit is {most:g}."
         )
     shares = report.energy_by_depth
     if shares and len(shares) > 1:

@@ -38,11 +38,13 @@ class PredictiveCodingOptimizer(Optimizer):
             which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1.
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
-        momentum: Share of their velocity that values keep from step to step, in [0, 1): heavy
-            ball, at rest at the start of a batch. Default 0, the paper's descent; PCX (Pinchetti
+        momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
+            paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"auto"`` (pc, ipc,
             epc) finds rate and momentum of each step, by conjugate gradients; gamma is then the
-            length of the step that is tried (`lightning_pc.conjugate`).
+            length of the step that is tried (`lightning_pc.conjugate`). None, the default:
+            ``"auto"`` for pc and ipc where gamma is, too, precisions do not vary and values are
+            made anew for each call; else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
             ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
             module type, a callable ``(name, module) -> bool``, or a list of these.
@@ -74,7 +76,7 @@ class PredictiveCodingOptimizer(Optimizer):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float | Literal["auto"] = 0.0,
+        momentum: float | Literal["auto"] | None = None,
         value_nodes: ValueNodes = "auto",
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[[], float] | None = None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ class StepReport:
         loss: The user's loss at each evaluation, [t].
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
-        momentum: Share of their velocity that values kept from step to step; 0 where it was
-            automatic.
+        momentum: Share of their velocity that values kept from step to step; ``"auto"`` where
+            they moved along conjugate gradients.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
             goes; None where gamma is given. gamma * curvature must stay below
-            2 (1 + momentum).
+            2 (1 + momentum), where momentum is automatic below 2.
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
@@ -45,7 +46,7 @@ class StepReport:
     gamma: float
     curvature: float | None
     energies: Tensor
-    momentum: float = 0.0
+    momentum: float | Literal["auto"] = 0.0
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))

@@ -30,6 +30,8 @@ class Schedule(ABC):
     incremental = False
     #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
     stagewise = False
+    #: Values move along conjugate gradients unless told otherwise.
+    conjugate = False
     #: What stands in the module: the value itself, or the error in whose coordinates it moves.
     node: type[Node] = Node
     #: Every node energy is Gaussian, that of a softmax's logits too.
@@ -69,6 +71,7 @@ class IPC(Schedule):
     band = (0.7, 2.5)
     bearable = 4.0
     incremental = True
+    conjugate = True
 
     @override
     def learns(self, t: int, T: int) -> bool:
@@ -79,6 +82,7 @@ class PC(Schedule):
     """Values move at t < T-1, parameters once at t = T-1."""
 
     name, paper = "pc", "Salvatori et al. 2024, Algorithm 2"
+    conjugate = True
 
     @override
     def moves(self, t: int, T: int) -> bool:
@@ -123,6 +127,7 @@ class EPC(PC):
     # All errors act on the loss at once, so that values near the output move most, and what the
     # weights there learn from strays from the gradient: 32 layers learn better at 0.7 than at 1.4.
     aim, band = 0.7, (0.45, 1.0)
+    conjugate = False
     node = ErrorNode
     gaussian = True
 
@@ -138,6 +143,7 @@ class IEPC(IPC):
     # A hundredth of 1 / curvature: weights that learn from errors of a tenth of their equilibrium
     # made a masked BERT's curvature grow from 1 to 10 within 115 batches.
     aim, band = 0.01, (0.005, 0.02)
+    conjugate = False
     node = WholeErrorNode
     gaussian = True
 

@@ -31,7 +31,7 @@ class Settings:
     T: int | Literal["auto"] | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
-    momentum: float | Literal["auto"] = 0.0
+    momentum: float | Literal["auto"] | None = None
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
@@ -77,11 +77,13 @@ class Settings:
 
     def _check_momentum(self) -> None:
         momentum = self.momentum
+        if momentum is None:
+            return
         automatic = isinstance(momentum, str) and momentum == "auto"
         if not automatic and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
             raise ConfigError(
                 f"momentum={momentum!r}: expected the share of their velocity that values keep "
-                "from step to step, in [0, 1), or 'auto'."
+                "from step to step, in [0, 1), 'auto' or None."
             )
         if momentum and self.algorithm == "zil":
             raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
@@ -159,6 +161,19 @@ class Settings:
         """Gamma at the start of each batch, None where it is chosen automatically."""
         fixed = schedule(self.algorithm).fixed_gamma
         return fixed if self.gamma == "auto" else self.gamma
+
+    @property
+    def chosen_momentum(self) -> float | Literal["auto"]:
+        """Of the values: the one given, else "auto" where that is the algorithm's and can be had.
+
+        With a given gamma values descend as in the paper. Where they are kept from call to call
+        they do, too: what they do must not depend on how many steps a call has.
+        """
+        if self.momentum is not None:
+            return self.momentum
+        automatic = self.gamma == "auto" and self.reset == "batch"
+        fixed = precisions(self.precisions).varies or not schedule(self.algorithm).conjugate
+        return "auto" if automatic and not fixed else 0.0
 
 
 def _is_whole(value: object) -> bool:

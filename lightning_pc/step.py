@@ -221,7 +221,7 @@ class Learner:
     def _infer(self, batch: _Batch, seed: float, update: Callable[[], None]) -> Tensor:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
-        decay, momentum = self.settings.gamma_decay, self.settings.momentum
+        decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
         inference = (
             Conjugate(gamma, decay, self.schedule.incremental)
             if momentum == "auto"
@@ -293,7 +293,7 @@ class Learner:
             loss=torch.stack(relaxation.losses),
             loss_terms=relaxation.terms,
             gamma=float(relaxation.inference.gamma),
-            momentum=relaxation.inference.momentum,
+            momentum=self.settings.chosen_momentum,
             curvature=None if self.auto is None else self.auto.curvature,
             energies=torch.stack(relaxation.energies),
             pulls=tuple(relaxation.pulls),

@@ -49,8 +49,9 @@ def exact_curvature(model, x, y):
 
 
 def trained(algorithm, model, x, y, batches):
-    """Values move, weights do not."""
-    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.0), model, value_nodes=NODES)
+    """Values move, down the gradient, weights do not."""
+    sgd = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = algorithm(sgd, model, value_nodes=NODES, momentum=0)
     for _ in range(batches):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
     return optimizer

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_pc.conjugate import LONGEST, SETTLED, Conjugate
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
-from lightning_pc.optim import EPC, IPC, PC
+from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 T = 9
 
@@ -257,3 +257,54 @@ def test_the_trainer_hands_it_on(algorithm, momentum):
         torch.testing.assert_close(p, q)
     own = optimizer.report.free_energy
     torch.testing.assert_close(fit.strategy.report.free_energy, own)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "given", "momentum"),
+    [
+        *((algorithm, {}, "auto") for algorithm in (PC, IPC)),
+        *((algorithm, {"precisions": "depth"}, "auto") for algorithm in (PC, IPC)),
+        *((algorithm, {}, 0.0) for algorithm in (EPC, IEPC)),
+        *((algorithm, {"gamma": 0.2}, 0.0) for algorithm in (PC, IPC)),
+        *((algorithm, {"precisions": "spiking"}, 0.0) for algorithm in (PC, IPC)),
+        *((algorithm, {"reset": "never"}, 0.0) for algorithm in (PC, IPC)),
+    ],
+)
+def test_where_values_move_along_them_by_default(algorithm, given, momentum):
+    """Where gamma is automatic, too; a run with the argument given is the same to the bit."""
+    start, (x, y), ends = MLP((6, 9, 7, 4)), vectors(16), []
+    for told in ({}, {"momentum": momentum}, {"momentum": None}):
+        model = twin(start)
+        optimizer = algorithm(torch.optim.Adam(model.parameters(), 0.01), model, **given, **told)
+        for _ in range(3):
+            optimizer.step(classifier(model, x, y))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        assert optimizer.report.momentum == momentum
+    assert torch.equal(ends[0], ends[1])
+    assert torch.equal(ends[0], ends[2])
+
+
+def test_the_default_is_not_the_papers_descent():
+    """Or the test above would say nothing."""
+    start, (x, y), ends = MLP((6, 9, 7, 4)), vectors(16), []
+    for momentum in (None, 0):
+        model = twin(start)
+        optimizer = PC(torch.optim.Adam(model.parameters(), 0.01), model, momentum=momentum)
+        optimizer.step(classifier(model, x, y))
+        ends.append(optimizer.report.free_energy[-1])
+    assert ends[0] < ends[1]
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_gradients_whose_squares_overflow_leave_the_tried_step(algorithm):
+    """Weights of 1e4 in a chain: its slopes' squares are infinite in float32."""
+    net = chain(3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1e4)
+    x, y = torch.randn(16, 12), torch.randn(16, 5)
+    optimizer = algorithm(sgd(net, 0.0), net, value_nodes="linear", momentum="auto")
+    optimizer.step(squared(net, x, y))
+    free = optimizer.report.free_energy
+    assert free.isfinite().all()
+    assert free[-1] < free[0]

@@ -209,15 +209,15 @@ def test_depth_table():
             ("pc", "auto", 1e-3, 64, 0, 20.0),
         ]
     ]
-    rows += [rows[-2] | {"momentum": "auto", "accuracy": 77.0}]  # is not auto's, nor a fixed one
+    rows += [rows[-2] | {"momentum": 0, "accuracy": 77.0}]  # is not auto's, nor a fixed one
     found = depth.curves(rows, "mlp")
     assert found["bp", None] == {2: 90.0}
-    assert found["pc", "auto, momentum"] == {2: 77.0}
+    assert found["pc", "auto, plain"] == {2: 77.0}
     assert found["pc", 1.0] == {2: 70.0}
     assert depth.shortfall(found, "pc") == {2: 0.5}
     plain, residual = depth.tables(rows)
     assert ["pc", "behind", "[green]+0.5[/]", "", "", "", "", ""] in cells(plain)
-    assert ["pc", "auto, momentum", "77.0", "", "", "", "", ""] in cells(plain)
+    assert ["pc", "auto, plain", "77.0", "", "", "", "", ""] in cells(plain)
     assert all(row[2:] == [""] * 6 for row in cells(residual))
     assert isinstance(depth.picture(rows), Figure)
 
@@ -238,9 +238,9 @@ def test_architectures_table():
     ]
     found = architectures.losses(rows, "BERT", "ipc")
     assert found == {1.0: math.inf, 0.1: 2.0, "auto": 2.2}
-    rows += [rows[2] | {"momentum": "auto", "loss": 0.1}]
+    rows += [rows[2] | {"momentum": 0, "loss": 0.1}]
     found = architectures.losses(rows, "BERT", "ipc")
-    assert found["auto, momentum"] == 0.1
+    assert found["auto, plain"] == 0.1
     assert architectures.ratio(found) == pytest.approx(1.1)
     assert architectures.ratio({0.1: 0.0, "auto": 0.0}) == 1
     assert architectures.ratio({0.1: 1.0}) is None
@@ -285,8 +285,8 @@ def test_numbers_of_jobs():
     sizes = [job["size"] for job in architectures.jobs()]
     assert (sizes.count(0), sizes.count(1)) == (144, 432)
     for study in (architectures, depth, defaults):
-        with_momentum = [job for job in study.jobs() if "momentum" in job]
-        assert {job["algorithm"] for job in with_momentum} == {"pc", "ipc"}
+        plain = [job for job in study.jobs() if "momentum" in job]
+        assert {(job["algorithm"], job["momentum"]) for job in plain} == {("pc", 0), ("ipc", 0)}
     assert {job["depth"] for job in depth.jobs()} == {2, 4, 8, 16, 32, 64}
 
 
@@ -321,7 +321,7 @@ def test_defaults_take_the_rate_that_validates_best():
             *(("bp", 5e-3, 0, 99.0, 70.0), ("pc", 1e-3, 0, 89.0, 80.0)),
         )
     ]
-    rows += [rows[-1] | {"momentum": "auto", "accuracy": 91.0}]
+    rows += [rows[-1] | {"momentum": 0, "accuracy": 91.0}]
     assert [r["accuracy"] for r in defaults.chosen(rows, "digits", "bp", None)] == [90.0, 92.0]
     table, *_ = defaults.tables(rows)
     assert list(table.columns[3].cells) == ["91.00 ± 1.41", "89.00", "91.00"]

@@ -6,7 +6,8 @@ Backprop, iPC and PC run in turn within one process, round after round, so that 
 slows all of them alike; a ratio is taken within each round, the table gives the rounds' median. A
 PC value step is the difference between batches of PC with many and with two inference steps,
 divided by the steps between them. The automatic gamma is made to look at the curvature in every
-batch; what that adds, over the evaluations between two looks of a long run, is its share.
+batch; what that adds, over the evaluations between two looks of a long run, is its share. That of
+conjugate gradients is what they add to a batch of iPC.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def strategies() -> dict[str, str | PCStrategy]:
     return {
         "bp": "auto",
         "ipc": PCStrategy("ipc", T=T, gamma=0.1),
-        "ipc, auto": PCStrategy("ipc", T=T),
+        "ipc, auto": PCStrategy("ipc", T=T, momentum=0.0),
+        "ipc, conjugate": PCStrategy("ipc", T=T, gamma=0.1, momentum="auto"),
         "pc": PCStrategy("pc", T=T + 2, gamma=0.1),
         "pc, T=2": PCStrategy("pc", T=2, gamma=0.1),
     }
@@ -145,6 +147,7 @@ def time_steps(network: str, rounds: int) -> dict[str, float]:
     return {
         "bp_step_ms": 1e3 * statistics.median(r["bp"] for r in medians),
         "ipc_step": statistics.median(r["ipc"] / T / r["bp"] for r in medians),
+        "conjugate_share": statistics.median(r["ipc, conjugate"] / r["ipc"] - 1 for r in medians),
         "pc_value_step": statistics.median((r["pc"] - r["pc, T=2"]) / T / r["bp"] for r in medians),
         "auto_share": statistics.median(
             (r["ipc, auto"] - r["ipc"]) / (r["ipc"] / T * every) for r in medians
@@ -184,7 +187,8 @@ def table(results: dict[str, dict[str, float]]) -> Table:
     """The ratios, a row per network."""
     shown = Table(title="one step against one backprop step of the same Trainer")
     shown.add_column("network")
-    steps = ("backprop step, ms", "iPC step", "PC value step", "automatic gamma")
+    steps = ("backprop step, ms", "iPC step", "PC value step")
+    steps += ("automatic gamma", "conjugate gradients")
     for title in (*steps, "peak MiB: BP", "iPC", "nodes"):
         shown.add_column(title, justify="right")
     for network, row in results.items():
@@ -194,6 +198,7 @@ def table(results: dict[str, dict[str, float]]) -> Table:
             f"{row['ipc_step']:.2f} x",
             f"{row['pc_value_step']:.2f} x",
             f"{row['auto_share']:+.1%}",
+            f"{row['conjugate_share']:+.1%}",
             *(f"{row[key]:.1f}" for key in ("bp_peak_mib", "ipc_peak_mib", "nodes_mib")),
         )
     return shown

@@ -17,7 +17,8 @@ from recipes.common.queue import Job, Row, Study, main
 from recipes.language_modeling import study
 
 _STRATEGY = "trainer.strategy.init_args."
-_AUTO = {f"{_STRATEGY}gamma": "auto"}  # one gamma does not suit all placements
+#: One gamma does not suit all placements; values descend as at the others.
+_AUTO = {f"{_STRATEGY}gamma": "auto", f"{_STRATEGY}momentum": 0}
 _BLOCKS = [f"net.bert.encoder.layer.{i}" for i in range(2)]
 _NONLINEAR = {f"{_STRATEGY}value_nodes": "auto"}
 _FLAT = {"decay": False}

@@ -19,9 +19,9 @@ from rich.table import Table
 from lightning_pc.errors import DivergenceError
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.networks import NETWORKS, Loss, problem
-from recipes.stability.training import MOMENTUM, Learner, rate
+from recipes.stability.training import PLAIN, Learner, rate
 
-RATES: tuple[Job, ...] = (*({"gamma": g} for g in (1.0, 0.5, 0.1, 0.01, "auto")), MOMENTUM)
+RATES: tuple[Job, ...] = (*({"gamma": g} for g in (1.0, 0.5, 0.1, 0.01, "auto")), PLAIN)
 ALGORITHMS = ("ipc", "pc")
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": (0,), "steps": 50},

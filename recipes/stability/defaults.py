@@ -1,4 +1,4 @@
-"""Every argument at its default against backprop; what momentum does, and ``T="auto"`` to PC.
+"""Every argument at its default against backprop; without momentum; and PC with other ``T``.
 
     python -m recipes.stability.defaults
 
@@ -29,14 +29,14 @@ TASKS: dict[str, dict[str, Any]] = {
     "6 layers, squared error": {"layers": 6, "scale": 1.0, "loss": "squared"},
 }
 #: Algorithm, T and momentum; None is the default.
-ROWS: tuple[tuple[str, int | str | None, str | None], ...] = (
+ROWS: tuple[tuple[str, int | str | None, int | None], ...] = (
     ("bp", None, None),
     ("pc", None, None),
     ("ipc", None, None),
     ("epc", None, None),
     ("iepc", None, None),
-    ("pc", None, "auto"),
-    ("ipc", None, "auto"),
+    ("pc", None, 0),
+    ("ipc", None, 0),
     ("pc", 16, None),
     ("pc", 32, None),
     ("pc", "auto", None),
@@ -64,7 +64,7 @@ def jobs() -> list[Job]:
             found += [
                 fixed
                 | {"task": task, **details, "algorithm": name, "T": T, "lr": rate, "seed": seed}
-                | ({"momentum": momentum} if momentum else {})
+                | ({} if momentum is None else {"momentum": momentum})
                 for name, T, momentum in ROWS
                 if T is None or not size
                 for rate in RATES[name]
@@ -87,7 +87,7 @@ def run(job: Job, data_dir: str | None) -> Figures:
 
 
 def chosen(
-    rows: Sequence[Row], task: str, name: str, T: int | str | None, momentum: str | None = None
+    rows: Sequence[Row], task: str, name: str, T: int | str | None, momentum: int | None = None
 ) -> list[Row]:
     """A row's runs with its best learning rate."""
     found: dict[float, list[Row]] = {}
@@ -129,8 +129,8 @@ def _table(rows: list[Row], task: str) -> Table:
     return table
 
 
-def _called(name: str, momentum: str | None) -> str:
-    return f"{name}, momentum" if momentum else name
+def _called(name: str, momentum: int | None) -> str:
+    return name if momentum is None else f"{name}, plain"
 
 
 def picture(rows: list[Row]) -> Figure:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.data import mnist
-from recipes.stability.training import ALGORITHMS, MOMENTUM, classify, rate
+from recipes.stability.training import ALGORITHMS, PLAIN, classify, rate
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
 NETWORKS = ("mlp", "residual")
@@ -63,7 +63,7 @@ def _rates(algorithm: str) -> list[Job]:
         return [{"gamma": None}]
     if algorithm == "iepc":  # no fixed one was tried
         return [{"gamma": "auto"}]
-    own = {"gamma": SMALL} if algorithm == "epc" else MOMENTUM
+    own = {"gamma": SMALL} if algorithm == "epc" else PLAIN
     return [*({"gamma": gamma} for gamma in GAMMAS), own]
 
 

@@ -25,13 +25,13 @@ ALGORITHMS: dict[str, Any] = {
     if hasattr(optim, name.upper())
 }
 CLASSES = 10
-#: A rate of its own, which fixed ones are not compared with: gamma and momentum both automatic.
-MOMENTUM: Job = {"gamma": "auto", "momentum": "auto"}
+#: The paper's descent at the automatic gamma, where PC and iPC take conjugate gradients.
+PLAIN: Job = {"gamma": "auto", "momentum": 0}
 
 
 def rate(job: Job) -> Any:
-    """A row's gamma, and that it has momentum, where it has: what its line is called."""
-    return f"{job['gamma']}, momentum" if "momentum" in job else job["gamma"]
+    """A row's gamma, and that momentum is kept out, where it is: what its line is called."""
+    return f"{job['gamma']}, plain" if "momentum" in job else job["gamma"]
 
 
 class Learner:
