@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_pc.advisor import Advisor
 from lightning_pc.checks import (
     chain_advice,
     check_model,
@@ -20,7 +20,6 @@ from lightning_pc.checks import (
 )
 from lightning_pc.conjugate import Conjugate
 from lightning_pc.curvature import START, AutoGamma
-from lightning_pc.diagnosis import PATIENCE, silenced, unseen, unstable
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
 from lightning_pc.graph import Graph, chain_points, discover, require_chain
@@ -37,8 +36,6 @@ from lightning_pc.settings import Settings
 from lightning_pc.watch import Verdicts
 
 Output = TypeVar("Output")
-#: Batches from a look that has found a given gamma not to blame to the next.
-SECOND_LOOK = 500
 
 
 @dataclass
@@ -86,9 +83,7 @@ class Learner:
         self._placement: Placement | None = None
         self._written: set[Any] | None = None
         self._batch: _Batch | None = None
-        self._warned: set[str] = set()
-        self._batches = 0
-        self._rises = 0  # batches on end whose inference has raised the energy
+        self._advisor = Advisor(self.schedule, self.auto, self._precisions.varies)
         # reset="never": the places with their values, steps taken, and whose draws they saw.
         self._kept: list[Site] | None = None
         self._age, self._kept_scale = 0, 1.0
@@ -171,7 +166,7 @@ class Learner:
         steps = self.schedule.steps(graph.depth, settings.T)
         self._batch = _Batch(again, purity, loss, graph, placement, steps, terms)
         if settings.reset == "batch":
-            self._warn("unreached", unreached(graph, steps[0], self.model))
+            self._advisor.say("unreached", unreached(graph, steps[0], self.model))
         return output
 
     def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:
@@ -245,40 +240,16 @@ class Learner:
             count_terms=batch.terms,
             update=update,
             auto=self.auto,
-            curious=self._rises >= PATIENCE and "unstable" not in self._warned,
+            curious=self._advisor.curious,
         )
         relaxation.run()
-        steps = len(relaxation.losses)
         if self.settings.reset == "never":
-            self._kept, self._age = graph.sites, self._age + steps
+            self._kept, self._age = graph.sites, self._age + len(relaxation.losses)
             self._kept_scale, self._draws = relaxation.scale, self._draws or batch.purity
             relaxation.weigh(0)  # the next first forward is evaluated before its relaxation
         self.report = self._report(relaxation)
-        self._batches += 1
-        self._look_after(relaxation, steps)
+        self._advisor.after(relaxation, self.report)
         return relaxation.losses[0]
-
-    def _look_after(self, relaxation: Relaxation, steps: int) -> None:
-        """What the automatic gamma and the user are told of a batch."""
-        assert self.report is not None
-        inference, varies = relaxation.inference, self._precisions.varies
-        rose = not varies and bool(inference.rose)
-        if self.auto is not None:
-            self.auto.after(steps, rose)
-            self._warn("unseen", unseen(self.auto.failures, self.auto.gamma))
-        elif relaxation.seen is not None:
-            curvature, node = relaxation.seen
-            gamma, momentum = inference.start_gamma, inference.momentum
-            bearable, since = self.schedule.bearable, self._batches - self._rises
-            said = unstable(node, gamma, momentum, curvature, bearable, since)
-            self._warn("unstable", said)
-            self._rises = -SECOND_LOOK
-        elif not self.schedule.fixed_gamma:
-            self._rises = self._rises + 1 if rose or self._rises < 0 else 0
-        if self._batches == 1:  # once: reading the energies waits for the device
-            end = relaxation.start + steps
-            nodes = relaxation.graph.nodes
-            self._warn("silent", silenced(self.report, nodes, inference.start_gamma, end))
 
     def _report(self, relaxation: Relaxation) -> StepReport:
         graph = relaxation.graph
@@ -328,7 +299,7 @@ class Learner:
         terms, doubt = count_terms(
             self.settings.loss_terms, graph.losses, batch, batch_size, otherwise=first
         )
-        self._warn("loss_terms", doubt)
+        self._advisor.say("loss_terms", doubt)
         return terms
 
     def _look_at_model(self) -> Placement:
@@ -359,8 +330,3 @@ class Learner:
         points = [] if loss is None else chain_points(discover(loss, found))
         blocks = [self._names[module] for module in PRESETS["blocks"](self.model)]
         return chain_advice(points, blocks)
-
-    def _warn(self, key: str, message: str) -> None:
-        if message and key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, UserWarning, stacklevel=2)

@@ -98,7 +98,7 @@ def test_looking_at_the_curvature_changes_nothing():
         optimizer = IPC(torch.optim.Adam(net.parameters(), 1e-3), net, gamma=1.0)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            patch.setattr("lightning_pc.step.PATIENCE", patience)
+            patch.setattr("lightning_pc.advisor.PATIENCE", patience)
             for _ in range(6):
                 optimizer.step(loss)
         runs.append((torch.cat([p.detach().flatten() for p in net.parameters()]), len(told)))
