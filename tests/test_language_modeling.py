@@ -20,7 +20,8 @@ from lightning_pc.cli import main as cli
 from recipes.common import queue
 from recipes.common.warmup import WarmUp
 from recipes.language_modeling import generate, study, sweep, variants
-from recipes.language_modeling.data import IGNORED, Batches, OneBillionWords, SmallText
+from recipes.language_modeling.batches import IGNORED, Batches
+from recipes.language_modeling.data import OneBillionWords, SmallText
 from recipes.language_modeling.model import LanguageModel, load
 from recipes.language_modeling.tokens import (
     BOS,

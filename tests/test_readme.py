@@ -58,9 +58,13 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
     assert space["loss"] < 2.2
 
 
-def test_named_files_exist():
-    text = README.read_text()
+@pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
+def test_named_files_exist(page):
+    text = (README.parent / page).read_text()
     for name in re.findall(r"`lightning_pc/([a-z]+\.py)`|`([a-z]+\.py)`", text):
         assert (README.parent / "lightning_pc" / "".join(name)).exists()
-    for path in re.findall(r"recipes/\S+\.(?:yaml|json|md)", text):
+    paths = re.findall(r"recipes/[\w/]+\.(?:yaml|json|md)", text)
+    paths += re.findall(r"\]\(([^)#:]+\.[a-z]+)[)#]", text)
+    assert paths
+    for path in paths:
         assert (README.parent / path).exists(), path

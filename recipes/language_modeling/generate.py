@@ -13,7 +13,7 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from recipes.language_modeling.data import Task
+from recipes.language_modeling.batches import Task
 from recipes.language_modeling.model import LanguageModel, load
 from recipes.language_modeling.tokens import BOS, EOS, MASK, SPECIAL, tokenizer
 

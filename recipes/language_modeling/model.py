@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from torchmetrics.text import Perplexity
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel
 
-from recipes.language_modeling.data import IGNORED, Batch, Task, TextData
+from recipes.language_modeling.batches import IGNORED, Batch, Task
+from recipes.language_modeling.data import TextData
 from recipes.language_modeling.tokens import BOS, EOS, PAD
 
 
