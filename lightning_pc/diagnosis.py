@@ -32,7 +32,7 @@ def divergence(
     free: Sequence[float],
     start: int,
     gamma: float,
-    momentum: float,
+    momentum: float | None,
     automatic: bool,
     incremental: bool,
 ) -> DivergenceError:
@@ -45,7 +45,7 @@ def divergence(
         free: F at each evaluation before the last.
         start: t of the first of these evaluations.
         gamma: Inference rate at the start of the batch.
-        momentum: Of the values.
+        momentum: Of the values; None where their steps had rates of their own.
         automatic: It was chosen by ``gamma="auto"``.
         incremental: The weights moved between these evaluations.
     """
@@ -58,7 +58,7 @@ def divergence(
     why = "Lower gamma, or the learning rate."
     if not t + start:
         why = "Inference has not begun: look at the batch, the model, the learning rate."
-    rising = _rising([value for value in free[:t] if math.isfinite(value)], momentum)
+    rising = _rising([value for value in free[:t] if math.isfinite(value)], momentum or 0.0)
     if rising is not None:
         since, product = rising
         energy = energies[t - 1]
@@ -68,6 +68,8 @@ def divergence(
         why = f"F has risen since t = {start + since}; {where_most}."
         if incremental:
             why += " The weights move at every step: lower the learning rate, or gamma."
+        elif momentum is None:
+            why += " Values went too far along conjugate gradients: use momentum=0."
         else:
             remedy = f"Use gamma='auto', or gamma < {limit(momentum) * gamma / product:.2g}."
             if automatic:
@@ -190,6 +192,8 @@ def explain(report: StepReport) -> str:
     if moved < 0 and same:
         worst = report.nodes[int(energy[-1].argmax())]
         cause = "gamma is too large"
+        if report.momentum == "auto":
+            cause = "F is steeper further off than steps had seen, momentum=0 makes shorter ones"
         if SCHEDULES[report.algorithm].incremental:
             cause = "the steps of the weights, or gamma, are too large for this batch"
         lines.append(f"It rose: {cause}; most of the energy is at '{worst}'.")

@@ -167,13 +167,14 @@ class Settings:
         """Of the values: the one given, else "auto" where that is the algorithm's and can be had.
 
         With a given gamma values descend as in the paper. Where they are kept from call to call
-        they do, too: what they do must not depend on how many steps a call has.
+        they do, too: what they do must not depend on how many steps a call has. And where the loss
+        is pushed up: F may have no minimum.
         """
         if self.momentum is not None:
             return self.momentum
-        automatic = self.gamma == "auto" and self.reset == "batch"
-        fixed = precisions(self.precisions).varies or not schedule(self.algorithm).conjugate
-        return "auto" if automatic and not fixed else 0.0
+        steady = self.reset == "batch" and not precisions(self.precisions).varies
+        downhill = schedule(self.algorithm).conjugate and self.nudging == "positive"
+        return "auto" if self.gamma == "auto" and steady and downhill else 0.0
 
 
 def _is_whole(value: object) -> bool:

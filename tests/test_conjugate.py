@@ -12,7 +12,7 @@ from problems import MLP, twin, vectors
 from test_curvature import chain, classifier, sgd, squared
 from torch import nn
 
-from lightning_pc.conjugate import LONGEST, SETTLED, Conjugate
+from lightning_pc.conjugate import LONGEST, SETTLED, Conjugate, _dot
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
@@ -94,7 +94,7 @@ def stepped(net, x, y, gamma, lr, steps):
         else:
             settled = free[-2] - free[-1] <= SETTLED * max(0.0, free[0] - free[-1])
             bent = float(s @ (g - before))
-            length = min(LONGEST, max(0.0, -float(s @ before) / bent)) if bent > 0 else LONGEST
+            length = min(LONGEST, max(0.0, -float(s @ before) / bent)) if bent > 0 else 1.0
             length = min(length, 1.0) if settled else length
             at = at + (length - 1) * gamma * s
             end = before + length * (g - before)
@@ -140,18 +140,19 @@ def test_values_that_follow_the_weights_do_not_run_ahead(gamma):
         conjugate.gamma = gamma
         for energy in energies:
             conjugate.observe(torch.tensor(energy))
-            node.below = torch.full((1, 1), -1.0)
+            node.below = 1e-4 * node.x.detach() - 1.0
             conjugate.move([node], 1.0)
         return float(node.x.detach()) / 0.1
 
     falling, above = (10.0, 1.0, 0.9, 0.8, 0.7), (1.0, 5.0, 5.1, 4.0)
     stands, moves = Conjugate(0.1, 1.0), Conjugate(0.1, 1.0, incremental=True)
     # all but the last are made longer where weights stand, the first alone where they do not
-    assert way(stands, *falling) == pytest.approx(4 * LONGEST + 1)
+    assert way(stands, *falling) == pytest.approx(4 * LONGEST + 1, rel=0.01)
     for _ in range(2):  # nothing is left of the values' last descent
-        assert way(moves, *falling) == pytest.approx(LONGEST + 4)
+        assert way(moves, *falling) == pytest.approx(LONGEST + 4, rel=0.01)
     # steps that raise F are not made longer, one that brings it down again is
-    assert way(moves, *above) == pytest.approx(LONGEST + 3)
+    for each in (stands, moves):
+        assert way(each, *above) == pytest.approx(LONGEST + 3, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -268,12 +269,14 @@ def test_the_trainer_hands_it_on(algorithm, momentum):
         *((algorithm, {"gamma": 0.2}, 0.0) for algorithm in (PC, IPC)),
         *((algorithm, {"precisions": "spiking"}, 0.0) for algorithm in (PC, IPC)),
         *((algorithm, {"reset": "never"}, 0.0) for algorithm in (PC, IPC)),
+        *((algorithm, {"nudging": "negative"}, 0.0) for algorithm in (PC, IPC)),
+        (PC, {"nudging": "centered"}, 0.0),
     ],
 )
 def test_where_values_move_along_them_by_default(algorithm, given, momentum):
     """Where gamma is automatic, too; a run with the argument given is the same to the bit."""
     start, (x, y), ends = MLP((6, 9, 7, 4)), vectors(16), []
-    for told in ({}, {"momentum": momentum}, {"momentum": None}):
+    for told in ({}, {"momentum": momentum}):
         model = twin(start)
         optimizer = algorithm(torch.optim.Adam(model.parameters(), 0.01), model, **given, **told)
         for _ in range(3):
@@ -281,15 +284,16 @@ def test_where_values_move_along_them_by_default(algorithm, given, momentum):
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         assert optimizer.report.momentum == momentum
     assert torch.equal(ends[0], ends[1])
-    assert torch.equal(ends[0], ends[2])
 
 
-def test_the_default_is_not_the_papers_descent():
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_the_default_is_not_the_papers_descent(algorithm):
     """Or the test above would say nothing."""
     start, (x, y), ends = MLP((6, 9, 7, 4)), vectors(16), []
     for momentum in (None, 0):
         model = twin(start)
-        optimizer = PC(torch.optim.Adam(model.parameters(), 0.01), model, momentum=momentum)
+        adam = torch.optim.Adam(model.parameters(), 0.01)
+        optimizer = algorithm(adam, model, momentum=momentum)
         optimizer.step(classifier(model, x, y))
         ends.append(optimizer.report.free_energy[-1])
     assert ends[0] < ends[1]
@@ -308,3 +312,31 @@ def test_gradients_whose_squares_overflow_leave_the_tried_step(algorithm):
     free = optimizer.report.free_energy
     assert free.isfinite().all()
     assert free[-1] < free[0]
+
+
+class Square(nn.Module):
+    def forward(self, x):
+        return x * x / 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_an_f_that_is_steeper_further_off(algorithm, seed):
+    """Where steps eight times as long as gamma lead above where F began."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(10, 10), Square())))
+    net.append(nn.Linear(10, 4))
+    x, y = torch.randn(32, 10), torch.randn(32, 4)
+    adam = torch.optim.Adam(net.parameters(), 3e-3)
+    optimizer = algorithm(adam, net, value_nodes="linear")
+    for _ in range(25):
+        optimizer.step(squared(net, x, y))
+        assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
+
+
+def test_no_autocast_rounds_the_products():
+    values = [torch.randn(3, 50), torch.randn(7)]
+    exact = _dot(values, values)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_dot(values, values), exact)
+    assert exact == pytest.approx(float(sum(v.square().sum() for v in values)), rel=1e-5)

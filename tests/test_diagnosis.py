@@ -9,6 +9,7 @@ from problems import MLP
 from torch import nn
 
 from lightning_pc import explain
+from lightning_pc.diagnosis import divergence
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import EPC, IPC, PC
 
@@ -63,6 +64,36 @@ def test_an_automatic_gamma_is_not_advised_to_be_automatic():
             layer.weight *= 30
     with pytest.raises(DivergenceError, match="weights have changed since gamma was chosen"):
         run(optimizer, loss, 3)
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return 0.3 * x**3
+
+
+def test_a_rise_along_conjugate_gradients_is_not_gammas_fault():
+    torch.manual_seed(2)
+    net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(10, 10), Cube())))
+    net.append(nn.Linear(10, 4))
+    x, y = torch.randn(32, 10), torch.randn(32, 4)
+    optimizer = PC(torch.optim.SGD(net.parameters(), 0.0), net, value_nodes="linear", T=6)
+    optimizer.step(lambda: F.mse_loss(net(x), y))
+    assert "It rose: F is steeper further off than steps had seen, momentum=0 makes" in explain(
+        optimizer.report
+    )
+
+
+def test_a_divergence_along_conjugate_gradients_tells_no_curvature():
+    """Their steps have lengths of their own, so that F's growth says nothing of gamma."""
+    energies = [torch.tensor([e]) for e in (0.0, 5.0, 50.0, torch.inf)]
+    losses = [torch.tensor(1.0)] * 4
+    told = {}
+    for momentum in (0.0, None):
+        error = divergence(["a"], losses, energies, [1, 6, 51], 0, 0.1, momentum, True, False)
+        told[momentum] = str(error)
+        assert "F has risen since t = 1" in told[momentum]
+    assert "above the limit of 2" in told[0.0]
+    assert told[None].endswith("too far along conjugate gradients: use momentum=0.")
 
 
 def test_a_first_loss_that_is_not_finite_is_not_gammas_fault():
