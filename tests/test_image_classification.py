@@ -14,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -153,6 +154,22 @@ def test_sizes_of_the_networks():
     assert sum(p.numel() for p in model.WidthCNN(1).parameters()) == 20_354
     with pytest.raises(ValueError, match="too small"):
         model.VGG5(size=8)
+
+
+def test_scaled_inputs_are_made_up_for_before_anything_is_learned():
+    nets = []
+    for scale in (1.0, 0.1):
+        torch.manual_seed(0)
+        nets.append(model.MLP(scale=scale))
+    one, other = nets
+    images = torch.randn(4, 1, 28, 28)
+    torch.testing.assert_close(other(images), one(images))
+    for net in nets:
+        F.cross_entropy(net(images), torch.arange(4)).backward()
+    torch.testing.assert_close(other[1].weight.grad, 0.1 * one[1].weight.grad)
+    torch.testing.assert_close(other[3].weight.grad, one[3].weight.grad)
+    with pytest.raises(ValueError, match="scale=0: expected a factor of the inputs above 0"):
+        model.MLP(scale=0)
 
 
 def test_splits_are_held_out_and_in_order(data_dir):

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from recipes.common.model import Classification
@@ -48,6 +49,12 @@ class MLP(nn.Sequential):
         hidden: Units of each hidden layer.
         classes: Number of classes.
         activation: A class of ``torch.nn``.
+        scale: Factor of the inputs, above 0, which the first weights make up for before they
+            learn. Below 1 the steps of Adam, as long for every weight, change less of what the many
+            inputs say.
+
+    Raises:
+        ValueError: ``scale`` is not above 0.
     """
 
     def __init__(
@@ -56,13 +63,25 @@ class MLP(nn.Sequential):
         hidden: int = 64,
         classes: int = 10,
         activation: type[nn.Module] = nn.GELU,
+        scale: float = 1.0,
     ) -> None:
+        if not scale > 0:
+            raise ValueError(f"scale={scale}: expected a factor of the inputs above 0.")
+        first = nn.Linear(inputs, hidden)
         super().__init__(
             nn.Flatten(),
-            *(nn.Linear(inputs, hidden), activation()),
+            *(first, activation()),
             *(nn.Linear(hidden, hidden), activation()),
             nn.Linear(hidden, classes),
         )
+        self.scale = scale
+        with torch.no_grad():
+            first.weight.div_(scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, [B, classes], of images, [B, *]."""
+        logits: Tensor = super().forward(self.scale * images)
+        return logits
 
 
 class ConvNet(nn.Sequential):
