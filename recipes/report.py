@@ -120,8 +120,8 @@ def classification() -> Iterator[str]:
         "",
         "Mean ± standard deviation over seeds, in brackets their number; the weights are those of "
         "the epoch with the best validation accuracy. \\* with crop and flip. Our MNIST has "
-        "images shifted by up to a pixel, which the paper's has not, and iePC sees FashionMNIST "
-        "flipped as well. Rows learned from fewer "
+        "images shifted by up to a pixel and scaled by 0.1, which the paper's has not; iPC sees "
+        "FashionMNIST scaled, iePC flipped. Rows learned from fewer "
         "images or epochs are no comparison with the paper's figures, only with each other.",
         "",
     )
