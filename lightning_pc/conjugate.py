@@ -50,6 +50,8 @@ class Conjugate(Inference):
             fallen is one after which it has hardly fallen.
     """
 
+    own_rates = True
+
     def __init__(self, gamma: float, gamma_decay: float, incremental: bool = False) -> None:
         self._least = SETTLED if incremental else 0.0
         super().__init__(gamma, gamma_decay)

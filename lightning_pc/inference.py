@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Inference:
             D.3), in (0, 1]; 1 leaves gamma alone.
         momentum: Share of a node's velocity that it keeps from step to step, in [0, 1).
     """
+
+    #: Each step has a rate and a momentum of its own, so that F's growth says nothing of gamma.
+    own_rates: ClassVar[bool] = False
 
     def __init__(self, gamma: float, gamma_decay: float, momentum: float = 0.0) -> None:
         self.start_gamma = gamma

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pc.conjugate import Conjugate
 from lightning_pc.curvature import AutoGamma, largest_curvature
 from lightning_pc.diagnosis import divergence
 from lightning_pc.errors import DivergenceError
@@ -241,7 +240,7 @@ class Relaxation:
             [float(loss * self.terms * pull + energy.sum()) for loss, energy, pull in pairs],
             t + 1 - len(losses),
             self.inference.start_gamma,
-            None if isinstance(self.inference, Conjugate) else self.inference.momentum,
+            None if self.inference.own_rates else self.inference.momentum,
             self.auto is not None,
             self.schedule.incremental,
         )
