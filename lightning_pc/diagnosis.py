@@ -192,13 +192,13 @@ def explain(report: StepReport) -> str:
     if moved < 0 and same:
         worst = report.nodes[int(energy[-1].argmax())]
         cause = "gamma is too large"
-        if report.momentum == "auto":
+        if isinstance(report.momentum, str):
             cause = "F is steeper further off than steps had seen, momentum=0 makes shorter ones"
         if SCHEDULES[report.algorithm].incremental:
             cause = "the steps of the weights, or gamma, are too large for this batch"
         lines.append(f"It rose: {cause}; most of the energy is at '{worst}'.")
     if report.curvature is not None:
-        most = limit(0.0 if report.momentum == "auto" else report.momentum)
+        most = limit(0.0 if isinstance(report.momentum, str) else report.momentum)
         lines.append(
             f"gamma {report.gamma:.3g} times the curvature {report.curvature:.3g} is "
             f"{report.gamma * report.curvature:.2g}; the limit is {most:g}."

@@ -40,9 +40,10 @@ class PredictiveCodingOptimizer(Optimizer):
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
-            et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"auto"`` (pc, ipc,
-            epc) finds rate and momentum of each step, by conjugate gradients; gamma is then the
-            length of the step that is tried (`lightning_pc.conjugate`). None, the default:
+            et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc,
+            ipc, epc) finds rate and momentum of each step, by conjugate gradients; gamma is then
+            the length of the step that is tried (`lightning_pc.conjugate`). ``"auto"`` does so
+            until F has fallen to half, then steps are gamma's at most. None, the default:
             ``"auto"`` for pc and ipc where gamma is, too, precisions do not vary, nudging is
             positive and values are made anew for each call; else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
@@ -76,7 +77,7 @@ class PredictiveCodingOptimizer(Optimizer):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float | Literal["auto"] | None = None,
+        momentum: float | Literal["auto", "conjugate"] | None = None,
         value_nodes: ValueNodes = "auto",
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[[], float] | None = None,

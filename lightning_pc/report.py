@@ -26,8 +26,8 @@ class StepReport:
         loss: The user's loss at each evaluation, [t].
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
-        momentum: Share of their velocity that values kept from step to step; ``"auto"`` where
-            they moved along conjugate gradients.
+        momentum: Share of their velocity that values kept from step to step; ``"conjugate"``
+            where they moved along conjugate gradients, ``"auto"`` where they did until F was half.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
             goes; None where gamma is given. gamma * curvature must stay below
             2 (1 + momentum), where momentum is automatic below 2.
@@ -46,7 +46,7 @@ class StepReport:
     gamma: float
     curvature: float | None
     energies: Tensor
-    momentum: float | Literal["auto"] = 0.0
+    momentum: float | Literal["auto", "conjugate"] = 0.0
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))

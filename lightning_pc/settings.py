@@ -31,7 +31,7 @@ class Settings:
     T: int | Literal["auto"] | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
-    momentum: float | Literal["auto"] | None = None
+    momentum: float | Literal["auto", "conjugate"] | None = None
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
@@ -79,23 +79,23 @@ class Settings:
         momentum = self.momentum
         if momentum is None:
             return
-        automatic = isinstance(momentum, str) and momentum == "auto"
+        automatic = isinstance(momentum, str) and momentum in ("auto", "conjugate")
         if not automatic and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
             raise ConfigError(
                 f"momentum={momentum!r}: expected the share of their velocity that values keep "
-                "from step to step, in [0, 1), 'auto' or None."
+                "from step to step, in [0, 1), 'auto', 'conjugate' or None."
             )
         if momentum and self.algorithm == "zil":
             raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
         if automatic and SCHEDULES[self.algorithm].node is WholeErrorNode:
             raise ConfigError(
-                f"momentum='auto' leads to the minimum of F, but {self.algorithm} stays near its "
-                "start on purpose: give a number, or use 'ipc'."
+                f"momentum={momentum!r} leads towards the minimum of F, but {self.algorithm} stays "
+                "near its start on purpose: give a number, or use 'ipc'."
             )
         if automatic and precisions(self.precisions).varies:
             raise ConfigError(
-                "momentum='auto' tells from two gradients how F bends between them, but varying "
-                "precisions change F itself: give a number."
+                f"momentum={momentum!r} tells from two gradients how F bends between them, but "
+                "varying precisions change F itself: give a number."
             )
 
     def _check_whole(self) -> None:
@@ -163,7 +163,7 @@ class Settings:
         return fixed if self.gamma == "auto" else self.gamma
 
     @property
-    def chosen_momentum(self) -> float | Literal["auto"]:
+    def chosen_momentum(self) -> float | Literal["auto", "conjugate"]:
         """Of the values: the one given, else "auto" where that is the algorithm's and can be had.
 
         With a given gamma values descend as in the paper. Where they are kept from call to call

@@ -218,8 +218,8 @@ class Learner:
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
         inference = (
-            Conjugate(gamma, decay, self.schedule.incremental)
-            if momentum == "auto"
+            Conjugate(gamma, decay, self.schedule.incremental, halfway=momentum == "auto")
+            if isinstance(momentum, str)
             else Inference(gamma, decay, float(momentum))
         )
         if self.schedule.fixed_gamma or self._precisions.varies:

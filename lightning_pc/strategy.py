@@ -57,10 +57,11 @@ class PCStrategy(SingleDeviceStrategy):
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
-            et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. "auto" (pc, ipc, epc) finds rate and
-            momentum of each step, by conjugate gradients; gamma is then the length of the step
-            that is tried. None: "auto" for pc and ipc where gamma is, too, precisions do not
-            vary, nudging is positive and values are made anew for each batch; else 0.
+            et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. "conjugate" (pc, ipc, epc) finds rate
+            and momentum of each step, by conjugate gradients; gamma is then the length of the
+            step that is tried. "auto" does so until F has fallen to half, then steps are gamma's
+            at most. None: "auto" for pc and ipc where gamma is, too, precisions do not vary,
+            nudging is positive and values are made anew for each batch; else 0.
         value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
             "linear", "blocks", a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.
@@ -95,7 +96,7 @@ class PCStrategy(SingleDeviceStrategy):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float | Literal["auto"] | None = None,
+        momentum: float | Literal["auto", "conjugate"] | None = None,
         value_nodes: str
         | type[nn.Module]
         | Callable[[str, nn.Module], bool]

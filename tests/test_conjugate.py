@@ -1,4 +1,4 @@
-"""momentum="auto": the values' conjugate gradients, one evaluation a step."""
+"""momentum="conjugate" and "auto": the values' conjugate gradients, one evaluation a step."""
 
 import copy
 import warnings
@@ -12,7 +12,7 @@ from problems import MLP, twin, vectors
 from test_curvature import chain, classifier, sgd, squared
 from torch import nn
 
-from lightning_pc.conjugate import LONGEST, SETTLED, Conjugate, _dot
+from lightning_pc.conjugate import HALFWAY, LONGEST, SETTLED, Conjugate, _dot
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
@@ -64,7 +64,7 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
     kind = ErrorCoordinates if algorithm is EPC else Explicit
     free, values = written_out(kind, net, x, y, gamma)
     given = {"gamma": gamma, "gamma_decay": 1, "value_nodes": "linear", "T": T}
-    optimizer = algorithm(sgd(net, 0.0), net, momentum="auto", **given)
+    optimizer = algorithm(sgd(net, 0.0), net, momentum="conjugate", **given)
     optimizer.step(squared(net, x, y))
     assert optimizer.report.steps == T
     torch.testing.assert_close(optimizer.report.free_energy, free, rtol=1e-9, atol=0)
@@ -76,7 +76,7 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
             torch.testing.assert_close(node.detach(), value, rtol=1e-8, atol=1e-10)
 
 
-def stepped(net, x, y, gamma, lr, steps):
+def stepped(net, x, y, gamma, lr, steps, enough):
     """F at each step of iPC, and what each step was like; moves the weights of ``net``."""
     oracle = Explicit(squares)
     oracle.free_energy(net, (x, y))
@@ -93,6 +93,7 @@ def stepped(net, x, y, gamma, lr, steps):
             s, before = -g, g
         else:
             settled = free[-2] - free[-1] <= SETTLED * max(0.0, free[0] - free[-1])
+            settled = settled or free[-1] <= enough * free[0]
             bent = float(s @ (g - before))
             length = min(LONGEST, max(0.0, -float(s @ before) / bent)) if bent > 0 else 1.0
             length = min(length, 1.0) if settled else length
@@ -109,8 +110,9 @@ def stepped(net, x, y, gamma, lr, steps):
     return free, kinds
 
 
+@pytest.mark.parametrize(("momentum", "enough"), [("conjugate", 0.0), ("auto", HALFWAY)])
 @pytest.mark.parametrize("lr", [0.0, 0.3])
-def test_where_weights_move_as_well(lr):
+def test_where_weights_move_as_well(lr, momentum, enough):
     """Conjugate while F falls, then never longer than gamma and without momentum.
 
     Rectifiers' kinks are met, and steps that turn out too long; the weights learn at each step.
@@ -118,10 +120,10 @@ def test_where_weights_move_as_well(lr):
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(5, 5), nn.ReLU())))[:-1].double()
     x, y = torch.randn(4, 5).double(), torch.randn(4, 5).double()
     explicit = copy.deepcopy(net)
-    free, kinds = stepped(explicit, x, y, 0.6, lr, 14)
+    free, kinds = stepped(explicit, x, y, 0.6, lr, 14, enough)
     assert kinds >= {(True, "short"), (True, "long"), (True, True), (False, "long"), (False, True)}
     given = {"gamma": 0.6, "gamma_decay": 1, "value_nodes": "linear", "T": 14}
-    optimizer = IPC(sgd(net, lr), net, momentum="auto", **given)
+    optimizer = IPC(sgd(net, lr), net, momentum=momentum, **given)
     optimizer.step(squared(net, x, y))
     expected = torch.tensor(free, dtype=torch.float64)
     torch.testing.assert_close(optimizer.report.free_energy, expected, rtol=1e-8, atol=0)
@@ -146,10 +148,17 @@ def test_values_that_follow_the_weights_do_not_run_ahead(gamma):
 
     falling, above = (10.0, 1.0, 0.9, 0.8, 0.7), (1.0, 5.0, 5.1, 4.0)
     stands, moves = Conjugate(0.1, 1.0), Conjugate(0.1, 1.0, incremental=True)
+    hurries = Conjugate(0.1, 1.0, halfway=True)
     # all but the last are made longer where weights stand, the first alone where they do not
     assert way(stands, *falling) == pytest.approx(4 * LONGEST + 1, rel=0.01)
     for _ in range(2):  # nothing is left of the values' last descent
         assert way(moves, *falling) == pytest.approx(LONGEST + 4, rel=0.01)
+    # until F is half, and where it is not bounded by zero
+    assert way(hurries, *falling) == pytest.approx(5, rel=0.01)
+    assert way(hurries, 10.0, 9.0, 8.0, 7.0, 6.0) == pytest.approx(4 * LONGEST + 1, rel=0.01)
+    assert way(hurries, 10.0, 9.0, 5.0, 4.0, 6.5, 6.0) == pytest.approx(2 * LONGEST + 4, rel=0.01)
+    assert way(hurries, 10.0, -9.0, -20.0, -30.0, -40.0) == pytest.approx(4 * LONGEST + 1, rel=0.01)
+    assert way(hurries, -1.0, -2.0, -3.0, -4.0, -5.0) == pytest.approx(4 * LONGEST + 1, rel=0.01)
     # steps that raise F are not made longer, one that brings it down again is
     for each in (stands, moves):
         assert way(each, *above) == pytest.approx(LONGEST + 3, rel=0.01)
@@ -244,7 +253,7 @@ def test_a_rate_on_the_device_is_as_good():
 
 
 @pytest.mark.parametrize("algorithm", [PC, IPC])
-@pytest.mark.parametrize("momentum", [0.0, 0.6, "auto"])
+@pytest.mark.parametrize("momentum", [0.0, 0.6, "auto", "conjugate"])
 def test_the_trainer_hands_it_on(algorithm, momentum):
     """The same batches leave the same weights as by the optimizer."""
     module, batches = Module(), data(3)

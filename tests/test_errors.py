@@ -84,6 +84,7 @@ ARGUMENTS = [
     ({"algorithm": "zil", "momentum": 0.5}, "momentum=0.5: zil is exact at 0"),
     ({"algorithm": "zil", "momentum": "auto"}, "momentum='auto': zil is exact at 0"),
     ({"algorithm": "pc", "momentum": "auto", "precisions": "spiking"}, "change F itself"),
+    ({"algorithm": "pc", "momentum": "halfway"}, "'auto', 'conjugate' or None"),
     ({"algorithm": "zil", "T": 3}, "T=3: zil"),
     ({"algorithm": "zil", "gamma": 0.5}, "gamma=0.5: zil"),
     ({"algorithm": "zil", "reset": "never"}, "reset='never'"),
