@@ -5,7 +5,14 @@ from __future__ import annotations
 import warnings
 
 from lightning_pc.curvature import AutoGamma
-from lightning_pc.diagnosis import PATIENCE, silenced, unseen, unstable
+from lightning_pc.diagnosis import (
+    LONG_PATIENCE,
+    PATIENCE,
+    overshot,
+    silenced,
+    unseen,
+    unstable,
+)
 from lightning_pc.relaxation import Relaxation
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import Schedule
@@ -27,7 +34,8 @@ class Advisor:
         self._schedule, self._auto, self._varies = schedule, auto, varies
         self._told: set[str] = set()
         self._batches = 0
-        self._rises = 0  # batches on end whose inference has raised the energy
+        self._rises = 0  # batches on end whose inference has raised the energy, since a look
+        self._on_end = 0  # the same, whatever was looked at
 
     @property
     def curious(self) -> bool:
@@ -45,6 +53,7 @@ class Advisor:
         self._batches += 1
         inference, steps = relaxation.inference, len(relaxation.losses)
         rose = not self._varies and bool(inference.rose)
+        self._on_end = self._on_end + 1 if rose else 0
         if self._auto is not None:
             self._auto.after(steps, rose)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))
@@ -57,6 +66,9 @@ class Advisor:
             self._rises = -SECOND_LOOK
         elif not self._schedule.fixed_gamma:
             self._rises = self._rises + 1 if rose or self._rises < 0 else 0
+        blameless = "unstable" not in self._told  # gamma, be it given: it was looked at sooner
+        if self._schedule.incremental and self._on_end >= LONG_PATIENCE and blameless:
+            self.say("overshot", overshot(report, self._batches - self._on_end + 1))
         if self._batches == 1:  # once: reading the energies waits for the device
             end = relaxation.start + steps
             nodes = relaxation.graph.nodes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_pc.errors import DivergenceError
@@ -18,6 +19,9 @@ from lightning_pc.schedules import SCHEDULES
 #: What is seen this often on end is no accident: batches in which inference raises the energy, or
 #: looks at the curvature that fail.
 PATIENCE = 3
+#: Batches on end in which iPC's inference raises F, until its weights' steps are blamed. With a
+#: learning rate that suits there are hardly three.
+LONG_PATIENCE = 10
 
 
 def limit(momentum: float) -> float:
@@ -121,6 +125,33 @@ def unstable(
     )
 
 
+def overshot(report: StepReport, since: int) -> str:
+    """Says that the weights' own steps raise F within a batch.
+
+    Args:
+        report: Of the last of the batches on end in which they did.
+        since: The first of them.
+    """
+    free = report.free_energy
+    return (
+        f"Since batch {since} F rises within each batch (in this one from {float(free[0]):.3g} to "
+        f"{float(free[-1]):.3g}), and gamma is not to blame: the weights, which move at every "
+        f"step, go too far. Here {_leap(report)}. Lower the learning rate, scale down what the "
+        "modules before it read, or use a smaller T."
+    )
+
+
+def _leap(report: StepReport) -> str:
+    """The largest rise of a part of F from one evaluation to the next."""
+    loss = report.free_energy - report.energy.sum(1)
+    parts = torch.cat([loss[:, None], report.energy], 1)
+    rises = parts.diff(dim=0)
+    t, part = divmod(int(rises.argmax()), parts.shape[1])
+    where = f"the energy at value node '{report.nodes[part - 1]}'" if part else "the loss"
+    before, after = parts[t : t + 2, part].tolist()
+    return f"{where} went from {before:.3g} to {after:.3g} at t = {t + 1}"
+
+
 def unseen(failures: int, gamma: float) -> str:
     """Says that the automatic gamma does not see the curvature, "" where it does.
 
@@ -191,12 +222,13 @@ def explain(report: StepReport) -> str:
     ]
     if moved < 0 and same:
         worst = report.nodes[int(energy[-1].argmax())]
-        cause = "gamma is too large"
+        cause, place = "gamma is too large", f"most of the energy is at '{worst}'"
         if isinstance(report.momentum, str):
             cause = "F is steeper further off than steps had seen, momentum=0 makes shorter ones"
         if SCHEDULES[report.algorithm].incremental:
             cause = "the steps of the weights, or gamma, are too large for this batch"
-        lines.append(f"It rose: {cause}; most of the energy is at '{worst}'.")
+            place = _leap(report)
+        lines.append(f"It rose: {cause}; {place}.")
     if report.curvature is not None:
         most = limit(0.0 if isinstance(report.momentum, str) else report.momentum)
         lines.append(

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from problems import MLP
+from test_curvature import classifier
 from torch import nn
 
 from lightning_pc import explain
-from lightning_pc.diagnosis import divergence
+from lightning_pc.diagnosis import LONG_PATIENCE, divergence
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import EPC, IPC, PC
 
@@ -135,6 +136,39 @@ def test_looking_at_the_curvature_changes_nothing():
         runs.append((torch.cat([p.detach().flatten() for p in net.parameters()]), len(told)))
     assert torch.equal(runs[0][0], runs[1][0])
     assert [count for _, count in runs] == [1, 0]
+
+
+@pytest.mark.parametrize("given", [{}, {"gamma": 0.3}])
+def test_weights_that_go_too_far_are_told_once(given):
+    """Inputs are large, so that each step of Adam moves the first node's prediction past it."""
+    told = {}
+    for scale in (1.0, 100.0):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(400, 16), nn.ReLU(), nn.Linear(16, 4))
+        net[0].weight.data /= scale
+        x = torch.randn(600, 400)
+        x, y = scale * x, x[:, :4].argmax(1)
+        optimizer = IPC(torch.optim.Adam(net.parameters(), 0.01), net, **given)
+        rose = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for batch in torch.arange(600).split(32) * 2:
+                optimizer.step(classifier(net, x[batch], y[batch]))
+                free = optimizer.report.free_energy
+                rose.append(bool(free[-1] > free[0]))
+                if caught and "blame" not in told:
+                    told["blame"] = optimizer.report, len(rose)
+        told[scale] = [str(each.message) for each in caught], rose
+    assert told[1.0][0] == []
+    ((message,), rose), (report, batch) = told[100.0], told["blame"]
+    assert all(rose[batch - LONG_PATIENCE : batch])
+    assert not all(rose[batch - LONG_PATIENCE - 1 : batch - 1])
+    assert f"Since batch {batch - LONG_PATIENCE + 1} F rises within each batch" in message
+    before, after = report.energy[:-1, 0], report.energy[1:, 0]
+    t = int((after - before).argmax())
+    leap = f"value node '1' went from {before[t]:.3g} to {after[t]:.3g} at t = {t + 1}"
+    assert leap in message
+    assert (leap in explain(report)) == (report.free_energy[-1] > report.free_energy[0])
 
 
 @pytest.mark.parametrize("gamma", [1e-12, 1e-30])
