@@ -36,19 +36,19 @@ RATES = {
     "epc": (3e-4, 1e-3),
 }
 SIZES: tuple[dict[str, Any], ...] = (
-    {"train": 3072, "test": 1000, "epochs": 4, "batch": 64, "width": 32, "seeds": 1},
+    {"train": 3072, "test": 1000, "epochs": 4, "batch": 64, "width": 32, "seeds": 3},
     {"train": 8192, "test": 2000, "epochs": 4, "batch": 64, "width": 64, "seeds": 1},
     {"train": 20_480, "test": 10_000, "epochs": 4, "batch": 64, "width": 64, "seeds": 3},
 )
 
 
 def jobs() -> list[Job]:
-    """Of each size the shallow ones first."""
+    """Of each size the first seed's first, of each seed's the shallow ones."""
     found: list[Job] = []
     for size, settings in enumerate(SIZES):
         fixed = {"size": size, "weight_decay": 0.01, **settings}
         seeds = range(fixed.pop("seeds"))
-        for depth, network, name, seed in product(DEPTHS, NETWORKS, ("bp", *ALGORITHMS), seeds):
+        for seed, depth, network, name in product(seeds, DEPTHS, NETWORKS, ("bp", *ALGORITHMS)):
             found += [
                 fixed
                 | {"network": network, "depth": depth, "algorithm": name, **given}
