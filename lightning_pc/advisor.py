@@ -17,7 +17,7 @@ from lightning_pc.relaxation import Relaxation
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import Schedule
 
-#: Batches from a look that has found a given gamma not to blame to the next.
+#: Batches from a look that has found nothing to blame to the next.
 SECOND_LOOK = 500
 
 
@@ -35,12 +35,15 @@ class Advisor:
         self._told: set[str] = set()
         self._batches = 0
         self._rises = 0  # batches on end whose inference has raised the energy, since a look
-        self._on_end = 0  # the same, whatever was looked at
+        self._on_end = 0  # the same while weights learn, since they were last judged
+        self._first = 0.0  # F at the very start
 
     @property
     def curious(self) -> bool:
         """Whether the next batch is to look at the curvature, for a warning's sake."""
-        return self._rises >= PATIENCE and "unstable" not in self._told
+        return (self._rises >= PATIENCE and "unstable" not in self._told) or (
+            self._on_end == LONG_PATIENCE - 1 and "overshot" not in self._told
+        )
 
     def say(self, key: str, message: str) -> None:
         """Warns, unless there is nothing to say or this kind of thing has been said."""
@@ -53,23 +56,34 @@ class Advisor:
         self._batches += 1
         inference, steps = relaxation.inference, len(relaxation.losses)
         rose = not self._varies and bool(inference.rose)
-        self._on_end = self._on_end + 1 if rose else 0
+        # Weights that lower a loss which values push up raise F by what they learn.
+        suspect = rose and self._schedule.incremental and relaxation.beta > 0
+        self._on_end = self._on_end + 1 if suspect or self._on_end < 0 else 0
         if self._auto is not None:
             self._auto.after(steps, rose)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))
-        elif relaxation.seen is not None:
-            curvature, node = relaxation.seen
-            gamma, momentum = inference.start_gamma, inference.momentum
-            bearable, since = self._schedule.bearable, self._batches - self._rises
-            said = unstable(node, gamma, momentum, curvature, bearable, since)
-            self.say("unstable", said)
-            self._rises = -SECOND_LOOK
-        elif not self._schedule.fixed_gamma:
+        elif relaxation.seen is None and not self._schedule.fixed_gamma:
             self._rises = self._rises + 1 if rose or self._rises < 0 else 0
-        blameless = "unstable" not in self._told  # gamma, be it given: it was looked at sooner
-        if self._schedule.incremental and self._on_end >= LONG_PATIENCE and blameless:
-            self.say("overshot", overshot(report, self._batches - self._on_end + 1))
+        if relaxation.seen is not None:
+            self._judge(relaxation, report)
         if self._batches == 1:  # once: reading the energies waits for the device
             end = relaxation.start + steps
             nodes = relaxation.graph.nodes
             self.say("silent", silenced(report, nodes, inference.start_gamma, end))
+            self._first = float(report.free_energy[0])
+
+    def _judge(self, relaxation: Relaxation, report: StepReport) -> None:
+        """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""
+        assert relaxation.seen is not None
+        (curvature, node), gamma = relaxation.seen, relaxation.inference.start_gamma
+        momentum = relaxation.inference.momentum
+        if self._auto is None:
+            bearable = self._schedule.bearable
+            since = self._batches - max(self._rises, self._on_end - 1)
+            self.say("unstable", unstable(node, gamma, momentum, curvature, bearable, since))
+            self._rises = -SECOND_LOOK
+        if self._on_end == LONG_PATIENCE:
+            since = self._batches - self._on_end + 1
+            said = overshot(report, gamma, momentum, curvature, self._first, since)
+            self.say("overshot", said)
+            self._on_end = -SECOND_LOOK

@@ -10,10 +10,11 @@ Once it hardly falls, values only follow the weights, and gradients that the wei
 like a direction in which F is flat: there no step is longer than gamma, and the next one goes
 straight down the gradient, or values would run ahead.
 
-``momentum="auto"`` does the same once F has fallen to half of what it was. F >= 0 cannot fall by
-more than twice as much, so that at least half of all inference is done; and what weights learn from
-the rest is not always better: the minimum of F in a plain MLP of 64 layers, where every node takes
-its small share of the error, is a poor teacher.
+``momentum="auto"`` does the same once F has fallen to half of what it was at the start of the call.
+Where F >= 0, as it is for the usual losses, it cannot fall by more than twice as much, so that at
+least half of all inference is done; and what weights learn from the rest is not always better: the
+minimum of F in a plain MLP of 64 layers, where every node takes its small share of the error, is a
+poor teacher.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Conjugate(Inference):
             all_of_it = (self._first - energy).clamp(min=0.0)
             self._settled = before - energy <= self._least * all_of_it
             if self._enough:  # an F below zero is not bounded by it
-                self._settled |= energy.abs() <= self._enough * self._first
+                self._settled |= (energy >= 0) & (energy <= self._enough * self._first)
 
     @override
     @torch.no_grad()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_pc.errors import DivergenceError
@@ -19,9 +18,11 @@ from lightning_pc.schedules import SCHEDULES
 #: What is seen this often on end is no accident: batches in which inference raises the energy, or
 #: looks at the curvature that fail.
 PATIENCE = 3
-#: Batches on end in which iPC's inference raises F, until its weights' steps are blamed. With a
-#: learning rate that suits there are hardly three.
+#: Batches on end in which iPC's inference raises F, until its weights' steps are suspected.
 LONG_PATIENCE = 10
+#: Share of the first batch's F below which it may rise: data that are known by heart, whose small F
+#: any step raises.
+KNOWN = 0.01
 
 
 def limit(momentum: float) -> float:
@@ -125,31 +126,40 @@ def unstable(
     )
 
 
-def overshot(report: StepReport, since: int) -> str:
-    """Says that the weights' own steps raise F within a batch.
+def overshot(
+    report: StepReport, gamma: float, momentum: float, curvature: float, first: float, since: int
+) -> str:
+    """Says that the weights' own steps raise F within a batch, "" where they may not or it is small.
 
     Args:
-        report: Of the last of the batches on end in which they did.
-        since: The first of them.
+        report: Of the last of the batches on end in which F rose.
+        gamma: Inference rate at its start.
+        momentum: Of the values.
+        curvature: Largest curvature of F in the values at its start.
+        first: F at the start of the first batch of all.
+        since: The first of the batches on end.
     """
-    free = report.free_energy
+    start, end = float(report.free_energy[0]), float(report.free_energy[-1])
+    if not gamma * curvature < limit(momentum) or not end > KNOWN * first:
+        return ""
     return (
-        f"Since batch {since} F rises within each batch (in this one from {float(free[0]):.3g} to "
-        f"{float(free[-1]):.3g}), and gamma is not to blame: the weights, which move at every "
-        f"step, go too far. Here {_leap(report)}. Lower the learning rate, scale down what the "
-        "modules before it read, or use a smaller T."
+        f"Since batch {since} F rises within each batch (in this one from {start:.3g} to "
+        f"{end:.3g}), and gamma is not to blame: the weights, which move at every step, go too "
+        f"far. Here {_leap(report)}. Lower the learning rate, scale down what the modules before "
+        "it read, or use a smaller T."
     )
 
 
 def _leap(report: StepReport) -> str:
-    """The largest rise of a part of F from one evaluation to the next."""
-    loss = report.free_energy - report.energy.sum(1)
-    parts = torch.cat([loss[:, None], report.energy], 1)
-    rises = parts.diff(dim=0)
-    t, part = divmod(int(rises.argmax()), parts.shape[1])
-    where = f"the energy at value node '{report.nodes[part - 1]}'" if part else "the loss"
-    before, after = parts[t : t + 2, part].tolist()
-    return f"{where} went from {before:.3g} to {after:.3g} at t = {t + 1}"
+    """What rose most where F did, from one evaluation to the next."""
+    t = int(report.free_energy.diff().argmax())
+    before, after = report.energy[t], report.energy[t + 1]
+    node = int((after - before).argmax())
+    what, ends = f"the energy at value node '{report.nodes[node]}'", (before[node], after[node])
+    loss = report.loss[t : t + 2].detach().cpu()
+    if float(loss[1] - loss[0]) * report.loss_terms * report.pulls[t] > float(ends[1] - ends[0]):
+        what, ends = "the loss", (loss[0], loss[1])
+    return f"{what} went from {ends[0]:.3g} to {ends[1]:.3g} between evaluations {t + 1} and {t + 2}"
 
 
 def unseen(failures: int, gamma: float) -> str:
@@ -222,13 +232,16 @@ def explain(report: StepReport) -> str:
     ]
     if moved < 0 and same:
         worst = report.nodes[int(energy[-1].argmax())]
-        cause, place = "gamma is too large", f"most of the energy is at '{worst}'"
+        cause = "gamma is too large"
         if isinstance(report.momentum, str):
             cause = "F is steeper further off than steps had seen, momentum=0 makes shorter ones"
+        said = f"It rose: {cause}; most of the energy is at '{worst}'."
         if SCHEDULES[report.algorithm].incremental:
             cause = "the steps of the weights, or gamma, are too large for this batch"
-            place = _leap(report)
-        lines.append(f"It rose: {cause}; {place}.")
+            said = f"It rose: {cause}; {_leap(report)}."
+            if report.pulls[0] < 0:
+                said = "It rose, as it does where the weights lower a loss that values push up."
+        lines.append(said)
     if report.curvature is not None:
         most = limit(0.0 if isinstance(report.momentum, str) else report.momentum)
         lines.append(

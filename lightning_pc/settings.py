@@ -166,7 +166,7 @@ class Settings:
     def chosen_momentum(self) -> float | Literal["auto", "conjugate"]:
         """Of the values: the one given, else "auto" where that is the algorithm's and can be had.
 
-        With a given gamma values descend as in the paper. Where they are kept from call to call
+        Whoever waits for F to converge, ``T="auto"``, gets "conjugate". With a given gamma values descend as in the paper. Where they are kept from call to call
         they do, too: what they do must not depend on how many steps a call has. And where the loss
         is pushed up: F may have no minimum.
         """
@@ -174,7 +174,9 @@ class Settings:
             return self.momentum
         steady = self.reset == "batch" and not precisions(self.precisions).varies
         downhill = schedule(self.algorithm).conjugate and self.nudging == "positive"
-        return "auto" if self.gamma == "auto" and steady and downhill else 0.0
+        if not (self.gamma == "auto" and steady and downhill):
+            return 0.0
+        return "conjugate" if self.T == "auto" else "auto"
 
 
 def _is_whole(value: object) -> bool:

@@ -1,6 +1,7 @@
 """What the user is told: which node, since when, and what to change."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from lightning_pc import explain
 from lightning_pc.diagnosis import LONG_PATIENCE, divergence
 from lightning_pc.errors import DivergenceError
-from lightning_pc.optim import EPC, IPC, PC
+from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 
 def steep(gain=4.0, layers=5):
@@ -78,7 +79,11 @@ def test_a_rise_along_conjugate_gradients_is_not_gammas_fault():
     net.append(nn.Linear(10, 4))
     x, y = torch.randn(32, 10), torch.randn(32, 4)
     optimizer = PC(torch.optim.SGD(net.parameters(), 0.0), net, value_nodes="linear", T=6)
-    optimizer.step(lambda: F.mse_loss(net(x), y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nor that of weights, which stand
+        for _ in range(LONG_PATIENCE + 2):
+            optimizer.step(lambda: F.mse_loss(net(x), y))
+            assert rose(optimizer.report)
     assert "It rose: F is steeper further off than steps had seen, momentum=0 makes" in explain(
         optimizer.report
     )
@@ -138,37 +143,78 @@ def test_looking_at_the_curvature_changes_nothing():
     assert [count for _, count in runs] == [1, 0]
 
 
-@pytest.mark.parametrize("given", [{}, {"gamma": 0.3}])
-def test_weights_that_go_too_far_are_told_once(given):
-    """Inputs are large, so that each step of Adam moves the first node's prediction past it."""
-    told = {}
-    for scale in (1.0, 100.0):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(400, 16), nn.ReLU(), nn.Linear(16, 4))
-        net[0].weight.data /= scale
-        x = torch.randn(600, 400)
-        x, y = scale * x, x[:, :4].argmax(1)
-        optimizer = IPC(torch.optim.Adam(net.parameters(), 0.01), net, **given)
-        rose = []
+def wide(scale, algorithm=IPC, lr=0.01, epochs=2, **given):
+    """What is said while a classifier of large inputs learns, and each batch's report.
+
+    Of inputs 100 times as large each step of Adam moves the first node's prediction past it.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(400, 16), nn.ReLU(), nn.Linear(16, 4))
+    net[0].weight.data /= scale
+    x = torch.randn(600, 400)
+    x, y = scale * x, x[:, :4].argmax(1)
+    optimizer = algorithm(torch.optim.Adam(net.parameters(), lr), net, **given)
+    told, reports = [], []
+    for batch in torch.arange(600).split(32) * epochs:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            for batch in torch.arange(600).split(32) * 2:
-                optimizer.step(classifier(net, x[batch], y[batch]))
-                free = optimizer.report.free_energy
-                rose.append(bool(free[-1] > free[0]))
-                if caught and "blame" not in told:
-                    told["blame"] = optimizer.report, len(rose)
-        told[scale] = [str(each.message) for each in caught], rose
-    assert told[1.0][0] == []
-    ((message,), rose), (report, batch) = told[100.0], told["blame"]
-    assert all(rose[batch - LONG_PATIENCE : batch])
-    assert not all(rose[batch - LONG_PATIENCE - 1 : batch - 1])
-    assert f"Since batch {batch - LONG_PATIENCE + 1} F rises within each batch" in message
-    before, after = report.energy[:-1, 0], report.energy[1:, 0]
-    t = int((after - before).argmax())
-    leap = f"value node '1' went from {before[t]:.3g} to {after[t]:.3g} at t = {t + 1}"
+            optimizer.step(classifier(net, x[batch], y[batch]))
+        reports.append(optimizer.report)
+        told += [(len(reports), str(each.message)) for each in caught]
+    return told, reports
+
+
+def rose(report):
+    return bool(report.free_energy[-1] > report.free_energy[0])
+
+
+@pytest.mark.parametrize("given", [{}, {"gamma": 0.3}])
+def test_weights_that_go_too_far_are_told_once(given):
+    assert wide(1.0, **given)[0] == []
+    ((batch, message),), reports = wide(100.0, **given)
+    since = batch - LONG_PATIENCE + 1
+    assert all(map(rose, reports[since - 1 : batch]))
+    assert not rose(reports[since - 2])
+    assert f"Since batch {since} F rises within each batch" in message
+    report = reports[batch - 1]
+    t = int(report.free_energy.diff().argmax())
+    before, after = report.energy[t : t + 2, 0]
+    leap = f"value node '1' went from {before:.3g} to {after:.3g} between evaluations {t + 1} and"
     assert leap in message
-    assert (leap in explain(report)) == (report.free_energy[-1] > report.free_energy[0])
+    assert leap in explain(report)
+
+
+def test_weights_are_not_blamed_for_what_is_not_theirs():
+    """A gamma near its limit, weights that stand, a loss that is pushed up, data known by heart."""
+    high = {"gamma": 2.0, "gamma_decay": 1.0, "lr": 0.0}
+    for algorithm in (IPC, PC):
+        told, reports = wide(1.0, algorithm, **high)
+        assert all(map(rose, reports))
+        assert not any("the weights" in message for _, message in told)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_pc.diagnosis.KNOWN", 10.0)  # F is below zero
+        told, reports = wide(1.0, IEPC, nudging="negative", beta=0.3, lr=1e-3)
+    assert sum(map(rose, reports)) > 2 * LONG_PATIENCE
+    assert told == []
+    assert "a loss that values push up" in explain(reports[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_pc.diagnosis.KNOWN", 0.0)
+        ((batch, _),), reports = wide(1.0, epochs=15)
+    assert 0 < reports[batch - 1].free_energy[-1] < 0.01 * reports[0].free_energy[0]
+    assert wide(1.0, epochs=15)[0] == []
+
+
+def test_the_loss_is_named_where_it_rises():
+    report = replace(
+        wide(1.0)[1][0],
+        loss=torch.tensor([1.0, 2.0, 1.0]),
+        loss_terms=10.0,
+        pulls=(1.0, 1.0, 1.0),
+        energies=torch.tensor([[0.0], [1.0], [30.0]]),
+    )
+    said = "the loss went from 1 to 2 between evaluations 1 and 2"
+    assert said not in explain(report)  # F rose more from the second to the third
+    assert said in explain(replace(report, energies=torch.tensor([[0.0], [1.0], [10.0]])))
 
 
 @pytest.mark.parametrize("gamma", [1e-12, 1e-30])

@@ -103,7 +103,7 @@ def strategies() -> dict[str, str | PCStrategy]:
         "bp": "auto",
         "ipc": PCStrategy("ipc", T=T, gamma=0.1),
         "ipc, auto": PCStrategy("ipc", T=T, momentum=0.0),
-        "ipc, conjugate": PCStrategy("ipc", T=T, gamma=0.1, momentum="auto"),
+        "ipc, conjugate": PCStrategy("ipc", T=T, gamma=0.1, momentum="conjugate"),
         "pc": PCStrategy("pc", T=T + 2, gamma=0.1),
         "pc, T=2": PCStrategy("pc", T=2, gamma=0.1),
     }
