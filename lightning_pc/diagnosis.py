@@ -129,7 +129,7 @@ def unstable(
 def overshot(
     report: StepReport, gamma: float, momentum: float, curvature: float, first: float, since: int
 ) -> str:
-    """Says that the weights' own steps raise F within a batch, "" where they may not or it is small.
+    """Says that the weights' own steps raise F within a batch, "" where gamma may or F is small.
 
     Args:
         report: Of the last of the batches on end in which F rose.
@@ -159,7 +159,8 @@ def _leap(report: StepReport) -> str:
     loss = report.loss[t : t + 2].detach().cpu()
     if float(loss[1] - loss[0]) * report.loss_terms * report.pulls[t] > float(ends[1] - ends[0]):
         what, ends = "the loss", (loss[0], loss[1])
-    return f"{what} went from {ends[0]:.3g} to {ends[1]:.3g} between evaluations {t + 1} and {t + 2}"
+    between = f"between evaluations {t + 1} and {t + 2}"
+    return f"{what} went from {ends[0]:.3g} to {ends[1]:.3g} {between}"
 
 
 def unseen(failures: int, gamma: float) -> str:

@@ -166,9 +166,10 @@ class Settings:
     def chosen_momentum(self) -> float | Literal["auto", "conjugate"]:
         """Of the values: the one given, else "auto" where that is the algorithm's and can be had.
 
-        Whoever waits for F to converge, ``T="auto"``, gets "conjugate". With a given gamma values descend as in the paper. Where they are kept from call to call
-        they do, too: what they do must not depend on how many steps a call has. And where the loss
-        is pushed up: F may have no minimum.
+        Whoever waits for F to converge, ``T="auto"``, gets "conjugate". With a given gamma values
+        descend as in the paper. Where they are kept from call to call they do, too: what they do
+        must not depend on how many steps a call has. And where the loss is pushed up: F may have
+        no minimum.
         """
         if self.momentum is not None:
             return self.momentum
