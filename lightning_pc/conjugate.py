@@ -33,8 +33,9 @@ from lightning_pc.nodes import Node
 LONGEST = 6.0
 #: After a step at which F has not fallen, that step is not made longer, and the next starts without
 #: momentum. Where weights move as well: after one by which F has fallen by less than this share of
-#: all its fall in this call. (An F that falls evenly counts as settled from the tenth step on.)
-SETTLED = 0.1
+#: all its fall in this call, and of the first eight steps by less than 0.8 of the mean step's fall.
+#: (An F that falls evenly counts as settled from the tenth step on.)
+SETTLED, FIRST = 0.1, 8
 #: Share of F at the start at which ``momentum="auto"`` stops hurrying.
 HALFWAY = 0.5
 
@@ -73,6 +74,7 @@ class Conjugate(Inference):
     def begin(self) -> None:
         super().begin()
         self._settled: Tensor | None = None
+        self._steps = 0
         self._directions: list[Tensor] = []
         self._slopes: list[Tensor] = []  # dF/dx at the end of the step of the right length
         self._tried: float | Tensor = 0.0
@@ -85,7 +87,9 @@ class Conjugate(Inference):
         if before is not None:
             assert self._first is not None
             all_of_it = (self._first - energy).clamp(min=0.0)
-            self._settled = before - energy <= self._least * all_of_it
+            self._steps += 1
+            least = self._least * max(1.0, FIRST / self._steps)
+            self._settled = before - energy <= least * all_of_it
             if self._enough:  # an F below zero is not bounded by it
                 self._settled |= (energy >= 0) & (energy <= self._enough * self._first)
 
