@@ -10,11 +10,11 @@ Once it hardly falls, values only follow the weights, and gradients that the wei
 like a direction in which F is flat: there no step is longer than gamma, and the next one goes
 straight down the gradient, or values would run ahead.
 
-``momentum="auto"`` does the same once F has fallen to half of what it was at the start of the call.
-Where F >= 0, as it is for the usual losses, it cannot fall by more than twice as much, so that at
-least half of all inference is done; and what weights learn from the rest is not always better: the
-minimum of F in a plain MLP of 64 layers, where every node takes its small share of the error, is a
-poor teacher.
+Where weights learn at the end alone, ``momentum="auto"`` does the same once F has fallen to half of
+what it was at the start of the call. Where F >= 0, as it is for the usual losses, it cannot fall by
+more than twice as much, so that at least half of all inference is done; and what weights learn from
+the rest is not always better: the minimum of F in a plain MLP of 64 layers, where every node takes
+its small share of the error, is a poor teacher.
 """
 
 from __future__ import annotations

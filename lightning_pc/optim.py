@@ -42,11 +42,11 @@ class PredictiveCodingOptimizer(Optimizer):
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc,
             ipc, epc) finds rate and momentum of each step, by conjugate gradients; gamma is then
-            the length of the step that is tried (`lightning_pc.conjugate`). ``"auto"`` does so
-            until F has fallen to half in a call, then steps are gamma's at most. None, the
-            default, for pc and ipc where gamma is automatic, precisions do not vary, nudging is
-            positive and values are made anew for each call: ``"auto"``, with ``T="auto"``
-            ``"conjugate"``; else 0.
+            the length of the step that is tried (`lightning_pc.conjugate`). ``"auto"`` does
+            so in pc and epc until F has fallen to half in a call, from where steps are gamma's at
+            most, in ipc as long as ``"conjugate"``. None, the default, for pc and ipc where gamma
+            is automatic, precisions do not vary, nudging is positive and values are made anew for
+            each call: ``"auto"``, with ``T="auto"`` ``"conjugate"``; else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
             ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
             module type, a callable ``(name, module) -> bool``, or a list of these.

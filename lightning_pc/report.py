@@ -27,7 +27,8 @@ class StepReport:
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
         momentum: Share of their velocity that values kept from step to step; ``"conjugate"``
-            where they moved along conjugate gradients, ``"auto"`` where they did until F was half.
+            where they moved along conjugate gradients, ``"auto"`` where in pc and epc they did
+            until F was half.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
             goes; None where gamma is given. gamma * curvature must stay below
             2 (1 + momentum), where momentum is automatic below 2.

@@ -217,8 +217,9 @@ class Learner:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
+        incremental = self.schedule.incremental
         inference = (
-            Conjugate(gamma, decay, self.schedule.incremental, halfway=momentum == "auto")
+            Conjugate(gamma, decay, incremental, halfway=momentum == "auto" and not incremental)
             if isinstance(momentum, str)
             else Inference(gamma, decay, float(momentum))
         )

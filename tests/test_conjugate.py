@@ -76,8 +76,11 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
             torch.testing.assert_close(node.detach(), value, rtol=1e-8, atol=1e-10)
 
 
-def stepped(net, x, y, gamma, lr, steps, enough):
-    """F at each step of iPC, and what each step was like; moves the weights of ``net``."""
+def stepped(net, x, y, gamma, lr, steps, share, enough):
+    """F at each step of iPC, or of PC with weights that stand, and what each step was like.
+
+    Moves the weights of ``net``.
+    """
     oracle = Explicit(squares)
     oracle.free_energy(net, (x, y))
     shapes, sizes = [v.shape for v in oracle.values], [v.numel() for v in oracle.values]
@@ -92,8 +95,8 @@ def stepped(net, x, y, gamma, lr, steps, enough):
         if s is None:
             s, before = -g, g
         else:
-            share = SETTLED * max(1, FIRST / (len(free) - 1))
-            settled = free[-2] - free[-1] <= share * max(0.0, free[0] - free[-1])
+            least = share * max(1, FIRST / (len(free) - 1))
+            settled = free[-2] - free[-1] <= least * max(0.0, free[0] - free[-1])
             settled = settled or free[-1] <= enough * free[0]
             bent = float(s @ (g - before))
             length = min(LONGEST, max(0.0, -float(s @ before) / bent)) if bent > 0 else 1.0
@@ -111,13 +114,19 @@ def stepped(net, x, y, gamma, lr, steps, enough):
     return free, kinds
 
 
-@pytest.mark.parametrize(("momentum", "enough"), [("conjugate", 0.0), ("auto", HALFWAY)])
-@pytest.mark.parametrize("lr", [0.0, 0.1])
-def test_where_weights_move_as_well(lr, momentum, enough):
-    """Conjugate while F falls, then never longer than gamma and without momentum.
+@pytest.mark.parametrize(
+    ("algorithm", "momentum", "lr", "share", "enough"),
+    [
+        *((IPC, name, lr, SETTLED, 0.0) for name in ("auto", "conjugate") for lr in (0.0, 0.1)),
+        (PC, "conjugate", 0.0, 0.0, 0.0),
+        (PC, "auto", 0.0, 0.0, HALFWAY),
+    ],
+)
+def test_until_when_values_hurry(algorithm, momentum, lr, share, enough):
+    """Where weights move as well while F falls, else to the end or until F is half.
 
-    Rectifiers' kinks are met, and steps that turn out too long; the weights learn at each step.
-    F is half long before the end.
+    Then no step is longer than gamma or has momentum. Rectifiers' kinks are met, and steps that
+    turn out too long; F is half long before the end.
     """
     torch.manual_seed(2)
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(5, 5), nn.ReLU())))[:-1].double()
@@ -125,13 +134,13 @@ def test_where_weights_move_as_well(lr, momentum, enough):
     for p in net.parameters():
         p.data *= 2.5
     explicit = copy.deepcopy(net)
-    free, kinds = stepped(explicit, x, y, 0.4, lr, 14, enough)
+    free, kinds = stepped(explicit, x, y, 0.4, lr, 14, share, enough)
     assert free[9] < free[0] / 2
-    assert free != stepped(copy.deepcopy(net), x, y, 0.4, lr, 14, HALFWAY - enough)[0]
+    assert free != stepped(copy.deepcopy(net), x, y, 0.4, lr, 14, share, HALFWAY - enough)[0]
     met = {(True, "short"), (True, "long"), (True, True), (False, "long"), (False, True)}
-    assert enough or kinds >= met
+    assert not share or kinds >= met
     given = {"gamma": 0.4, "gamma_decay": 1, "value_nodes": "linear", "T": 14}
-    optimizer = IPC(sgd(net, lr), net, momentum=momentum, **given)
+    optimizer = algorithm(sgd(net, lr), net, momentum=momentum, **given)
     optimizer.step(squared(net, x, y))
     expected = torch.tensor(free, dtype=torch.float64)
     torch.testing.assert_close(optimizer.report.free_energy, expected, rtol=1e-8, atol=0)
