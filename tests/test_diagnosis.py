@@ -199,9 +199,9 @@ def test_weights_are_not_blamed_for_what_is_not_theirs():
     assert "a loss that values push up" in explain(reports[-1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lightning_pc.diagnosis.KNOWN", 0.0)
-        ((batch, _),), reports = wide(1.0, epochs=15)
+        ((batch, _),), reports = wide(3.0, lr=5e-3, epochs=20)
     assert 0 < reports[batch - 1].free_energy[-1] < 0.01 * reports[0].free_energy[0]
-    assert wide(1.0, epochs=15)[0] == []
+    assert wide(3.0, lr=5e-3, epochs=20)[0] == []
 
 
 def test_the_loss_is_named_where_it_rises():
