@@ -163,6 +163,20 @@ def _leap(report: StepReport) -> str:
     return f"{what} went from {ends[0]:.3g} to {ends[1]:.3g} {between}"
 
 
+def _rise(report: StepReport) -> str:
+    """Why F has risen within a batch."""
+    if SCHEDULES[report.algorithm].incremental:
+        if report.pulls[0] < 0:
+            return "It rose, as it does where the weights lower a loss that values push up."
+        cause = "the steps of the weights, or gamma, are too large for this batch"
+        return f"It rose: {cause}; {_leap(report)}."
+    cause = "gamma is too large"
+    if isinstance(report.momentum, str):
+        cause = "F is steeper further off than steps had seen, momentum=0 makes shorter ones"
+    worst = report.nodes[int(report.energy[-1].argmax())]
+    return f"It rose: {cause}; most of the energy is at '{worst}'."
+
+
 def unseen(failures: int, gamma: float) -> str:
     """Says that the automatic gamma does not see the curvature, "" where it does.
 
@@ -223,7 +237,7 @@ def explain(report: StepReport) -> str:
     Args:
         report: What the step left.
     """
-    free, energy = report.free_energy, report.energy
+    free = report.free_energy
     moved = float(free[0] - free[-1])
     same = len(set(report.pulls)) == 1  # else F itself has changed between the steps
     share = f" ({moved / float(free[0]):.1%} of it)" if same and moved > 0 < free[0] else ""
@@ -232,17 +246,7 @@ def explain(report: StepReport) -> str:
         f"{share}."
     ]
     if moved < 0 and same:
-        worst = report.nodes[int(energy[-1].argmax())]
-        cause = "gamma is too large"
-        if isinstance(report.momentum, str):
-            cause = "F is steeper further off than steps had seen, momentum=0 makes shorter ones"
-        said = f"It rose: {cause}; most of the energy is at '{worst}'."
-        if SCHEDULES[report.algorithm].incremental:
-            cause = "the steps of the weights, or gamma, are too large for this batch"
-            said = f"It rose: {cause}; {_leap(report)}."
-            if report.pulls[0] < 0:
-                said = "It rose, as it does where the weights lower a loss that values push up."
-        lines.append(said)
+        lines.append(_rise(report))
     if report.curvature is not None:
         most = limit(0.0 if isinstance(report.momentum, str) else report.momentum)
         lines.append(
