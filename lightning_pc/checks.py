@@ -111,6 +111,20 @@ def unreached(graph: Graph, T: int, model: nn.Module) -> str:
     )
 
 
+def shortcut(graph: Graph) -> str:
+    """Says where one wave of precisions passes a module by, "" where the nodes form a chain."""
+    for node in graph.nodes:
+        for parent in node.parents:
+            if parent.depth <= node.depth:
+                return (
+                    "Spiking precisions follow an error along the shortest way alone, but value "
+                    f"node '{parent.name}' (depth {parent.depth}) acts on the loss through "
+                    f"'{node.name}' (depth {node.depth}) as well, and hardly learns of that. For "
+                    "modules with skip connections leave precisions constant, or use 'iepc'."
+                )
+    return ""
+
+
 def chain_advice(points: list[Node], blocks: list[str]) -> str:
     """Says on which placements Z-IL is exact.
 

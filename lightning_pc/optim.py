@@ -30,10 +30,10 @@ class PredictiveCodingOptimizer(Optimizer):
     Args:
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
-        T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil: depth + 1,
-            epc, iepc: 8); ``"auto"`` ends inference when F moves by less than 1 % of what it has
-            moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps (epc: 2 to 32; not for
-            iepc).
+        T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil and spiking
+            precisions: depth + 1, epc, iepc: 8); ``"auto"`` ends inference when F moves by less
+            than 1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps
+            (epc: 2 to 32; not for iepc).
         gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
             which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1.
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,

@@ -24,6 +24,8 @@ class Precisions(ABC):
     name: str
     #: Whether weights differ from step to step, so that F moves by itself.
     varies = True
+    #: Whether all is done once the error has arrived everywhere: T is depth + 1 by default.
+    wave = False
 
     @abstractmethod
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -34,6 +36,10 @@ class Precisions(ABC):
             t: Step within the batch, from 0 on.
             steps: How many of the batch's steps move values: t = ``steps`` is pc's learning step.
         """
+
+    def lasting(self, depth: int, steps: int) -> float:
+        """The weight that a stable gamma goes by: the largest of the steps that move values."""
+        return max(checked_weight(self, depth, t, steps) for t in range(steps))
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,15 @@ class Spiking(Precisions):
 
     The error of depth d arrives at t = d, so that it travels on at the full rate while all that
     has passed is held back. As in the authors' code (DeepPCNs, T value steps and then the weights)
-    the loss is weighed as the layer of depth 0, and pc learns from unweighted energies; ipc learns
-    from the weighted ones.
+    the loss is weighed as the layer of depth 0, and pc learns from unweighted energies.
+
+    ipc learns from the weighted ones, each stage once a batch: with ``rest`` 0 and weights that
+    hardly move, a step of depth d is gamma^d times backprop's. What plain iPC does after that,
+    pulling predictions back to values that stay, is left out: in a convolution all positions pull
+    the same few weights, which learn next to nothing else.
+
+    A value makes one step at full weight, which no gamma turns into a run-away: a stable one is
+    limited by ``rest`` alone.
 
     Args:
         rest: Weight before and after, >= 0; theirs is 0.001.
@@ -95,6 +108,7 @@ class Spiking(Precisions):
 
     rest: float = 0.001
     name = "spiking"
+    wave = True
 
     def __post_init__(self) -> None:
         _require_number("Spiking: rest", self.rest, zero=True)
@@ -102,6 +116,10 @@ class Spiking(Precisions):
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:
         return 1.0 if t >= steps or t == depth else self.rest
+
+    @override
+    def lasting(self, depth: int, steps: int) -> float:
+        return self.rest
 
 
 @dataclass(frozen=True)

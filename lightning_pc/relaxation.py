@@ -179,12 +179,9 @@ class Relaxation:
         nodes = self.graph.nodes
         t = self.start + max(node.arrival for node in nodes)  # all nodes' energies count
         weights = [node.weight for node in nodes]
-        if self.precisions.varies and not self.start:  # the curvature of its steepest step
+        if self.precisions.varies and not self.start:
             for node in nodes:
-                node.weight = max(
-                    checked_weight(self.precisions, node.depth, step, self._value_steps)
-                    for step in range(self._value_steps)
-                )
+                node.weight = self.precisions.lasting(node.depth, self._value_steps)
 
         def evaluate() -> None:
             self._backward(self.evaluate(t, self.scale), t, moves=True, learns=False)

@@ -37,17 +37,21 @@ class Schedule(ABC):
     #: Every node energy is Gaussian, that of a softmax's logits too.
     gaussian = False
 
-    def steps(self, depth: int, T: int | Literal["auto"] | None) -> tuple[int, int]:
+    def steps(
+        self, depth: int, T: int | Literal["auto"] | None, wave: bool = False
+    ) -> tuple[int, int]:
         """Least and most evaluations per batch; the default is ``max(8, depth + 1)``.
 
-        "auto" takes depth + 1 at least, to reach every node, and at most four times as many (32 in
-        shallow modules). Error coordinates know no depth, which counts as 1.
+        Where a ``wave`` of precisions passes the module once, it is depth + 1. "auto" takes
+        depth + 1 at least, to reach every node, and at most four times as many (32 in shallow
+        modules). Error coordinates know no depth, which counts as 1.
         """
         depth = 1 if self.node.through else depth
         if T == "auto":
             return depth + 1, max(32, 4 * (depth + 1))
-        steps = max(8, depth + 1) if T is None else T
-        return steps, steps
+        if T is None:
+            T = depth + 1 if wave else max(8, depth + 1)
+        return T, T
 
     def moves(self, t: int, T: int) -> bool:
         """Whether values move at t."""
@@ -102,7 +106,9 @@ class ZIL(Schedule):
     gaussian = True
 
     @override
-    def steps(self, depth: int, T: int | Literal["auto"] | None) -> tuple[int, int]:
+    def steps(
+        self, depth: int, T: int | Literal["auto"] | None, wave: bool = False
+    ) -> tuple[int, int]:
         if T is not None:
             raise ConfigError(f"T={T!r}: zil always takes depth + 1 evaluations, leave T at None.")
         return depth + 1, depth + 1

@@ -16,6 +16,7 @@ from lightning_pc.checks import (
     check_model,
     check_nodes,
     checked_loss,
+    shortcut,
     unreached,
 )
 from lightning_pc.conjugate import Conjugate
@@ -163,10 +164,12 @@ class Learner:
         def terms() -> float:
             return self._terms(graph, batch, batch_size)
 
-        steps = self.schedule.steps(graph.depth, settings.T)
+        steps = self.schedule.steps(graph.depth, settings.T, self._precisions.wave)
         self._batch = _Batch(again, purity, loss, graph, placement, steps, terms)
         if settings.reset == "batch":
             self._advisor.say("unreached", unreached(graph, steps[0], self.model))
+        if self._precisions.wave:
+            self._advisor.say("shortcut", shortcut(graph))
         return output
 
     def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:

@@ -47,10 +47,10 @@ class PCStrategy(SingleDeviceStrategy):
             first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"``
             (pc in error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in
             error coordinates, for deep residual and pretrained modules).
-        T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil: depth + 1;
-            epc, iepc: 8. "auto" ends inference when F moves by less than 1 % of what it has moved
-            so far, after depth + 1 to max(32, 4 (depth + 1)) steps (epc: 2 to 32; not
-            for iepc).
+        T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
+            precisions: depth + 1; epc, iepc: 8. "auto" ends inference when F moves by less than
+            1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps (epc: 2
+            to 32; not for iepc).
         gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
             which is looked at every 300 evaluations; zil: 1.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,

@@ -1,0 +1,187 @@
+"""Weights of the node energies: which there are, and what T and gamma become under a wave."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import MLP, Residual, far, relative, twin
+
+from lightning_pc.errors import ConfigError
+from lightning_pc.optim import IPC, PC
+from lightning_pc.precisions import (
+    PRECISIONS,
+    Constant,
+    Custom,
+    Decaying,
+    Depth,
+    Precisions,
+    Spiking,
+    precisions,
+)
+
+
+def test_weights_of_the_papers():
+    depths = range(4)
+    table = [[Spiking().weight(d, t, 4) for d in depths] for t in range(5)]
+    rest = 0.001
+    assert table == [
+        [1.0, rest, rest, rest],  # the loss, then the wave
+        [rest, 1.0, rest, rest],
+        [rest, rest, 1.0, rest],
+        [rest, rest, rest, 1.0],
+        [1.0, 1.0, 1.0, 1.0],  # pc learns
+    ]
+    e = math.exp(-1)
+    sums = [1 + e + e**2 + e**3, 1 + e + e**2, 1 + e, 1.0]
+    for d in depths:
+        weights = [Decaying().weight(d, t, 4) for t in range(4)]
+        assert weights == pytest.approx([0.0] * d + [e**i / sums[d] for i in range(4 - d)])
+        assert sum(weights) == pytest.approx(1.0)
+        assert Decaying().weight(d, 4, 4) == 1.0
+    assert Decaying().weight(9, 3, 4) == 0.0  # no error reaches it
+    assert [Depth(0.5).weight(d, 3, 4) for d in depths] == [1.0, 1.0, 0.5, 0.25]
+    assert [Constant(3.0).weight(d, 3, 4) for d in depths] == [1.0, 3.0, 3.0, 3.0]
+
+
+def test_names_numbers_and_objects():
+    assert precisions("spiking") == Spiking(0.001)
+    assert precisions("decaying") == Decaying(1.0)
+    assert precisions(2) == Constant(2.0)
+    assert precisions(Depth(0.5)) == Depth(0.5)
+    assert isinstance(precisions(max), Custom)
+    assert all(precisions(name).name == name for name in PRECISIONS)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, None, "much"])
+def test_a_callable_that_gives_no_weight(weight):
+    model = MLP((6, 5, 4))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, precisions=lambda depth, t: weight if t == 3 else 1.0)
+    before = twin(model)
+    with pytest.raises(ConfigError, match=r"precisions gave .* at depth 1, step 3: expected a"):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 4))
+    assert far(model, before)[0] == 0
+
+
+class Unheard(Precisions):
+    def weight(self, depth, t, steps):
+        return 0.0
+
+
+def test_a_loss_without_weight_is_an_error():
+    model = MLP((6, 5, 4))
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, precisions=Unheard())
+    with pytest.raises(ConfigError, match="depth 0, step 0"):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(5, 6)), torch.arange(5) % 4))
+
+
+@pytest.mark.parametrize("reset", ["batch", "never"])
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_a_weight_on_all_nodes_is_a_weaker_nudging(algorithm, reset):
+    """c E + loss is c (E + loss / c): the two features agree, with kept values too."""
+    model = MLP((6, 7, 5, 4)).double()
+    other, c = twin(model), 4.0
+    x, y = torch.randn(8, 6).double(), torch.randint(0, 4, (8,))
+    arguments = {"T": 6, "gamma_decay": 1, "reset": reset}
+    one = algorithm(
+        torch.optim.SGD(model.parameters(), 0.1), model, gamma=0.05, precisions=c, **arguments
+    )
+    two = algorithm(
+        torch.optim.SGD(other.parameters(), 0.1), other, gamma=0.05 * c, beta=1 / c, **arguments
+    )
+    for _ in range(3):
+        one.step(lambda: F.cross_entropy(model(x), y))
+        two.step(lambda: F.cross_entropy(other(x), y))
+    assert far(model, other)[0] < 1e-12
+    torch.testing.assert_close(one.report.free_energy, c * two.report.free_energy)
+
+
+@pytest.mark.parametrize("given", ["spiking", "decaying"])
+def test_gamma_is_kept_where_weights_move_f(given):
+    model = MLP((6, 7, 5, 4))
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = PC(sgd, model, T=9, gamma=0.9, precisions=given)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.report.gamma == 0.9
+
+
+# --- one wave ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.3, 1.0])
+def test_a_wave_is_backprop_damped_by_gamma_per_stage(gamma):
+    """Where weights hardly move, in so few steps that the wave just reaches the lowest stage."""
+    model, lr = MLP((6, 7, 5, 4)).double(), 1e-7
+    x, y = torch.randn(8, 6).double(), torch.randint(0, 4, (8,))
+    before, other = twin(model), twin(model)
+    F.cross_entropy(other(x), y).backward()
+    optimizer = IPC(
+        torch.optim.SGD(model.parameters(), lr), model, gamma=gamma, precisions=Spiking(0.0)
+    )
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.report.steps == 3
+    moved = {n: (before.get_parameter(n) - p).detach() / lr for n, p in model.named_parameters()}
+    for name, depth in {"0": 2, "2": 1, "4": 0}.items():
+        for kind in ("weight", "bias"):
+            exact = gamma**depth * other.get_parameter(f"{name}.{kind}").grad
+            assert relative(moved[f"{name}.{kind}"], exact) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize(
+    ("given", "T", "steps"),
+    [("spiking", None, 3), ("spiking", 9, 9), ("decaying", None, 8), ("constant", None, 8)],
+)
+def test_a_wave_ends_where_the_module_does(given, T, steps, algorithm):
+    model = MLP((6, 7, 5, 4))
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.1), model, T=T, precisions=given)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.report.steps == steps
+    assert None not in optimizer.report.learned.values()
+
+
+def test_a_wave_that_passes_shortcuts_says_so_once():
+    model = Residual().double()
+    x, y = torch.randn(8, 6).double(), torch.randint(0, 4, (8,))
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions="spiking")
+    with pytest.warns(UserWarning, match=r"shortest way alone, but value node '.*' \(depth \d\)"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))  # a second warning would be an error
+    # said of no other weights, which do not end with the wave
+    IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions="decaying").step(
+        lambda: F.cross_entropy(model(x), y)
+    )
+
+
+def look(given):
+    torch.manual_seed(0)
+    model = MLP((6, 7, 5, 4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, precisions=given)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    return optimizer.report
+
+
+@pytest.mark.parametrize("rest", [0.001, 0.3, 1.0])
+def test_a_wave_is_held_back_by_what_lasts_alone(rest):
+    found, same = look(Spiking(rest)), look(lambda depth, t: rest)
+    assert found.curvature == pytest.approx(same.curvature, rel=1e-6)
+    assert found.gamma == pytest.approx(same.gamma, rel=1e-6)
+
+
+def test_a_wave_goes_faster_than_what_stays():
+    assert look("spiking").gamma > 2 * look("constant").gamma
+    assert look(Spiking(0.0)).gamma > 2 * look("constant").gamma
+
+
+def test_the_steepest_step_counts_where_weights_fall_slowly():
+    """A callable that is 3 at one of the eight steps is held back as one that always is."""
+    assert look(lambda depth, t: 3.0 if t == 5 else 0.1).curvature == pytest.approx(
+        look(lambda depth, t: 3.0).curvature, rel=1e-6
+    )
