@@ -210,6 +210,7 @@ def test_depth_table():
         ]
     ]
     rows += [rows[-2] | {"momentum": 0, "accuracy": 77.0}]  # is not auto's, nor a fixed one
+    rows += [rows[-3] | {"algorithm": "ipc", "precisions": "spiking", "accuracy": 86.0}]
     found = depth.curves(rows, "mlp")
     assert found["bp", None] == {2: 90.0}
     assert found["pc", "auto, plain"] == {2: 77.0}
@@ -218,6 +219,7 @@ def test_depth_table():
     plain, residual = depth.tables(rows)
     assert ["pc", "behind", "[green]+0.5[/]", "", "", "", "", ""] in cells(plain)
     assert ["pc", "auto, plain", "77.0", "", "", "", "", ""] in cells(plain)
+    assert ["ipc", "auto, spiking", "86.0", "", "", "", "", ""] in cells(plain)
     assert all(row[2:] == [""] * 6 for row in cells(residual))
     assert isinstance(depth.picture(rows), Figure)
 
@@ -287,6 +289,10 @@ def test_numbers_of_jobs():
     for study in (architectures, depth, defaults):
         plain = [job for job in study.jobs() if "momentum" in job]
         assert {(job["algorithm"], job["momentum"]) for job in plain} == {("pc", 0), ("ipc", 0)}
+    for study in (depth, defaults):  # which learn once a batch, as pc does
+        spiking = [job for job in study.jobs() if "precisions" in job]
+        assert {job["algorithm"] for job in spiking} == {"ipc"}
+        assert {job["lr"] for job in spiking} == set(study.RATES["pc"])
     assert {job["depth"] for job in depth.jobs()} == {2, 4, 8, 16, 32, 64}
 
 
@@ -322,10 +328,12 @@ def test_defaults_take_the_rate_that_validates_best():
         )
     ]
     rows += [rows[-1] | {"momentum": 0, "accuracy": 91.0}]
-    assert [r["accuracy"] for r in defaults.chosen(rows, "digits", "bp", None)] == [90.0, 92.0]
+    rows += [rows[0] | {"algorithm": "ipc", "precisions": "spiking", "accuracy": 93.0}]
+    assert [r["accuracy"] for r in defaults.chosen(rows, "digits", "bp", {})] == [90.0, 92.0]
     table, *_ = defaults.tables(rows)
-    assert list(table.columns[3].cells) == ["91.00 ± 1.41", "89.00", "91.00"]
-    assert list(table.columns[4].cells) == ["+0.00", "-2.00", "+0.00"]
+    assert list(table.columns[0].cells) == ["bp", "pc", "pc, plain", "ipc, spiking"]
+    assert list(table.columns[3].cells) == ["91.00 ± 1.41", "89.00", "91.00", "93.00"]
+    assert list(table.columns[4].cells) == ["+0.00", "-2.00", "+0.00", "+2.00"]
 
 
 @pytest.mark.parametrize("T", [None, 3, "auto"])

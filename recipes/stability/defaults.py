@@ -28,20 +28,21 @@ TASKS: dict[str, dict[str, Any]] = {
     "inputs x 30": {"layers": 2, "scale": 30.0, "loss": "cross-entropy"},
     "6 layers, squared error": {"layers": 6, "scale": 1.0, "loss": "squared"},
 }
-#: Algorithm, T and momentum; None is the default.
-ROWS: tuple[tuple[str, int | str | None, int | None], ...] = (
-    ("bp", None, None),
-    ("pc", None, None),
-    ("ipc", None, None),
-    ("epc", None, None),
-    ("iepc", None, None),
-    ("pc", None, 0),
-    ("ipc", None, 0),
-    ("pc", 16, None),
-    ("pc", 32, None),
-    ("pc", "auto", None),
+#: Algorithm and what is not at its default.
+ROWS: tuple[tuple[str, Job], ...] = (
+    ("bp", {}),
+    ("pc", {}),
+    ("ipc", {}),
+    ("epc", {}),
+    ("iepc", {}),
+    ("pc", {"momentum": 0}),
+    ("ipc", {"momentum": 0}),
+    ("ipc", {"precisions": "spiking"}),
+    ("pc", {"T": 16}),
+    ("pc", {"T": 32}),
+    ("pc", {"T": "auto"}),
 )
-#: A batch of iPC or iePC takes T steps of its own.
+#: A batch of iPC or iePC takes T steps of its own, but learns once with spiking precisions.
 RATES = {
     "bp": (2e-4, 1e-3, 5e-3),
     "pc": (2e-4, 1e-3, 5e-3),
@@ -63,11 +64,11 @@ def jobs() -> list[Job]:
         for seed, (task, details) in product(range(fixed.pop("seeds")), TASKS.items()):
             found += [
                 fixed
-                | {"task": task, **details, "algorithm": name, "T": T, "lr": rate, "seed": seed}
-                | ({} if momentum is None else {"momentum": momentum})
-                for name, T, momentum in ROWS
-                if T is None or not size
-                for rate in RATES[name]
+                | {"task": task, **details, "algorithm": name, "T": None, "lr": rate, "seed": seed}
+                | given
+                for name, given in ROWS
+                if "T" not in given or not size
+                for rate in RATES["pc" if "precisions" in given else name]
             ]
     return found
 
@@ -86,14 +87,12 @@ def run(job: Job, data_dir: str | None) -> Figures:
     return figures | {"validation": accuracy(net, *splits["val"])}
 
 
-def chosen(
-    rows: Sequence[Row], task: str, name: str, T: int | str | None, momentum: int | None = None
-) -> list[Row]:
+def chosen(rows: Sequence[Row], task: str, name: str, given: Job) -> list[Row]:
     """A row's runs with its best learning rate."""
     found: dict[float, list[Row]] = {}
     for row in rows:
-        found_in = (row["task"], row["algorithm"], row["T"], row.get("momentum"))
-        if found_in == (task, name, T, momentum):
+        same = all(row.get(key) == given.get(key) for key in ("T", "momentum", "precisions"))
+        if same and (row["task"], row["algorithm"]) == (task, name):
             found.setdefault(row["lr"], []).append(row)
     return max(found.values(), key=lambda runs: fmean(r["validation"] for r in runs), default=[])
 
@@ -108,17 +107,17 @@ def _table(rows: list[Row], task: str) -> Table:
     table.add_column("algorithm")
     for heading in ("T", "lr", "accuracy", "against bp", "evaluations", "CPU s", "seeds"):
         table.add_column(heading, justify="right")
-    backprop = chosen(rows, task, "bp", None)
-    for name, T, momentum in ROWS:
-        runs = chosen(rows, task, name, T, momentum)
+    backprop = chosen(rows, task, "bp", {})
+    for name, given in ROWS:
+        runs = chosen(rows, task, name, given)
         if not runs:
             continue
         scores = [row["accuracy"] for row in runs]
         spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
         against = fmean(scores) - fmean(row["accuracy"] for row in backprop) if backprop else 0.0
         table.add_row(
-            _called(name, momentum),
-            "-" if name == "bp" else str(T or "default"),
+            _called(name, given),
+            "-" if name == "bp" else str(given.get("T", "default")),
             f"{runs[0]['lr']:g}",
             f"{fmean(scores):.2f}{spread}",
             f"{against:+.2f}",
@@ -129,8 +128,10 @@ def _table(rows: list[Row], task: str) -> Table:
     return table
 
 
-def _called(name: str, momentum: int | None) -> str:
-    return name if momentum is None else f"{name}, plain"
+def _called(name: str, given: Job) -> str:
+    if "momentum" in given:
+        return f"{name}, plain"
+    return f"{name}, {given['precisions']}" if "precisions" in given else name
 
 
 def picture(rows: list[Row]) -> Figure:
@@ -141,8 +142,8 @@ def picture(rows: list[Row]) -> Figure:
             scores = [run["accuracy"] for run in chosen(rows, task, *row)]
             axes.plot([place] * len(scores), scores, "o", alpha=0.6)
         labels = [
-            _called(name, momentum).replace(", ", "\n") + (f"\nT={T}" if T else "")
-            for name, T, momentum in ROWS
+            _called(name, given).replace(", ", "\n") + (f"\nT={given['T']}" if "T" in given else "")
+            for name, given in ROWS
         ]
         axes.set_xticks(range(len(ROWS)), labels, fontsize=8)
         axes.set_title(task, fontsize=10)

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.data import mnist
-from recipes.stability.training import ALGORITHMS, PLAIN, classify, rate
+from recipes.stability.training import ALGORITHMS, PLAIN, SPIKING, classify, rate
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
 NETWORKS = ("mlp", "residual")
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 #: The smaller its gamma, the closer epc is to backprop.
 SMALL = 1e-4
-#: Some have the better of two; a batch of iPC or iePC takes T steps of its own.
+#: Some have the better of two; a batch of iPC or iePC takes T steps of its own, but with spiking
+#: precisions iPC learns once a batch, as PC does, and has its rate.
 RATES = {
     "bp": (3e-4, 1e-3),
     "pc": (1e-3,),
@@ -53,7 +54,8 @@ def jobs() -> list[Job]:
                 fixed
                 | {"network": network, "depth": depth, "algorithm": name, **given}
                 | {"lr": lr, "seed": seed}
-                for given, lr in product(_rates(name), RATES[name])
+                for given in _rates(name)
+                for lr in RATES["pc" if given == SPIKING else name]
             ]
     return found
 
@@ -63,8 +65,8 @@ def _rates(algorithm: str) -> list[Job]:
         return [{"gamma": None}]
     if algorithm == "iepc":  # no fixed one was tried
         return [{"gamma": "auto"}]
-    own = {"gamma": SMALL} if algorithm == "epc" else PLAIN
-    return [*({"gamma": gamma} for gamma in GAMMAS), own]
+    own = [{"gamma": SMALL}] if algorithm == "epc" else [PLAIN]
+    return [*({"gamma": gamma} for gamma in GAMMAS), *own, *[SPIKING] * (algorithm == "ipc")]
 
 
 def mlp(depth: int, width: int) -> nn.Module:

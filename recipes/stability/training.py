@@ -27,11 +27,15 @@ ALGORITHMS: dict[str, Any] = {
 CLASSES = 10
 #: The paper's descent at the automatic gamma, where PC and iPC take conjugate gradients.
 PLAIN: Job = {"gamma": "auto", "momentum": 0}
+#: Each stage learns when its error arrives.
+SPIKING: Job = {"gamma": "auto", "precisions": "spiking"}
 
 
 def rate(job: Job) -> Any:
-    """A row's gamma, and that momentum is kept out, where it is: what its line is called."""
-    return f"{job['gamma']}, plain" if "momentum" in job else job["gamma"]
+    """A row's gamma, and what else is no default, where it is: what its line is called."""
+    if "momentum" in job:
+        return f"{job['gamma']}, plain"
+    return f"{job['gamma']}, {job['precisions']}" if "precisions" in job else job["gamma"]
 
 
 class Learner:
@@ -39,8 +43,8 @@ class Learner:
 
     Args:
         net: What learns.
-        job: Its ``algorithm``, ``gamma``, ``lr`` and ``weight_decay`` are used; and ``momentum``,
-            where it has one.
+        job: Its ``algorithm``, ``gamma``, ``lr`` and ``weight_decay`` are used; and ``momentum``
+            and ``precisions``, where it has them.
         options: Further arguments of the predictive coding optimizer.
     """
 
@@ -51,7 +55,8 @@ class Learner:
         self.optimizer: torch.optim.Optimizer = adamw
         if job["algorithm"] != "bp":
             algorithm = ALGORITHMS[job["algorithm"]]
-            given = {name: job[name] for name in ("gamma", "momentum") if name in job}
+            names = ("gamma", "momentum", "precisions")
+            given = {name: job[name] for name in names if name in job}
             self.optimizer = algorithm(adamw, net, **given, **options)
 
     def step(self, loss: Callable[[], Tensor]) -> float:
