@@ -124,7 +124,8 @@ def test_yaml_runs(path, data_dir, tmp_path, monkeypatch):
     if path.stem == "bp":
         assert not hasattr(strategy, "report")
         return
-    assert strategy.report.algorithm == path.stem
+    assert strategy.report.algorithm == path.stem.removesuffix("_spiking")
+    assert (strategy.settings.precisions == "spiking") == path.stem.endswith("_spiking")
     # a node at the input of every nonlinearity, and all of them were reached
     kinds = (nn.GELU, nn.ReLU, nn.Hardtanh)
     assert len(strategy.report.nodes) == sum(isinstance(m, kinds) for m in cli.model.modules())
@@ -430,10 +431,10 @@ def test_study_runs_and_resumes(tiny, data_dir, tmp_path, monkeypatch, capsys):
     )
     queue_main(small, ["--out", str(out), "--data_dir", str(data_dir)])
     rows = Results(out).rows(jobs)
-    assert len(rows) == 7
+    assert len(rows) == 9
     assert all(0 <= row["test"] <= 100 and row["epochs"] == 1 for row in rows)
     drawn = [axes for axes in study.picture(rows).axes if axes.axison]
-    assert [len(axes.lines) for axes in drawn] == [4, 3]
+    assert [len(axes.lines) for axes in drawn] == [5, 4]
     kept = study.MODELS / "width 2_ipc_size0_0.ckpt"
     (job,) = (j for j in jobs if (j["row"], j["algorithm"]) == ("width 2", "ipc"))
     config = ["-c", str(HERE / "width" / "ipc.yaml")]

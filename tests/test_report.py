@@ -54,7 +54,7 @@ def line(page, title):
 
 def test_nothing_was_run(results):
     page = report.page()
-    assert line(page, "MLP on MNIST")[4:] == ["not run"] * 5
+    assert line(page, "MLP on MNIST")[4:] == ["not run"] * 6
     assert line(page, "masked")[4:] == ["not run"] * 4
     assert "Ours: not run." in page
 
@@ -66,6 +66,7 @@ def test_means_deviations_seeds_and_reductions(results):
             row("mnist", "bp", 0, 98.0),
             row("mnist", "bp", 1, 99.0),
             row("mnist", "ipc", 0, 98.25),
+            row("mnist", "ipc_spiking", 0, 98.75),
             row("cnn", "ipc", 0, 40.0, settings=few),
             row("cnn", "bp", 0, 41.0, settings=few),
             row("cnn", "pc", 0, None, settings=few),
@@ -80,14 +81,15 @@ def test_means_deviations_seeds_and_reductions(results):
         "98.50 ± 0.71 (2)",
         "not run",
         "98.25 (1)",
+        "98.75 (1)",
         "not run",
         "all images, 6 epochs",
     ]
     assert line(page, "CNN on CIFAR-10")[4:] == [
-        *("not run", "not run", "70.00 (1)", "not run", "all images, 6 epochs")
+        *("not run", "not run", "70.00 (1)", "not run", "not run", "all images, 6 epochs")
     ]
     assert line(page, "1")[1:] == [
-        *("67.92", "70.61", "not run", "33.00 (1)", "not run"),
+        *("67.92", "70.61", "not run", "not run", "33.00 (1)", "not run", "not run"),
         "**reduced**: 5,000 images, 6 epochs",
     ]
     assert "`python -m x --size 0` (x86_64 CPU, 2 cores, 1 threads, torch 2.13.0)" in page

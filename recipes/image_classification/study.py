@@ -26,7 +26,13 @@ HERE = Path(__file__).parent
 MODELS = Path(".cache/image_classification/models")
 DATA = {"mnist": "mnist", "fashion_mnist": "fashion_mnist", "svhn": "svhn"}  # others: cifar10
 #: Algorithm -> its lines' colour.
-COLOURS = {"bp": "0.35", "pc": "tab:orange", "ipc": "tab:blue", "iepc": "tab:green"}
+COLOURS = {
+    "bp": "0.35",
+    "pc": "tab:orange",
+    "ipc": "tab:blue",
+    "ipc_spiking": "tab:purple",
+    "iepc": "tab:green",
+}
 AUGMENTED = {"data.crop": 4, "data.flip": True}
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20)
 #: What the convolutional networks of sizes 0 and 1 learn.
