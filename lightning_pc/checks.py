@@ -117,10 +117,11 @@ def shortcut(graph: Graph) -> str:
         for parent in node.parents:
             if parent.depth <= node.depth:
                 return (
-                    "Spiking precisions follow an error along the shortest way alone, but value "
-                    f"node '{parent.name}' (depth {parent.depth}) acts on the loss through "
-                    f"'{node.name}' (depth {node.depth}) as well, and hardly learns of that. For "
-                    "modules with skip connections leave precisions constant, or use 'iepc'."
+                    "Spiking precisions take the value nodes for a chain, but "
+                    f"'{node.name}' (depth {node.depth}) is predicted from '{parent.name}' (depth "
+                    f"{parent.depth}), which moves no later: when its own error arrives, its "
+                    "prediction has moved, and its stage learns of that as well. For such modules "
+                    "leave precisions constant, or use 'epc' or 'iepc'."
                 )
     return ""
 

@@ -254,7 +254,7 @@ def explain(report: StepReport) -> str:
             f"{report.gamma * report.curvature:.2g}; the limit is {most:g}."
         )
     shares = report.energy_by_depth
-    if shares and len(shares) > 1:
+    if same and len(shares) > 1:  # at the last step weights that vary leave one node's energy
         last = max(shares)
         lines.append(
             f"{shares[min(shares)]:.1%} of the energy is next to the loss (depth {min(shares)}), "

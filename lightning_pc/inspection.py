@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_pc.errors import ClosureError
 from lightning_pc.placement import ValueNodes
+from lightning_pc.precisions import Precisions
 from lightning_pc.replay import LOGGING, nothing, shadowed
 from lightning_pc.settings import Settings
 from lightning_pc.step import Learner
@@ -109,6 +110,7 @@ def describe(
     value_nodes: ValueNodes = "auto",
     algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc",
     T: int | None = None,
+    precisions: float | str | Precisions | Callable[[int, int], float] = "constant",
     print_table: bool = True,
 ) -> Description:
     """Prints the value nodes that a module gets on a batch; nothing is trained or changed.
@@ -121,6 +123,7 @@ def describe(
         value_nodes: Where nodes stand, as for `lightning_pc.PCStrategy`.
         algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
         T: Inference steps, None for the algorithm's default.
+        precisions: Weights of the energies, on which that default depends.
         print_table: Print the table; False to get the `Description` alone.
 
     Returns:
@@ -129,7 +132,8 @@ def describe(
     Raises:
         PCError: The nodes cannot stand there.
     """
-    learner = Learner(model, Settings(algorithm=algorithm, T=T, value_nodes=value_nodes))
+    settings = Settings(algorithm=algorithm, T=T, value_nodes=value_nodes, precisions=precisions)
+    learner = Learner(model, settings)
     with torch.enable_grad():
         graph, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
     rows = [

@@ -94,13 +94,18 @@ class Spiking(Precisions):
     has passed is held back. As in the authors' code (DeepPCNs, T value steps and then the weights)
     the loss is weighed as the layer of depth 0, and pc learns from unweighted energies.
 
-    ipc learns from the weighted ones, each stage once a batch: with ``rest`` 0 and weights that
-    hardly move, a step of depth d is gamma^d times backprop's. What plain iPC does after that,
-    pulling predictions back to values that stay, is left out: in a convolution all positions pull
-    the same few weights, which learn next to nothing else.
+    ipc learns from the weighted ones: of its T - d steps a stage of depth d has one at full
+    weight, the first (momentum and weight decay of the optimizer act at all of them). What plain
+    iPC does after that, pulling predictions back to values that stay, is left out: in a convolution
+    all positions pull the same few weights, which learn next to nothing else.
 
-    A value makes one step at full weight, which no gamma turns into a run-away: a stable one is
-    limited by ``rest`` alone.
+    On a chain of Gaussian nodes, with ``rest`` 0, weights that hardly move and values without
+    momentum, a step of depth d is gamma^d times backprop's in ipc. pc learns after the wave, which
+    leaves about (1 - gamma) gamma^d of it but at the top: there gamma is to stay well below 1.
+
+    A value makes two steps at full weight, by the error below it and back by its own, which no
+    gamma turns into a run-away within a batch: a stable one is limited by ``rest``, and by the loss
+    itself.
 
     Args:
         rest: Weight before and after, >= 0; theirs is 0.001.

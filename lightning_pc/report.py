@@ -30,7 +30,8 @@ class StepReport:
             where they moved along conjugate gradients, ``"auto"`` where in pc and epc they did
             until F was half.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
-            goes; None where gamma is given. gamma * curvature must stay below
+            goes (with varying precisions of the F that `Precisions.lasting` weighs); None where
+            gamma is given. gamma * curvature must stay below
             2 (1 + momentum), where momentum is automatic below 2.
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
@@ -67,7 +68,8 @@ class StepReport:
     def energy_by_depth(self) -> dict[int, float]:
         """Depth -> its nodes' share of all energy at the last evaluation, in [0, 1]; {} of none.
 
-        Energy piles up next to the loss (depth 1), and little of it reaches the top.
+        Energy piles up next to the loss (depth 1), and little of it reaches the top. Energies count
+        with their weights: where these vary, most of it is that of the last step's node.
         """
         last = self.energy[-1]
         total = float(last.sum())

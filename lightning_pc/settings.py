@@ -12,7 +12,7 @@ from lightning_pc.energies import softmax_energy
 from lightning_pc.errors import ConfigError
 from lightning_pc.nodes import WholeErrorNode
 from lightning_pc.placement import ValueNodes
-from lightning_pc.precisions import Constant, Decaying, Precisions, Spiking, precisions
+from lightning_pc.precisions import Constant, Decaying, Precisions, precisions
 from lightning_pc.schedules import SCHEDULES, schedule
 
 #: Name -> the sign of beta in each phase of a batch.
@@ -129,7 +129,13 @@ class Settings:
                 "T='auto' stops where the energy does, but varying precisions move it by "
                 "themselves: give a number of steps."
             )
-        if SCHEDULES[self.algorithm].node.through and isinstance(weights, (Spiking, Decaying)):
+        if weights.wave and self.reset == "never":
+            raise ConfigError(
+                f"precisions={weights.name!r} send one wave through a batch, but reset='never' "
+                "keeps values for the next, in which it would only add up: use reset='batch'."
+            )
+        follows = weights.wave or isinstance(weights, Decaying)
+        if SCHEDULES[self.algorithm].node.through and follows:
             raise ConfigError(
                 f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
                 f"{self.algorithm}'s errors start everywhere at once: use 'pc' or 'ipc'."

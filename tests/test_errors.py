@@ -105,6 +105,7 @@ ARGUMENTS = [
     ({"precisions": -1.5}, "precisions=-1.5"),
     ({"precisions": math.nan}, "precisions=nan"),
     ({"algorithm": "zil", "precisions": "spiking"}, "zil is exact for plain"),
+    ({"precisions": "spiking", "reset": "never"}, "one wave through a batch"),
     ({"algorithm": "zil", "precisions": 2.0}, "zil is exact for plain"),
     ({"nudging": "both"}, "'both': expected one of 'positive', 'negative', 'centered'"),
     ({"nudging": None}, "nudging=None"),

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import MLP, Residual, far, relative, twin
+from problems import MLP, far, relative, twin
+from torch import nn
 
+from lightning_pc import describe, explain
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import IPC, PC
 from lightning_pc.precisions import (
@@ -140,20 +142,63 @@ def test_a_wave_ends_where_the_module_does(given, T, steps, algorithm):
     x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert optimizer.report.steps == steps
-    assert None not in optimizer.report.learned.values()
+    assert all(optimizer.report.learned.values())
+    torch.manual_seed(0)
+    shown = describe(
+        model, (x,), algorithm=algorithm.algorithm, T=T, precisions=given, print_table=False
+    )
+    assert steps == shown.T
 
 
-def test_a_wave_that_passes_shortcuts_says_so_once():
-    model = Residual().double()
-    x, y = torch.randn(8, 6).double(), torch.randint(0, 4, (8,))
-    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions="spiking")
-    with pytest.warns(UserWarning, match=r"shortest way alone, but value node '.*' \(depth \d\)"):
+class Shortcut(nn.Module):
+    """The loss reads p and r, and r comes from p by way of q."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = (nn.Linear(6, 6) for _ in range(4))
+        self.p, self.q, self.r = nn.Tanh(), nn.Tanh(), nn.Tanh()
+
+    def forward(self, x):
+        first = self.p(self.a(x))
+        return self.head(first + self.r(self.c(self.q(self.b(first)))))
+
+
+def test_a_shortcut_is_told_where_the_wave_strays():
+    model, lr = Shortcut().double(), 1e-7
+    x, y = torch.randn(8, 6).double(), torch.randint(0, 6, (8,))
+    before, other = twin(model), twin(model)
+    F.cross_entropy(other(x), y).backward()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), lr), model, gamma=0.5, precisions="spiking")
+    told = r"'q' \(depth 2\) is predicted from 'p' \(depth 1\), which moves no later"
+    with pytest.warns(UserWarning, match=told):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+    def alike(name):
+        moved = (before.get_parameter(name) - model.get_parameter(name)).detach() / lr
+        return F.cosine_similarity(
+            *(x.flatten() for x in (moved, other.get_parameter(name).grad)), 0
+        )
+
+    assert alike("b.weight") < 0.9  # what q is predicted with
+    assert min(alike("a.weight"), alike("c.weight"), alike("head.weight")) > 0.95
     optimizer.step(lambda: F.cross_entropy(model(x), y))  # a second warning would be an error
     # said of no other weights, which do not end with the wave
     IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions="decaying").step(
         lambda: F.cross_entropy(model(x), y)
     )
+
+
+def test_a_wave_is_not_taken_for_energy_at_the_top():
+    """At its last step nothing but the top has its full weight."""
+    model = MLP((6, 7, 5, 4))
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+    said = {}
+    for given in ("constant", "spiking"):
+        optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions=given)
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        said[given] = explain(optimizer.report)
+    assert "at the top" in said["constant"]
+    assert "at the top" not in said["spiking"]
 
 
 def look(given):

@@ -101,7 +101,7 @@ def compare(graph, algorithm, weigh, betas=(1.0,), momentum=0.0, **arguments):
     assert far(model, start)[0] > 0.01
 
 
-@pytest.mark.filterwarnings("ignore:Spiking precisions follow an error along the shortest way")
+@pytest.mark.filterwarnings("ignore:Spiking precisions take the value nodes for a chain")
 @pytest.mark.parametrize("algorithm", [PC, IPC])
 @pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -161,7 +161,7 @@ def test_both_at_once(weights):
     compare("mlp", PC, lambda d, t: weigh(d, t, T - 1), (0.3, -0.3), **arguments)
 
 
-@pytest.mark.filterwarnings("ignore:Spiking precisions follow an error along the shortest way")
+@pytest.mark.filterwarnings("ignore:Spiking precisions take the value nodes for a chain")
 @pytest.mark.parametrize("weights", ["depth 2", "spiking"])
 @pytest.mark.parametrize("algorithm", [PC, IPC])
 @pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
