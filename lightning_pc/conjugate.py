@@ -19,7 +19,8 @@ its small share of the error, is a poor teacher.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,13 +32,39 @@ from lightning_pc.nodes import Node
 #: The longest step, in units of gamma. With 8 inference comes little further (0.53 for 0.51 of the
 #: way in a tiny ResNet), and where F is steeper further off (activations x * x) it ends higher.
 LONGEST = 6.0
-#: After a step at which F has not fallen, that step is not made longer, and the next starts without
-#: momentum. Where weights move as well: after one by which F has fallen by less than this share of
-#: all its fall in this call, and of the first eight steps by less than 0.8 of the mean step's fall.
-#: (An F that falls evenly counts as settled from the tenth step on.)
+#: Weights that move lead where a step lowers F by less than this share of all its fall in the call,
+#: and of the first eight steps by less than 0.8 of the mean step's fall. (An F that falls evenly
+#: counts as settled from the tenth step on.)
 SETTLED, FIRST = 0.1, 8
 #: Share of F at the start at which ``momentum="auto"`` stops hurrying.
 HALFWAY = 0.5
+
+#: Whether values have settled, [], by F at the start of the call, before the last step and after
+#: it, and the number of steps: then that step is not made longer, and the next has no momentum.
+Rule = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+def stalled(first: Tensor, before: Tensor, now: Tensor, steps: int) -> Tensor:
+    """F has not fallen."""
+    return before <= now
+
+
+def following(first: Tensor, before: Tensor, now: Tensor, steps: int) -> Tensor:
+    """F has hardly fallen, so that values only follow the weights."""
+    least = SETTLED * max(1.0, FIRST / steps)
+    return before - now <= least * (first - now).clamp(min=0.0)
+
+
+def halved(first: Tensor, before: Tensor, now: Tensor, steps: int) -> Tensor:
+    """F has not fallen, or is half of what it was; one below zero is not bounded by it."""
+    return stalled(first, before, now, steps) | ((now >= 0) & (now <= HALFWAY * first))
+
+
+def rule(momentum: Literal["auto", "conjugate"], incremental: bool) -> Rule:
+    """When values stop hurrying: ``incremental`` where the weights move as well."""
+    if incremental:
+        return following
+    return halved if momentum == "auto" else stalled
 
 
 class Conjugate(Inference):
@@ -55,19 +82,13 @@ class Conjugate(Inference):
     Args:
         gamma: Length of the tried step, stable in every direction (below 2 / curvature).
         gamma_decay: Factor of gamma after a step at which the energy has not fallen.
-        incremental: The weights move as well, so that what counts as a step after which F has not
-            fallen is one after which it has hardly fallen.
-        halfway: Once F, positive at first, is half of that, no step is longer than gamma and each
-            goes down the gradient.
+        settled: From where no step is longer than gamma, and each goes down the gradient.
     """
 
     own_rates = True
 
-    def __init__(
-        self, gamma: float, gamma_decay: float, incremental: bool = False, halfway: bool = False
-    ) -> None:
-        self._least = SETTLED if incremental else 0.0
-        self._enough = HALFWAY if halfway else 0.0
+    def __init__(self, gamma: float, gamma_decay: float, settled: Rule = stalled) -> None:
+        self._rule = settled
         super().__init__(gamma, gamma_decay)
 
     @override
@@ -86,12 +107,8 @@ class Conjugate(Inference):
         super().observe(energy)
         if before is not None:
             assert self._first is not None
-            all_of_it = (self._first - energy).clamp(min=0.0)
             self._steps += 1
-            least = self._least * max(1.0, FIRST / self._steps)
-            self._settled = before - energy <= least * all_of_it
-            if self._enough:  # an F below zero is not bounded by it
-                self._settled |= (energy >= 0) & (energy <= self._enough * self._first)
+            self._settled = self._rule(self._first, before, energy, self._steps)
 
     @override
     @torch.no_grad()

@@ -19,7 +19,7 @@ from lightning_pc.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.conjugate import Conjugate
+from lightning_pc.conjugate import Conjugate, rule
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
@@ -220,11 +220,10 @@ class Learner:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
-        incremental = self.schedule.incremental
         inference = (
-            Conjugate(gamma, decay, incremental, halfway=momentum == "auto" and not incremental)
+            Conjugate(gamma, decay, rule(momentum, self.schedule.incremental))
             if isinstance(momentum, str)
-            else Inference(gamma, decay, float(momentum))
+            else Inference(gamma, decay, momentum)
         )
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do

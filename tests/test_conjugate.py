@@ -12,7 +12,7 @@ from problems import MLP, twin, vectors
 from test_curvature import chain, classifier, sgd, squared
 from torch import nn
 
-from lightning_pc.conjugate import FIRST, HALFWAY, LONGEST, SETTLED, Conjugate, _dot
+from lightning_pc.conjugate import FIRST, HALFWAY, LONGEST, SETTLED, Conjugate, _dot, rule
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
@@ -164,8 +164,10 @@ def test_values_that_follow_the_weights_do_not_run_ahead(gamma):
         return float(node.x.detach()) / 0.1
 
     falling, above = (10.0, 1.0, 0.9, 0.8, 0.7), (1.0, 5.0, 5.1, 4.0)
-    stands, moves = Conjugate(0.1, 1.0), Conjugate(0.1, 1.0, incremental=True)
-    hurries = Conjugate(0.1, 1.0, halfway=True)
+    stands = Conjugate(0.1, 1.0, rule("conjugate", incremental=False))
+    moves = Conjugate(0.1, 1.0, rule("auto", incremental=True))
+    hurries = Conjugate(0.1, 1.0, rule("auto", incremental=False))
+    assert rule("conjugate", incremental=True) is rule("auto", incremental=True)
     # all but the last are made longer where weights stand, the first alone where they do not
     assert way(stands, *falling) == pytest.approx(4 * LONGEST + 1, rel=0.01)
     for _ in range(2):  # nothing is left of the values' last descent
