@@ -21,6 +21,18 @@ from lightning_pc.schedules import Schedule
 SECOND_LOOK = 500
 
 
+class _Streak:
+    """Batches on end of one kind; below zero, batches until they count again."""
+
+    length = 0
+
+    def take_in(self, another: bool) -> None:
+        self.length = self.length + 1 if another or self.length < 0 else 0
+
+    def rest(self) -> None:
+        self.length = -SECOND_LOOK
+
+
 class Advisor:
     """Looks after the inference of one module.
 
@@ -34,15 +46,15 @@ class Advisor:
         self._schedule, self._auto, self._varies = schedule, auto, varies
         self._told: set[str] = set()
         self._batches = 0
-        self._rises = 0  # batches on end whose inference has raised the energy, since a look
-        self._on_end = 0  # the same while weights learn, since they were last judged
+        self._raised = _Streak()  # by inference, at a gamma that is given
+        self._overshot = _Streak()  # by weights that learn while values move
         self._first = 0.0  # F at the very start
 
     @property
     def curious(self) -> bool:
         """Whether the next batch is to look at the curvature, for a warning's sake."""
-        return (self._rises >= PATIENCE and "unstable" not in self._told) or (
-            self._on_end == LONG_PATIENCE - 1 and "overshot" not in self._told
+        return (self._raised.length >= PATIENCE and "unstable" not in self._told) or (
+            self._overshot.length == LONG_PATIENCE - 1 and "overshot" not in self._told
         )
 
     def say(self, key: str, message: str) -> None:
@@ -57,13 +69,12 @@ class Advisor:
         inference, steps = relaxation.inference, len(relaxation.losses)
         rose = not self._varies and bool(inference.rose)
         # Weights that lower a loss which values push up raise F by what they learn.
-        suspect = rose and self._schedule.incremental and relaxation.beta > 0
-        self._on_end = self._on_end + 1 if suspect or self._on_end < 0 else 0
+        self._overshot.take_in(rose and self._schedule.incremental and relaxation.beta > 0)
         if self._auto is not None:
             self._auto.after(steps, rose)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))
         elif relaxation.seen is None and not self._schedule.fixed_gamma:
-            self._rises = self._rises + 1 if rose or self._rises < 0 else 0
+            self._raised.take_in(rose)
         if relaxation.seen is not None:
             self._judge(relaxation, report)
         if self._batches == 1:  # once: reading the energies waits for the device
@@ -79,11 +90,11 @@ class Advisor:
         momentum = relaxation.inference.momentum
         if self._auto is None:
             bearable = self._schedule.bearable
-            since = self._batches - max(self._rises, self._on_end - 1)
+            since = self._batches - max(self._raised.length, self._overshot.length - 1)
             self.say("unstable", unstable(node, gamma, momentum, curvature, bearable, since))
-            self._rises = -SECOND_LOOK
-        if self._on_end == LONG_PATIENCE:
-            since = self._batches - self._on_end + 1
+            self._raised.rest()
+        if self._overshot.length == LONG_PATIENCE:
+            since = self._batches - LONG_PATIENCE + 1
             said = overshot(report, gamma, momentum, curvature, self._first, since)
             self.say("overshot", said)
-            self._on_end = -SECOND_LOOK
+            self._overshot.rest()

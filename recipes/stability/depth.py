@@ -27,12 +27,12 @@ NETWORKS = ("mlp", "residual")
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 #: The smaller its gamma, the closer epc is to backprop.
 SMALL = 1e-4
-#: Some have the better of two; a batch of iPC or iePC takes T steps of its own, but with spiking
-#: precisions iPC learns once a batch, as PC does, and has its rate.
+#: Each has the better of two; a batch of iPC or iePC takes T steps of its own, but with spiking
+#: precisions iPC learns once a batch, as PC does, and has its rates.
 RATES = {
     "bp": (3e-4, 1e-3),
-    "pc": (1e-3,),
-    "ipc": (1e-4,),
+    "pc": (3e-4, 1e-3),
+    "ipc": (1e-4, 3e-4),
     "iepc": (3e-5, 1e-4),
     "epc": (3e-4, 1e-3),
 }
