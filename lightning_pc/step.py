@@ -96,13 +96,17 @@ class Learner:
         return self._batch is not None and self._batch.purity.replaying
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside model and optimizer: plain numbers, often none."""
-        return {} if self.auto is None else self.auto.state_dict()
+        """What a resumed run needs beside model and optimizer: numbers and a name, often none."""
+        if self.auto is None:
+            return {}
+        return {"precisions": self._precisions.name, **self.auto.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`; with a gamma that is given nothing is taken."""
         if self.auto is not None and state:
             self.auto.load_state_dict(state)
+            if state.get("precisions", self._precisions.name) != self._precisions.name:
+                self.auto.anew = True  # the curvature was that of another F
 
     def check(self) -> None:
         """Refuses models and placements that can never work, before any batch.

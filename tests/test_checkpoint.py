@@ -85,7 +85,7 @@ def outline(value: Any) -> Any:
 @pytest.mark.parametrize("gamma", [0.1, "auto"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamma, tmp_path):
-    """Plain numbers beside the optimizer's state; with a gamma that is given not even these."""
+    """Numbers and a name beside the optimizer's state; with a given gamma not even these."""
     if algorithm == "zil":
         gamma = 1.0
     saved = []
@@ -100,6 +100,7 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
             **dict.fromkeys(("gamma", "curvature"), float),
             **dict.fromkeys(("evaluations", "looked_at", "looks", "failures", "soonest"), int),
             **dict.fromkeys(("alarmed", "anew", "close"), bool),
+            "precisions": str,
         }
         assert kinds == expected
     assert outline(saved[0]) == outline(saved[1])

@@ -220,6 +220,31 @@ def test_a_wave_is_held_back_by_what_lasts_alone(rest):
     assert found.gamma == pytest.approx(same.gamma, rel=1e-6)
 
 
+@pytest.mark.parametrize(("before", "after"), [("spiking", "constant"), ("constant", "spiking")])
+def test_a_resumed_run_with_other_precisions_looks_at_once(before, after):
+    torch.manual_seed(0)
+    model = MLP((6, 7, 5, 4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5)
+    x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
+
+    def made(given, state=None):
+        optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, precisions=given)
+        if state:
+            optimizer.load_state_dict(state)
+        for _ in range(1 if state else 60):
+            optimizer.step(lambda: F.cross_entropy(model(x), y))
+        return optimizer
+
+    saved = made(before).state_dict()
+    curvature = saved["lightning_pc"]["curvature"]
+    assert made(before, saved).report.curvature == curvature  # no look was due
+    resumed = made(after, saved).report
+    assert resumed.curvature != pytest.approx(curvature, rel=0.3)
+    assert resumed.gamma == pytest.approx(made(after).report.gamma, rel=0.15)
+
+
 def test_a_wave_goes_faster_than_what_stays():
     assert look("spiking").gamma > 2 * look("constant").gamma
     assert look(Spiking(0.0)).gamma > 2 * look("constant").gamma
