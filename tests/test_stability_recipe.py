@@ -289,7 +289,7 @@ def test_numbers_of_jobs():
     for study in (architectures, depth, defaults):
         plain = [job for job in study.jobs() if "momentum" in job]
         assert {(job["algorithm"], job["momentum"]) for job in plain} == {("pc", 0), ("ipc", 0)}
-    for study in (depth, defaults):  # which learn once a batch, as pc does
+    for study in (depth, defaults):  # of which one step a batch counts in full, as of pc
         spiking = [job for job in study.jobs() if "precisions" in job]
         assert {job["algorithm"] for job in spiking} == {"ipc"}
         assert {job["lr"] for job in spiking} == set(study.RATES["pc"])

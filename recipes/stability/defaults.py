@@ -42,7 +42,7 @@ ROWS: tuple[tuple[str, Job], ...] = (
     ("pc", {"T": 32}),
     ("pc", {"T": "auto"}),
 )
-#: A batch of iPC or iePC takes T steps of its own, but learns once with spiking precisions.
+#: A batch of iPC or iePC takes T steps of its own; with spiking precisions one counts in full.
 RATES = {
     "bp": (2e-4, 1e-3, 5e-3),
     "pc": (2e-4, 1e-3, 5e-3),

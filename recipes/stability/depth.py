@@ -28,7 +28,7 @@ GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 #: The smaller its gamma, the closer epc is to backprop.
 SMALL = 1e-4
 #: Each has the better of two; a batch of iPC or iePC takes T steps of its own, but with spiking
-#: precisions iPC learns once a batch, as PC does, and has its rates.
+#: precisions one of them counts in full, so that iPC has PC's rates.
 RATES = {
     "bp": (3e-4, 1e-3),
     "pc": (3e-4, 1e-3),
