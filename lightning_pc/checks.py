@@ -112,7 +112,7 @@ def unreached(graph: Graph, T: int, model: nn.Module) -> str:
 
 
 def shortcut(graph: Graph) -> str:
-    """Says where one wave of precisions passes a module by, "" where the nodes form a chain."""
+    """Says where one wave of precisions strays, "" where no stage reads a node that moves early."""
     for node in graph.nodes:
         for parent in node.parents:
             if parent.depth <= node.depth:

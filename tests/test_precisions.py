@@ -214,7 +214,8 @@ def look(given):
 
 
 @pytest.mark.parametrize("rest", [0.001, 0.3, 1.0])
-def test_a_wave_is_held_back_by_what_lasts_alone(rest):
+def test_a_wave_is_held_back_by_what_lasts(rest):
+    """As weights that never vary are: the loss counts in full in both."""
     found, same = look(Spiking(rest)), look(lambda depth, t: rest)
     assert found.curvature == pytest.approx(same.curvature, rel=1e-6)
     assert found.gamma == pytest.approx(same.gamma, rel=1e-6)

@@ -21,7 +21,7 @@ from torch import nn
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.digits.data import Digits
 from recipes.stability.data import Images
-from recipes.stability.training import accuracy, classify
+from recipes.stability.training import accuracy, classify, variant
 
 TASKS: dict[str, dict[str, Any]] = {
     "digits": {"layers": 2, "scale": 1.0, "loss": "cross-entropy"},
@@ -129,9 +129,7 @@ def _table(rows: list[Row], task: str) -> Table:
 
 
 def _called(name: str, given: Job) -> str:
-    if "momentum" in given:
-        return f"{name}, plain"
-    return f"{name}, {given['precisions']}" if "precisions" in given else name
+    return ", ".join(filter(None, (name, variant(given))))
 
 
 def picture(rows: list[Row]) -> Figure:

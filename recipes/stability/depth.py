@@ -27,6 +27,12 @@ NETWORKS = ("mlp", "residual")
 GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 #: The smaller its gamma, the closer epc is to backprop.
 SMALL = 1e-4
+#: What an algorithm has beside `GAMMAS`.
+OWN: dict[str, tuple[Job, ...]] = {
+    "pc": (PLAIN,),
+    "ipc": (PLAIN, SPIKING),
+    "epc": ({"gamma": SMALL},),
+}
 #: Each has the better of two; a batch of iPC or iePC takes T steps of its own, but with spiking
 #: precisions one of them counts in full, so that iPC has PC's rates.
 RATES = {
@@ -65,8 +71,7 @@ def _rates(algorithm: str) -> list[Job]:
         return [{"gamma": None}]
     if algorithm == "iepc":  # no fixed one was tried
         return [{"gamma": "auto"}]
-    own = [{"gamma": SMALL}] if algorithm == "epc" else [PLAIN]
-    return [*({"gamma": gamma} for gamma in GAMMAS), *own, *[SPIKING] * (algorithm == "ipc")]
+    return [*({"gamma": gamma} for gamma in GAMMAS), *OWN[algorithm]]
 
 
 def mlp(depth: int, width: int) -> nn.Module:

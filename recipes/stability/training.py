@@ -31,11 +31,14 @@ PLAIN: Job = {"gamma": "auto", "momentum": 0}
 SPIKING: Job = {"gamma": "auto", "precisions": "spiking"}
 
 
+def variant(job: Job) -> str:
+    """What is no default in a row beside its gamma, in a word; "" where all is."""
+    return "plain" if "momentum" in job else str(job.get("precisions", ""))
+
+
 def rate(job: Job) -> Any:
-    """A row's gamma, and what else is no default, where it is: what its line is called."""
-    if "momentum" in job:
-        return f"{job['gamma']}, plain"
-    return f"{job['gamma']}, {job['precisions']}" if "precisions" in job else job["gamma"]
+    """A row's gamma and `variant`: what its line is called."""
+    return f"{job['gamma']}, {variant(job)}" if variant(job) else job["gamma"]
 
 
 class Learner:
