@@ -15,6 +15,13 @@ what it was at the start of the call. Where F >= 0, as it is for the usual losse
 more than twice as much, so that at least half of all inference is done; and what weights learn from
 the rest is not always better: the minimum of F in a plain MLP of 64 layers, where every node takes
 its small share of the error, is a poor teacher.
+
+In iPC, and wherever values go on to the end (``momentum="conjugate"``), the first step of a value
+that an error from below has just reached, after t = 0, is up to `FRONT` times as long, and 1 where
+that is in reach: then its error is all of what has arrived, as in Z-IL, and travels on. At gamma a
+third of it would be left after one stage and nothing after sixteen. Such a step may be too long and
+raise F; the next one mends that, but not after the last. Hence it is not for ``momentum="auto"``
+where weights learn from the last step alone.
 """
 
 from __future__ import annotations
@@ -38,6 +45,10 @@ LONGEST = 6.0
 SETTLED, FIRST = 0.1, 8
 #: Share of F at the start at which ``momentum="auto"`` stops hurrying.
 HALFWAY = 0.5
+
+#: The step of a value that an error has just reached, in units of gamma, but no longer than 1 by
+#: its energy's weight. (A chain of orthogonal weights has a curvature of nearly 4 and gamma 0.35.)
+FRONT = 3.0
 
 #: Whether values have settled, [], by F at the start of the call, before the last step and after
 #: it, and the number of steps: then that step is not made longer, and the next has no momentum.
@@ -83,12 +94,16 @@ class Conjugate(Inference):
         gamma: Length of the tried step, stable in every direction (below 2 / curvature).
         gamma_decay: Factor of gamma after a step at which the energy has not fallen.
         settled: From where no step is longer than gamma, and each goes down the gradient.
+        front: Errors arrive depth by depth, each all at once (`Graph.even`), and the first step
+            of a value after t = 0 is that of `FRONT`, settled or not.
     """
 
     own_rates = True
 
-    def __init__(self, gamma: float, gamma_decay: float, settled: Rule = stalled) -> None:
-        self._rule = settled
+    def __init__(
+        self, gamma: float, gamma_decay: float, settled: Rule = stalled, front: bool = False
+    ) -> None:
+        self._rule, self._front = settled, front
         super().__init__(gamma, gamma_decay)
 
     @override
@@ -121,6 +136,8 @@ class Conjugate(Inference):
             self._directions = list(torch._foreach_neg(slopes))
         else:
             self._correct(values, slopes)
+            if self._front:
+                self._carry_on(nodes)
         self._tried = self.gamma
         _go(values, self._directions, self._tried)
 
@@ -146,6 +163,13 @@ class Conjugate(Inference):
             momentum = momentum.masked_fill(self._settled, 0.0)
         torch._foreach_mul_(directions, momentum)
         torch._foreach_sub_(directions, before)
+
+    def _carry_on(self, nodes: Sequence[Node]) -> None:
+        """Makes the coming step of values that an error has just reached the one of `FRONT`."""
+        for node, direction in zip(nodes, self._directions, strict=True):
+            if node.depth == self._steps + 1 and node.weight:
+                whole = min(FRONT * self.start_gamma, 1.0 / node.weight)
+                direction.mul_(max(whole, self.start_gamma) / self.gamma)
 
 
 def _go(values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:

@@ -196,8 +196,8 @@ def unseen(failures: int, gamma: float) -> str:
 def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) -> str:
     """Says where errors faded out on their way up, "" where none did.
 
-    Enough steps on paper may not be enough: an error shrinks by about gamma per stage, so by
-    about ``gamma**arrival`` before it comes to a node.
+    Enough steps on paper may not be enough: down the gradient an error shrinks by about gamma per
+    stage, so by about ``gamma**arrival`` before it comes to a node.
 
     Args:
         report: Of the batch.
@@ -226,7 +226,7 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) 
     return (
         f"In the first batch no error reached {', '.join(map(repr, silent[:5]))} "
         f"({len(silent)} of {len(nodes)} value nodes) within {end} inference steps: it "
-        "shrinks by about gamma per stage and fell below the precision of the values. A larger "
+        "shrinks from stage to stage and fell below the precision of the values. A larger "
         "gamma or T carries it further, algorithm='epc' at once."
     )
 

@@ -48,6 +48,18 @@ class Graph:
     arrivals: dict[nn.Parameter, int]
     depth: int
 
+    @property
+    def even(self) -> bool:
+        """Whether each node's error arrives all at once, one depth after the other.
+
+        So it is where all paths from a node to the loss are as long. Not where gradients go
+        through, nor in iPC where stages of different depth share a weight.
+        """
+        return all(
+            node.arrival == node.depth and all(p.depth == node.depth + 1 for p in node.parents)
+            for node in self.nodes
+        )
+
     def readers(self, node: Node) -> list[str]:
         """Names of the stages that read ``node``."""
         names = [other.name for other in self.nodes if node in other.parents]

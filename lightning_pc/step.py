@@ -224,11 +224,12 @@ class Learner:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
-        inference = (
-            Conjugate(gamma, decay, rule(momentum, self.schedule.incremental))
-            if isinstance(momentum, str)
-            else Inference(gamma, decay, momentum)
-        )
+        if isinstance(momentum, str):
+            incremental = self.schedule.incremental
+            front = (incremental or momentum == "conjugate") and graph.even and not self._age
+            inference: Inference = Conjugate(gamma, decay, rule(momentum, incremental), front)
+        else:
+            inference = Inference(gamma, decay, momentum)
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}

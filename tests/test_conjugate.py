@@ -12,10 +12,10 @@ from problems import MLP, twin, vectors
 from test_curvature import chain, classifier, sgd, squared
 from torch import nn
 
-from lightning_pc.conjugate import FIRST, HALFWAY, LONGEST, SETTLED, Conjugate, _dot, rule
+from lightning_pc.conjugate import FIRST, FRONT, HALFWAY, LONGEST, SETTLED, Conjugate, _dot, rule
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
-from lightning_pc.optim import EPC, IEPC, IPC, PC
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 T = 9
 
@@ -27,8 +27,21 @@ def squares(model, at, x, y):
     return (model[-1](x) - y).square().sum(), y.numel()
 
 
+def fronts(shapes, t, gamma):
+    """Of values in the order of a chain, [n]: 1, or what makes the step of depth t + 1 longer."""
+    depths = range(len(shapes), 0, -1)
+    long = max(min(FRONT * gamma, 1.0), gamma) / gamma
+    return torch.cat([
+        torch.full((v.numel(),), long if t and depth == t + 1 else 1.0, dtype=torch.float64)
+        for v, depth in zip(shapes, depths, strict=True)
+    ])  # fmt: skip
+
+
 def written_out(kind, net, x, y, gamma):
-    """F at each tried step of textbook conjugate gradients, and where the last one ends."""
+    """F at each tried step of textbook conjugate gradients, and where the last one ends.
+
+    But for the front of state coordinates: there one direction has a longer part.
+    """
     oracle = kind(squares)
     oracle.errors, oracle.settled = [], False
     oracle.free_energy(net, (x, y))
@@ -43,16 +56,19 @@ def written_out(kind, net, x, y, gamma):
     at = torch.cat([v.detach().flatten() for v in values])
     r = -torch.autograd.functional.jacobian(free_energy, at)
     p, tried, free = r, at, [free_energy(at)]
-    for _ in range(T - 1):
+    for t in range(T - 1):
+        if kind is Explicit:
+            p = p * fronts(values, t, gamma)
         tried = at + gamma * p
         free.append(free_energy(tried))
         bent = torch.autograd.functional.hvp(free_energy, at, p)[1]
-        length = (r @ r) / (p @ bent)
+        length = (r @ p) / (p @ bent)
         assert 0 < length < LONGEST * gamma
-        at, was = at + length * p, r @ r
+        at, before = at + length * p, r
         r = r - length * bent
-        assert (r @ r) / was < 1  # or the bound on momentum would hold it back
-        p = r + (r @ r) / was * p
+        momentum = (r @ (r - before)) / (before @ before)
+        assert 0 < momentum < 1  # or the bounds would hold it back
+        p = r + momentum * p
     ends = [v.view(s) for v, s in zip(tried.split(sizes), shapes, strict=True)]
     return torch.stack(free).detach(), ends
 
@@ -76,7 +92,7 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
             torch.testing.assert_close(node.detach(), value, rtol=1e-8, atol=1e-10)
 
 
-def stepped(net, x, y, gamma, lr, steps, share, enough):
+def stepped(net, x, y, gamma, lr, steps, share, enough, front):
     """F at each step of iPC, or of PC with weights that stand, and what each step was like.
 
     Moves the weights of ``net``.
@@ -105,8 +121,8 @@ def stepped(net, x, y, gamma, lr, steps, share, enough):
             end = before + length * (g - before)
             momentum = min(1.0, max(0.0, float(end @ (end - before) / (before @ before))))
             kinds |= {(settled, "short" if length < 1 else "long"), (settled, momentum > 0)}
-            s = (0.0 if settled else momentum) * s - end
-            before = end
+            s, before = (0.0 if settled else momentum) * s - end, end
+            s = s * fronts(oracle.values, len(free) - 1, gamma) if front else s
         at = at + gamma * s
         with torch.no_grad():
             for weight, slope in zip(weights, slopes, strict=True):
@@ -114,29 +130,147 @@ def stepped(net, x, y, gamma, lr, steps, share, enough):
     return free, kinds
 
 
+def deep(skip=False):
+    """Sixteen orthogonal tanh layers; a skip connection past one of them."""
+    torch.manual_seed(3)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(16))
+            self.head = nn.Linear(8, 3)
+            for layer in self.layers:
+                nn.init.orthogonal_(layer.weight)
+
+        def forward(self, x):
+            for n, layer in enumerate(self.layers):
+                x = torch.tanh(layer(x)) + (x if skip and n == 8 else 0)
+            return self.head(x)
+
+    return Net().double()
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_errors_come_to_the_top_of_a_chain(algorithm):
+    """A fifth at least of Z-IL's, which are backprop's; by gamma alone nothing would come.
+
+    The first step is gamma's, when F tells of no better one yet, and steps that turn out too long
+    are made shorter. PC whose last step must not be too long has hardly more.
+    """
+    x, y = torch.randn(6, 8).double(), torch.arange(6) % 3
+
+    def tops(kind, **given):
+        """Length of each node's error when it first has one."""
+        net = deep()
+        optimizer = kind(sgd(net, 1e-9), net, **given)
+        optimizer.step(classifier(net, x, y))
+        report = optimizer.report
+        assert report.steps == report.depth + 1 == 17
+        energy = dict(zip(report.depths, report.energy.T, strict=True))
+        return torch.stack([(2 * energy[d][d]).sqrt() for d in sorted(energy)])
+
+    exact = tops(ZIL)
+    given = {m: tops(algorithm, gamma=0.34, momentum=m) for m in ("auto", "conjugate", 0)}
+    assert (given["conjugate"] > 0.2 * exact).all()
+    assert given[0][-1] < 1e-6 * exact[-1]
+    if algorithm is IPC:
+        assert torch.equal(given["auto"], given["conjugate"])
+    else:
+        assert given["auto"][-1] < 0.01 * exact[-1]
+
+
 @pytest.mark.parametrize(
-    ("algorithm", "momentum", "lr", "share", "enough"),
+    ("gamma", "weight", "expected"),
+    [(0.2, 1, 0.6), (0.5, 1, 1), (1.5, 1, 1.5), (0.5, 2, 0.5), (0.2, 0.1, 0.6), (0.2, 8, 0.2)],
+)
+def test_the_step_that_takes_up_an_error(gamma, weight, expected):
+    """Three times the gamma of the batch's start, at most 1 / weight, at least gamma."""
+    nodes = [Node("n", torch.zeros(1).requires_grad_(), Gaussian(), depth=d) for d in (1, 2)]
+    nodes[1].weight = weight
+    conjugate = Conjugate(gamma, 0.5, front=True)
+    for t, energy in enumerate((1.0, 2.0)):  # it has risen, so that gamma is half
+        conjugate.observe(torch.tensor(energy))
+        nodes[0].below, nodes[1].below = torch.ones(1), torch.ones(1) if t else None
+        conjugate.move(nodes, 1.0)
+    assert conjugate.gamma == gamma / 2
+    torch.testing.assert_close(-nodes[1].x.detach(), torch.tensor([float(expected)]))
+
+
+class Repeated(nn.Module):
+    """Three stages of one weight: in iPC it moves before their errors arrive."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.tanh(self.layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "algorithm", "front"),
     [
-        *((IPC, name, lr, SETTLED, 0.0) for name in ("auto", "conjugate") for lr in (0.0, 0.1)),
-        (PC, "conjugate", 0.0, 0.0, 0.0),
-        (PC, "auto", 0.0, 0.0, HALFWAY),
+        (deep, IPC, True),
+        (lambda: deep(skip=True), IPC, False),
+        (lambda: Repeated().double(), IPC, False),
+        (lambda: Repeated().double(), PC, True),
+    ],
+    ids=["a chain", "a skip", "a weight that iPC shares", "one that PC shares"],
+)
+def test_only_where_errors_arrive_all_at_once(make, algorithm, front, monkeypatch):
+    x, y = torch.randn(6, 8).double(), torch.arange(6) % 3
+
+    def free():
+        torch.manual_seed(1)
+        net = make()
+        optimizer = algorithm(sgd(net), net, gamma=0.3, momentum="conjugate")
+        optimizer.step(classifier(net, x, y))
+        return optimizer.report.free_energy
+
+    given = free()
+    monkeypatch.setattr("lightning_pc.conjugate.FRONT", 1.0)
+    assert torch.equal(given, free()) is not front
+
+
+def test_kept_values_have_had_their_first_step(monkeypatch):
+    """``reset="never"``: the first call has a front, the next has none."""
+    x, y = torch.randn(6, 8).double(), torch.arange(6) % 3
+    net = deep()
+    given = {"gamma": 0.3, "momentum": "conjugate", "reset": "never", "T": 17}
+    optimizer = PC(sgd(net, 0.0), net, **given)
+    seen = []
+    carried = Conjugate._carry_on
+    monkeypatch.setattr(Conjugate, "_carry_on", lambda c, n: seen.append(1) or carried(c, n))
+    for expected in (15, 15):
+        optimizer.step(classifier(net, x, y))
+        assert len(seen) == expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "momentum", "lr", "share", "enough", "front"),
+    [
+        *((IPC, m, lr, SETTLED, 0.0, True) for m in ("auto", "conjugate") for lr in (0.0, 0.1)),
+        (PC, "conjugate", 0.0, 0.0, 0.0, True),
+        (PC, "auto", 0.0, 0.0, HALFWAY, False),
     ],
 )
-def test_until_when_values_hurry(algorithm, momentum, lr, share, enough):
+def test_until_when_values_hurry(algorithm, momentum, lr, share, enough, front):
     """Where weights move as well while F falls, else to the end or until F is half.
 
     Then no step is longer than gamma or has momentum. Rectifiers' kinks are met, and steps that
     turn out too long; F is half long before the end.
     """
-    torch.manual_seed(2)
+    torch.manual_seed(27)
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(5, 5), nn.ReLU())))[:-1].double()
     x, y = torch.randn(4, 5).double(), torch.randn(4, 5).double()
     for p in net.parameters():
         p.data *= 2.5
     explicit = copy.deepcopy(net)
-    free, kinds = stepped(explicit, x, y, 0.4, lr, 14, share, enough)
+    free, kinds = stepped(explicit, x, y, 0.4, lr, 14, share, enough, front)
     assert free[9] < free[0] / 2
-    assert free != stepped(copy.deepcopy(net), x, y, 0.4, lr, 14, share, HALFWAY - enough)[0]
+    assert free != stepped(copy.deepcopy(net), x, y, 0.4, lr, 14, share, HALFWAY - enough, front)[0]
     met = {(True, "short"), (True, "long"), (True, True), (False, "long"), (False, True)}
     assert not share or kinds >= met
     given = {"gamma": 0.4, "gamma_decay": 1, "value_nodes": "linear", "T": 14}
@@ -258,20 +392,24 @@ def test_masked_logits_stay_where_they_are():
     assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
 
 
-def test_a_rate_on_the_device_is_as_good():
-    """Where a device holds gamma, it is a tensor."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_rate_on_the_device_is_as_good(dtype):
+    """Where a device holds gamma, it is a tensor, of the energy's type; one node is a front's."""
 
-    def moved(gamma):
+    def moved(gamma, front=True):
         torch.manual_seed(0)
-        node = Node("n", torch.randn(3, 4).requires_grad_(), Gaussian())
-        slopes, conjugate = torch.randn(5, 3, 4), Conjugate(0.2, 1.0)
-        for slope in slopes:
+        nodes = [Node("n", torch.randn(3, 4).requires_grad_(), Gaussian(), depth=d) for d in (1, 2)]
+        slopes, conjugate = torch.randn(5, 3, 4), Conjugate(0.2, 1.0, front=front)
+        for t, slope in enumerate(slopes):
+            conjugate.observe(torch.tensor(5.0 - t, dtype=dtype))
             conjugate.gamma = gamma
-            node.below = slope
-            conjugate.move([node], 2.0)
-        return node.x.detach()
+            for node in nodes:
+                node.below = slope if node.depth <= t + 1 else None
+            conjugate.move(nodes, 2.0)
+        return [node.x.detach() for node in nodes]
 
-    torch.testing.assert_close(moved(torch.tensor(0.2)), moved(0.2))
+    torch.testing.assert_close(moved(torch.tensor(0.2, dtype=dtype)), moved(0.2))
+    assert not torch.equal(moved(0.2)[1], moved(0.2, front=False)[1])
 
 
 @pytest.mark.parametrize("algorithm", [PC, IPC])
