@@ -27,13 +27,16 @@ ALGORITHMS: dict[str, Any] = {
 CLASSES = 10
 #: The paper's descent at the automatic gamma, where PC and iPC take conjugate gradients.
 PLAIN: Job = {"gamma": "auto", "momentum": 0}
+#: PC along conjugate gradients to the end, whose errors travel along a chain as iPC's do.
+CONJUGATE: Job = {"gamma": "auto", "momentum": "conjugate"}
 #: Each stage learns when its error arrives.
 SPIKING: Job = {"gamma": "auto", "precisions": "spiking"}
 
 
 def variant(job: Job) -> str:
     """What is no default in a row beside its gamma, in a word; "" where all is."""
-    return "plain" if "momentum" in job else str(job.get("precisions", ""))
+    own = job.get("momentum", job.get("precisions", ""))
+    return "plain" if own == 0 else str(own)
 
 
 def rate(job: Job) -> Any:
