@@ -88,12 +88,13 @@ class Conjugate(Inference):
     bound on m keeps directions from growing without end.
 
     F may still rise where it is much steeper further off than a step has seen (activations such as
-    x ** 3); after a step that raised it the values go down its gradient by gamma.
+    x ** 3), or after a step of `FRONT`; then the values go down its gradient by gamma.
 
     Args:
         gamma: Length of the tried step, stable in every direction (below 2 / curvature).
         gamma_decay: Factor of gamma after a step at which the energy has not fallen.
-        settled: From where no step is longer than gamma, and each goes down the gradient.
+        settled: From where no step is longer than gamma (but those of `FRONT`), and each goes down
+            the gradient.
         front: Errors arrive depth by depth, each all at once (`Graph.even`), and the first step
             of a value after t = 0 is that of `FRONT`, settled or not.
     """

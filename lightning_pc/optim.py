@@ -42,9 +42,10 @@ class PredictiveCodingOptimizer(Optimizer):
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc,
             ipc, epc) finds rate and momentum of each step, by conjugate gradients; gamma is then
-            the length of the step that is tried (`lightning_pc.conjugate`). ``"auto"`` does
-            so in pc and epc until F has fallen to half in a call, from where steps are gamma's at
-            most, in ipc as long as ``"conjugate"``. None, the default, for pc and ipc where gamma
+            the length of the step that is tried, but along a chain of nodes a value's first
+            step is up to three times as long (`lightning_pc.conjugate`). ``"auto"`` does so in
+            ipc as well, in pc and epc until F has fallen to half in a call, from where steps are
+            gamma's at most, and with no longer step. None, the default, for pc and ipc where gamma
             is automatic, precisions do not vary, nudging is positive and values are made anew for
             each call: ``"auto"``, with ``T="auto"`` ``"conjugate"``; else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
