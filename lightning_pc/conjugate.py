@@ -173,6 +173,26 @@ class Conjugate(Inference):
                 direction.mul_(max(whole, self.start_gamma) / self.gamma)
 
 
+def conjugate(
+    gamma: float,
+    gamma_decay: float,
+    momentum: Literal["auto", "conjugate"],
+    incremental: bool,
+    arrive: bool,
+) -> Conjugate:
+    """Of one batch.
+
+    Args:
+        gamma: As of `Conjugate`.
+        gamma_decay: As of `Conjugate`.
+        momentum: Its kind.
+        incremental: The weights move as well.
+        arrive: Errors arrive depth by depth, each all at once (`Graph.even`).
+    """
+    front = arrive and (incremental or momentum == "conjugate")
+    return Conjugate(gamma, gamma_decay, rule(momentum, incremental), front)
+
+
 def _go(values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:
     """Moves values along directions, by a length that may be on the device."""
     for value, direction in zip(values, directions, strict=True):

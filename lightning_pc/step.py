@@ -19,7 +19,7 @@ from lightning_pc.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.conjugate import Conjugate, rule
+from lightning_pc.conjugate import conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
@@ -224,12 +224,12 @@ class Learner:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
-        if isinstance(momentum, str):
-            incremental = self.schedule.incremental
-            front = (incremental or momentum == "conjugate") and graph.even and not self._age
-            inference: Inference = Conjugate(gamma, decay, rule(momentum, incremental), front)
-        else:
-            inference = Inference(gamma, decay, momentum)
+        arrive = graph.even and not self._age  # kept values have their errors
+        inference = (
+            conjugate(gamma, decay, momentum, self.schedule.incremental, arrive)
+            if isinstance(momentum, str)
+            else Inference(gamma, decay, momentum)
+        )
         if self.schedule.fixed_gamma or self._precisions.varies:
             inference.gamma_decay = 1.0  # F moves by itself where its weights do
         self.values = {node.name: node.x for node in graph.nodes}
