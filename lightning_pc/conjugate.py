@@ -10,24 +10,16 @@ Once it hardly falls, values only follow the weights, and gradients that the wei
 like a direction in which F is flat: there no step is longer than gamma, and the next one goes
 straight down the gradient, or values would run ahead.
 
-Where weights learn at the end alone, ``momentum="auto"`` does the same once F has fallen to half of
-what it was at the start of the call. Where F >= 0, as it is for the usual losses, it cannot fall by
-more than twice as much, so that at least half of all inference is done; and what weights learn from
-the rest is not always better: the minimum of F in a plain MLP of 64 layers, where every node takes
-its small share of the error, is a poor teacher.
-
-In iPC, and wherever values go on to the end (``momentum="conjugate"``), the first step of a value
-that an error from below has just reached, after t = 0, is up to `FRONT` times as long, and 1 where
-that is in reach: then its error is all of what has arrived, as in Z-IL, and travels on. At gamma a
-third of it would be left after one stage and nothing after sixteen. Such a step may be too long and
-raise F; the next one mends that, but not after the last. Hence it is not for ``momentum="auto"``
-where weights learn from the last step alone.
+On a chain, where errors arrive depth by depth, the first step of a value that an error has just
+reached, after t = 0, is longer: `taking_up`. At gamma a third of an error would be left after one
+stage and nothing after sixteen. Such a step may be too long and raise F; steps that follow mend it.
+So where weights learn at the end alone, `MENDING` steps at least follow it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,12 +35,9 @@ LONGEST = 6.0
 #: and of the first eight steps by less than 0.8 of the mean step's fall. (An F that falls evenly
 #: counts as settled from the tenth step on.)
 SETTLED, FIRST = 0.1, 8
-#: Share of F at the start at which ``momentum="auto"`` stops hurrying.
-HALFWAY = 0.5
-
-#: The step of a value that an error has just reached, in units of gamma, but no longer than 1 by
-#: its energy's weight. (A chain of orthogonal weights has a curvature of nearly 4 and gamma 0.35.)
-FRONT = 3.0
+#: Steps that follow the last of the longer ones where weights learn at the end alone: they would
+#: learn what it leaves uncorrected.
+MENDING = 2
 
 #: Whether values have settled, [], by F at the start of the call, before the last step and after
 #: it, and the number of steps: then that step is not made longer, and the next has no momentum.
@@ -66,18 +55,6 @@ def following(first: Tensor, before: Tensor, now: Tensor, steps: int) -> Tensor:
     return before - now <= least * (first - now).clamp(min=0.0)
 
 
-def halved(first: Tensor, before: Tensor, now: Tensor, steps: int) -> Tensor:
-    """F has not fallen, or is half of what it was; one below zero is not bounded by it."""
-    return stalled(first, before, now, steps) | ((now >= 0) & (now <= HALFWAY * first))
-
-
-def rule(momentum: Literal["auto", "conjugate"], incremental: bool) -> Rule:
-    """When values stop hurrying: ``incremental`` where the weights move as well."""
-    if incremental:
-        return following
-    return halved if momentum == "auto" else stalled
-
-
 class Conjugate(Inference):
     """The values' conjugate gradients over one batch, of an F that changes by the weights at most.
 
@@ -88,23 +65,30 @@ class Conjugate(Inference):
     bound on m keeps directions from growing without end.
 
     F may still rise where it is much steeper further off than a step has seen (activations such as
-    x ** 3), or after a step of `FRONT`; then the values go down its gradient by gamma.
+    x ** 3), or after a step of `taking_up`; then the values go down its gradient by gamma.
 
     Args:
         gamma: Length of the tried step, stable in every direction (below 2 / curvature).
         gamma_decay: Factor of gamma after a step at which the energy has not fallen.
-        settled: From where no step is longer than gamma (but those of `FRONT`), and each goes down
-            the gradient.
-        front: Errors arrive depth by depth, each all at once (`Graph.even`), and the first step
-            of a value after t = 0 is that of `FRONT`, settled or not.
+        settled: From where no step is longer than gamma (but those of ``front``), and each goes
+            down the gradient.
+        front: In so many steps, the first excepted, a value that an error has just reached goes as
+            far as `taking_up` says, settled or not. Errors arrive depth by depth, each all at once
+            (`Graph.even`).
+        aim: gamma times the curvature that it was chosen for.
     """
 
     own_rates = True
 
     def __init__(
-        self, gamma: float, gamma_decay: float, settled: Rule = stalled, front: bool = False
+        self,
+        gamma: float,
+        gamma_decay: float,
+        settled: Rule = stalled,
+        front: int = 0,
+        aim: float = 1.4,
     ) -> None:
-        self._rule, self._front = settled, front
+        self._rule, self._front, self._aim = settled, front, aim
         super().__init__(gamma, gamma_decay)
 
     @override
@@ -137,7 +121,7 @@ class Conjugate(Inference):
             self._directions = list(torch._foreach_neg(slopes))
         else:
             self._correct(values, slopes)
-            if self._front:
+            if self._steps < self._front:
                 self._carry_on(nodes)
         self._tried = self.gamma
         _go(values, self._directions, self._tried)
@@ -166,31 +150,42 @@ class Conjugate(Inference):
         torch._foreach_sub_(directions, before)
 
     def _carry_on(self, nodes: Sequence[Node]) -> None:
-        """Makes the coming step of values that an error has just reached the one of `FRONT`."""
+        """Makes the coming step of values that an error has just reached a longer one."""
+        gamma = self.start_gamma
         for node, direction in zip(nodes, self._directions, strict=True):
             if node.depth == self._steps + 1 and node.weight:
-                whole = min(FRONT * self.start_gamma, 1.0 / node.weight)
-                direction.mul_(max(whole, self.start_gamma) / self.gamma)
+                step = taking_up(self._aim / gamma, node.weight)
+                direction.mul_(max(step, gamma) / self.gamma)
+
+
+def taking_up(curvature: float, weight: float) -> float:
+    """The step of a value that takes up as much as it can of an error that has just come to it.
+
+    In a chain whose stages stretch what goes through them by a factor of at most s, and whose
+    energies have this weight, the largest curvature is about weight * (1 + s) ** 2. Along the pull
+    of an error that is stretched by s, it is gone after a step of 1 / (weight * s ** 2); and after
+    1 / weight a value's own error is all of what has arrived, as in Z-IL, and travels on.
+    """
+    stretch = math.sqrt(max(curvature / weight, 1.0)) - 1.0
+    return 1.0 / (weight * max(stretch, 1.0) ** 2)
 
 
 def conjugate(
-    gamma: float,
-    gamma_decay: float,
-    momentum: Literal["auto", "conjugate"],
-    incremental: bool,
-    arrive: bool,
+    gamma: float, gamma_decay: float, incremental: bool, arrive: bool, T: int, aim: float
 ) -> Conjugate:
     """Of one batch.
 
     Args:
         gamma: As of `Conjugate`.
         gamma_decay: As of `Conjugate`.
-        momentum: Its kind.
         incremental: The weights move as well.
         arrive: Errors arrive depth by depth, each all at once (`Graph.even`).
+        T: Evaluations at most.
+        aim: As of `Conjugate`.
     """
-    front = arrive and (incremental or momentum == "conjugate")
-    return Conjugate(gamma, gamma_decay, rule(momentum, incremental), front)
+    if incremental:
+        return Conjugate(gamma, gamma_decay, following, T if arrive else 0, aim)
+    return Conjugate(gamma, gamma_decay, stalled, T - 1 - MENDING if arrive else 0, aim)
 
 
 def _go(values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:

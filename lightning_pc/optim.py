@@ -43,11 +43,9 @@ class PredictiveCodingOptimizer(Optimizer):
             et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc,
             ipc, epc) finds rate and momentum of each step, by conjugate gradients; gamma is then
             the length of the step that is tried, but along a chain of nodes a value's first
-            step is up to three times as long (`lightning_pc.conjugate`). ``"auto"`` does so in
-            ipc as well, in pc and epc until F has fallen to half in a call, from where steps are
-            gamma's at most, and with no longer step. None, the default, for pc and ipc where gamma
-            is automatic, precisions do not vary, nudging is positive and values are made anew for
-            each call: ``"auto"``, with ``T="auto"`` ``"conjugate"``; else 0.
+            step is longer (`lightning_pc.conjugate`). None, the default, is ``"conjugate"`` for pc
+            and ipc where gamma is automatic, precisions do not vary, nudging is positive and values
+            are made anew for each call, else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
             ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
             module type, a callable ``(name, module) -> bool``, or a list of these.
@@ -79,7 +77,7 @@ class PredictiveCodingOptimizer(Optimizer):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float | Literal["auto", "conjugate"] | None = None,
+        momentum: float | Literal["conjugate"] | None = None,
         value_nodes: ValueNodes = "auto",
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[[], float] | None = None,

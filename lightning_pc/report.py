@@ -27,12 +27,11 @@ class StepReport:
         loss_terms: M, the number of terms that the loss is a mean of.
         gamma: Inference rate at the end of the batch.
         momentum: Share of their velocity that values kept from step to step; ``"conjugate"``
-            where they moved along conjugate gradients, ``"auto"`` where in pc and epc they did
-            until F was half.
+            where they moved along conjugate gradients.
         curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
             goes (with varying precisions of the F that `Precisions.lasting` weighs); None where
             gamma is given. gamma * curvature must stay below
-            2 (1 + momentum), where momentum is automatic below 2.
+            2 (1 + momentum), along conjugate gradients below 2.
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
@@ -48,7 +47,7 @@ class StepReport:
     gamma: float
     curvature: float | None
     energies: Tensor
-    momentum: float | Literal["auto", "conjugate"] = 0.0
+    momentum: float | Literal["conjugate"] = 0.0
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))

@@ -31,7 +31,7 @@ class Settings:
     T: int | Literal["auto"] | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float = 0.9
-    momentum: float | Literal["auto", "conjugate"] | None = None
+    momentum: float | Literal["conjugate"] | None = None
     value_nodes: ValueNodes = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
@@ -79,20 +79,20 @@ class Settings:
         momentum = self.momentum
         if momentum is None:
             return
-        automatic = isinstance(momentum, str) and momentum in ("auto", "conjugate")
-        if not automatic and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
+        conjugate = isinstance(momentum, str) and momentum == "conjugate"
+        if not conjugate and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
             raise ConfigError(
                 f"momentum={momentum!r}: expected the share of their velocity that values keep "
-                "from step to step, in [0, 1), 'auto', 'conjugate' or None."
+                "from step to step, in [0, 1), 'conjugate' or None."
             )
         if momentum and self.algorithm == "zil":
             raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
-        if automatic and SCHEDULES[self.algorithm].node is WholeErrorNode:
+        if conjugate and SCHEDULES[self.algorithm].node is WholeErrorNode:
             raise ConfigError(
                 f"momentum={momentum!r} leads towards the minimum of F, but {self.algorithm} stays "
                 "near its start on purpose: give a number, or use 'ipc'."
             )
-        if automatic and precisions(self.precisions).varies:
+        if conjugate and precisions(self.precisions).varies:
             raise ConfigError(
                 f"momentum={momentum!r} tells from two gradients how F bends between them, but "
                 "varying precisions change F itself: give a number."
@@ -169,21 +169,18 @@ class Settings:
         return fixed if self.gamma == "auto" else self.gamma
 
     @property
-    def chosen_momentum(self) -> float | Literal["auto", "conjugate"]:
-        """Of the values: the one given, else "auto" where that is the algorithm's and can be had.
+    def chosen_momentum(self) -> float | Literal["conjugate"]:
+        """Of the values: the one given, else conjugate gradients where the algorithm has them.
 
-        Whoever waits for F to converge, ``T="auto"``, gets "conjugate". With a given gamma values
-        descend as in the paper. Where they are kept from call to call they do, too: what they do
-        must not depend on how many steps a call has. And where the loss is pushed up: F may have
-        no minimum.
+        With a given gamma values descend as in the paper. Where they are kept from call to call
+        they do, too: what they do must not depend on how many steps a call has. And where the loss
+        is pushed up: F may have no minimum.
         """
         if self.momentum is not None:
             return self.momentum
         steady = self.reset == "batch" and not precisions(self.precisions).varies
         downhill = schedule(self.algorithm).conjugate and self.nudging == "positive"
-        if not (self.gamma == "auto" and steady and downhill):
-            return 0.0
-        return "conjugate" if self.T == "auto" else "auto"
+        return "conjugate" if self.gamma == "auto" and steady and downhill else 0.0
 
 
 def _is_whole(value: object) -> bool:

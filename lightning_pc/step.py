@@ -224,10 +224,11 @@ class Learner:
         graph = batch.graph
         gamma = self.settings.fixed_gamma or START
         decay, momentum = self.settings.gamma_decay, self.settings.chosen_momentum
+        incremental = self.schedule.incremental
         arrive = graph.even and not self._age  # kept values have their errors
         inference = (
-            conjugate(gamma, decay, momentum, self.schedule.incremental, arrive)
-            if isinstance(momentum, str)
+            conjugate(gamma, decay, incremental, arrive, batch.steps[1], self.schedule.aim)
+            if momentum == "conjugate"
             else Inference(gamma, decay, momentum)
         )
         if self.schedule.fixed_gamma or self._precisions.varies:

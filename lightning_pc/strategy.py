@@ -59,11 +59,9 @@ class PCStrategy(SingleDeviceStrategy):
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. "conjugate" (pc, ipc, epc) finds rate
             and momentum of each step, by conjugate gradients; gamma is then the length of the
-            step that is tried, but along a chain of nodes a value's first step is up to three
-            times as long. "auto" does so in ipc as well, in pc and epc until F has fallen to half
-            in a batch, from where steps are gamma's at most, and with no longer step. None, for
-            pc and ipc where gamma is automatic, precisions do not vary, nudging is positive and
-            values are made anew for each batch: "auto", with T="auto" "conjugate"; else 0.
+            step that is tried, but along a chain of nodes a value's first step is longer. None is
+            "conjugate" for pc and ipc where gamma is automatic, precisions do not vary, nudging is
+            positive and values are made anew for each batch, else 0.
         value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
             "linear", "blocks", a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.
@@ -98,7 +96,7 @@ class PCStrategy(SingleDeviceStrategy):
         T: int | Literal["auto"] | None = None,
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
-        momentum: float | Literal["auto", "conjugate"] | None = None,
+        momentum: float | Literal["conjugate"] | None = None,
         value_nodes: str
         | type[nn.Module]
         | Callable[[str, nn.Module], bool]

@@ -306,7 +306,7 @@ def test_a_look_leaves_no_trace(algorithm, autocast):
     start, (x, y) = Norm(), vectors(12)
     found = {}
     gamma = "auto"
-    momentum = 0.0 if algorithm is EPC else "auto"  # the defaults, where gamma is automatic
+    momentum = 0.0 if algorithm is EPC else "conjugate"  # the defaults, where gamma is automatic
     for kind in ("auto", "given"):
         model = twin(start)
         adam = torch.optim.Adam(model.parameters(), 0.01)
@@ -643,7 +643,7 @@ SLOW = ("cnn", "resnet")
             for algorithm, name in itertools.product(ALGORITHMS, TASKS)
             if not (algorithm is EPC and TASKS[name] is None)
         ),
-        *((EPC, name, {"momentum": "auto"}) for name in ("cnn", "deep")),
+        *((EPC, name, {"momentum": "conjugate"}) for name in ("cnn", "deep")),
         *(
             (algorithm, name, {"momentum": 0})
             for algorithm, name in itertools.product((PC, IPC), TASKS)

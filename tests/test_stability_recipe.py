@@ -288,8 +288,7 @@ def test_numbers_of_jobs():
     assert (sizes.count(0), sizes.count(1)) == (144, 432)
     for study in (architectures, depth, defaults):
         own = {(job["algorithm"], job["momentum"]) for job in study.jobs() if "momentum" in job}
-        to_the_end = {("pc", "conjugate")} if study is depth else set()
-        assert own == {("pc", 0), ("ipc", 0)} | to_the_end
+        assert own == {("pc", 0), ("ipc", 0)}
     for study in (depth, defaults):  # of which one step a batch counts in full, as of pc
         spiking = [job for job in study.jobs() if "precisions" in job]
         assert {job["algorithm"] for job in spiking} == {"ipc"}

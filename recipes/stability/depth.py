@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.stability.data import mnist
-from recipes.stability.training import ALGORITHMS, CONJUGATE, PLAIN, SPIKING, classify, rate
+from recipes.stability.training import ALGORITHMS, PLAIN, SPIKING, classify, rate
 
 DEPTHS = (2, 4, 8, 16, 32, 64)
 NETWORKS = ("mlp", "residual")
@@ -29,7 +29,7 @@ GAMMAS = (1.0, 0.5, 0.1, 0.01, "auto")
 SMALL = 1e-4
 #: What an algorithm has beside `GAMMAS`.
 OWN: dict[str, tuple[Job, ...]] = {
-    "pc": (PLAIN, CONJUGATE),
+    "pc": (PLAIN,),
     "ipc": (PLAIN, SPIKING),
     "epc": ({"gamma": SMALL},),
 }

@@ -27,8 +27,6 @@ ALGORITHMS: dict[str, Any] = {
 CLASSES = 10
 #: The paper's descent at the automatic gamma, where PC and iPC take conjugate gradients.
 PLAIN: Job = {"gamma": "auto", "momentum": 0}
-#: PC along conjugate gradients to the end, whose errors travel along a chain as iPC's do.
-CONJUGATE: Job = {"gamma": "auto", "momentum": "conjugate"}
 #: Each stage learns when its error arrives.
 SPIKING: Job = {"gamma": "auto", "precisions": "spiking"}
 
