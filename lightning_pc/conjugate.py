@@ -7,11 +7,11 @@ first tried at gamma, and its right length is made up for in the step after it.
 
 In iPC the weights have moved between those gradients, too. While F falls fast that hardly matters.
 Once it hardly falls, values only follow the weights, and gradients that the weights keep alike look
-like a direction in which F is flat: there no step is longer than gamma, and the next one goes
-straight down the gradient, or values would run ahead.
+like a direction in which F is flat: there no step is longer than gamma (but for what follows), and
+the next one goes straight down the gradient, or values would run ahead.
 
 On a chain, where errors arrive depth by depth, the first step of a value that an error has just
-reached, after t = 0, is longer: `taking_up`. At gamma a third of an error would be left after one
+reached, after t = 0, may be longer: `taking_up`. At gamma a third of an error would be left after one
 stage and nothing after sixteen. Such a step may be too long and raise F; steps that follow mend it.
 So where weights learn at the end alone, `MENDING` steps at least follow it.
 """
@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_pc.inference import Inference, descend
 from lightning_pc.nodes import Node
+from lightning_pc.schedules import Schedule
 
 #: The longest step, in units of gamma. With 8 inference comes little further (0.53 for 0.51 of the
 #: way in a tiny ResNet), and where F is steeper further off (activations x * x) it ends higher.
@@ -75,7 +76,6 @@ class Conjugate(Inference):
         front: In so many steps, the first excepted, a value that an error has just reached goes as
             far as `taking_up` says, settled or not. Errors arrive depth by depth, each all at once
             (`Graph.even`).
-        aim: gamma times the curvature that it was chosen for.
     """
 
     own_rates = True
@@ -86,19 +86,23 @@ class Conjugate(Inference):
         gamma_decay: float,
         settled: Rule = stalled,
         front: int = 0,
-        aim: float = 1.4,
     ) -> None:
-        self._rule, self._front, self._aim = settled, front, aim
+        self._rule, self._front = settled, front
         super().__init__(gamma, gamma_decay)
 
     @override
     def begin(self) -> None:
         super().begin()
         self._settled: Tensor | None = None
-        self._steps = 0
+        self._steps, self._longer = 0, -MENDING
         self._directions: list[Tensor] = []
         self._slopes: list[Tensor] = []  # dF/dx at the end of the step of the right length
         self._tried: float | Tensor = 0.0
+
+    @property
+    @override
+    def converged(self) -> Tensor | None:
+        return None if self._steps - self._longer < MENDING else super().converged
 
     @override
     @torch.no_grad()
@@ -151,27 +155,29 @@ class Conjugate(Inference):
 
     def _carry_on(self, nodes: Sequence[Node]) -> None:
         """Makes the coming step of values that an error has just reached a longer one."""
-        gamma = self.start_gamma
+        curvature = self.chosen_for or Schedule.aim / self.start_gamma
+        largest = max(node.weight for node in nodes)
         for node, direction in zip(nodes, self._directions, strict=True):
             if node.depth == self._steps + 1 and node.weight:
-                step = taking_up(self._aim / gamma, node.weight)
-                direction.mul_(max(step, gamma) / self.gamma)
+                step = taking_up(curvature / largest) / node.weight
+                direction.mul_(max(step, self.start_gamma) / self.gamma)
+                self._longer = self._steps
 
 
-def taking_up(curvature: float, weight: float) -> float:
+def taking_up(curvature: float) -> float:
     """The step of a value that takes up as much as it can of an error that has just come to it.
 
-    In a chain whose stages stretch what goes through them by a factor of at most s, and whose
-    energies have this weight, the largest curvature is about weight * (1 + s) ** 2. Along the pull
-    of an error that is stretched by s, it is gone after a step of 1 / (weight * s ** 2); and after
-    1 / weight a value's own error is all of what has arrived, as in Z-IL, and travels on.
+    In a long chain of stages that stretch what goes through them by a factor of at most s, the
+    largest curvature is (1 + s) ** 2. Along a pull that is stretched by s, the error that pulls is
+    gone after a step of 1 / s ** 2. And after a step of 1 a value's own error is all of what has
+    arrived, as in Z-IL. (Where energies have weights, curvatures are in units of them.)
     """
-    stretch = math.sqrt(max(curvature / weight, 1.0)) - 1.0
-    return 1.0 / (weight * max(stretch, 1.0) ** 2)
+    stretch = math.sqrt(max(curvature, 1.0)) - 1.0
+    return 1.0 / max(stretch, 1.0) ** 2
 
 
 def conjugate(
-    gamma: float, gamma_decay: float, incremental: bool, arrive: bool, T: int, aim: float
+    gamma: float, gamma_decay: float, incremental: bool, arrive: bool, T: int
 ) -> Conjugate:
     """Of one batch.
 
@@ -181,11 +187,10 @@ def conjugate(
         incremental: The weights move as well.
         arrive: Errors arrive depth by depth, each all at once (`Graph.even`).
         T: Evaluations at most.
-        aim: As of `Conjugate`.
     """
     if incremental:
-        return Conjugate(gamma, gamma_decay, following, T if arrive else 0, aim)
-    return Conjugate(gamma, gamma_decay, stalled, T - 1 - MENDING if arrive else 0, aim)
+        return Conjugate(gamma, gamma_decay, following, T if arrive else 0)
+    return Conjugate(gamma, gamma_decay, stalled, T - 1 - MENDING if arrive else 0)
 
 
 def _go(values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:

@@ -54,6 +54,7 @@ class AutoGamma:
     Attributes:
         gamma: The rate in use.
         curvature: As of the last look; None before the first.
+        chosen_for: The curvature by which gamma was chosen.
         evaluations: Evaluations of training so far.
         looked_at: ``evaluations`` at the last look.
         looks: Number of looks.
@@ -69,6 +70,7 @@ class AutoGamma:
     high: float
     gamma: float = START
     curvature: float | None = None
+    chosen_for: float | None = None
     evaluations: int = 0
     looked_at: int = 0
     looks: int = 0
@@ -99,6 +101,7 @@ class AutoGamma:
         self.curvature, self.failures = curvature, 0
         if fresh or not self.low <= self.gamma * curvature <= self.high:
             before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
+            self.chosen_for = curvature
             self.soonest = SOONEST if self.gamma != before else self.soonest
         elif self.alarmed:
             self.soonest = min(4 * self.soonest, EVERY)

@@ -27,6 +27,9 @@ class Inference:
         gamma_decay: Factor of gamma after a step at which the energy has not fallen (the paper,
             D.3), in (0, 1]; 1 leaves gamma alone.
         momentum: Share of a node's velocity that it keeps from step to step, in [0, 1).
+
+    Attributes:
+        chosen_for: The largest curvature of F by which gamma was chosen, None where it was given.
     """
 
     #: Each step has a rate and a momentum of its own, so that F's growth says nothing of gamma.
@@ -34,6 +37,7 @@ class Inference:
 
     def __init__(self, gamma: float, gamma_decay: float, momentum: float = 0.0) -> None:
         self.start_gamma = gamma
+        self.chosen_for: float | None = None
         self.gamma_decay = gamma_decay
         self.momentum = momentum
         self.begin()

@@ -172,6 +172,7 @@ class Relaxation:
             curvature, _ = self._look(seed=self.auto.looks, close=self.auto.close)
             self.auto.take_in(curvature)
         self.inference.start_gamma = self.auto.gamma
+        self.inference.chosen_for = self.auto.chosen_for
         self.inference.begin()
 
     def _look(self, seed: int = 0, close: bool = False) -> tuple[float, Node]:

@@ -227,7 +227,7 @@ class Learner:
         incremental = self.schedule.incremental
         arrive = graph.even and not self._age  # kept values have their errors
         inference = (
-            conjugate(gamma, decay, incremental, arrive, batch.steps[1], self.schedule.aim)
+            conjugate(gamma, decay, incremental, arrive, batch.steps[1])
             if momentum == "conjugate"
             else Inference(gamma, decay, momentum)
         )

@@ -1,4 +1,4 @@
-"""The first step of a value on a chain takes up the whole error, so that errors travel on."""
+"""The first step of a value on a chain takes up what it can of an error, which travels on."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from problems import Thrice
 from test_curvature import classifier, sgd
 from torch import nn
 
-from lightning_pc.conjugate import MENDING, Conjugate, taking_up
+from lightning_pc.conjugate import MENDING, Conjugate
 from lightning_pc.energies import Gaussian
 from lightning_pc.nodes import Node
 from lightning_pc.optim import IPC, PC, ZIL
@@ -65,27 +65,47 @@ def test_where_weights_learn_at_the_end_alone_steps_follow_that_mend(algorithm, 
     assert (due[16 - late :] < 0.5 * free[16 - late :]).all()
 
 
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize("precisions", ["depth", 0.1, 4.0])
+def test_energies_that_weigh_otherwise_do_not_stop_them(algorithm, precisions):
+    """The same error comes to the top, that is, the same energy times its weight."""
+    given = {"momentum": "conjugate", "T": 17 + MENDING, "precisions": precisions}
+    plain, own = tops(algorithm, **given | {"precisions": 1}), tops(algorithm, **given)
+    weight = 0.9**15 if precisions == "depth" else precisions
+    assert own[-1] * weight**0.5 > 0.3 * plain[-1]  # a weighted error pulls by as much
+    assert plain[-1] > 0.1 * tops(ZIL)[-1]
+
+
 @pytest.mark.parametrize(
-    ("gamma", "weight", "expected"),
+    ("gamma", "curvature", "weights", "expected"),
     [
-        (0.35, 1, 1),  # a curvature of 4, of stages that leave errors as long as they are
-        (0.5, 1, 1),
-        (1.5, 1, 1.5),
-        (1.4 / 9, 1, 1 / 4),  # a stage that makes them twice as long
-        (0.7 / 9, 2, 1 / 8),
-        (0.7, 2, 0.7),
-        (0.7, 0.5, 2),
-        (0.01, 1, 0.01),
+        (
+            0.35,
+            None,
+            (1, 1),
+            1,
+        ),  # a curvature of 4, of stages that leave errors as long as they are
+        (0.5, None, (1, 1), 1),
+        (1.5, None, (1, 1), 1.5),
+        (1.4 / 9, None, (1, 1), 1 / 4),  # a stage that makes them twice as long
+        (0.1, 4.0, (1, 1), 1),  # gamma was chosen for less than it would bear
+        (0.7 / 9, None, (2, 2), 1 / 8),
+        (0.7, None, (0.5, 0.5), 2),
+        (0.5, 0.4, (0.1, 0.1), 10),  # gamma has its upper limit
+        (0.1, 9.0, (1, 0.5), 1 / 2),
+        (0.01, None, (1, 1), 0.01),
     ],
 )
-def test_the_step_that_takes_up_an_error(gamma, weight, expected):
-    """1 / (weight * stretch ** 2) where weight * (1 + stretch) ** 2 is 1.4 / gamma of the start.
+def test_the_step_that_takes_up_an_error(gamma, curvature, weights, expected):
+    """1 / (weight * s ** 2) where the curvature is (1 + s) ** 2 times the largest weight.
 
-    At most 1 / weight, at least gamma.
+    At most 1 / weight, at least gamma, which is 1.4 / curvature where it was given.
     """
     nodes = [Node("n", torch.zeros(1).requires_grad_(), Gaussian(), depth=d) for d in (1, 2)]
-    nodes[1].weight = weight
+    for node, weight in zip(nodes, weights, strict=True):
+        node.weight = weight
     conjugate = Conjugate(gamma, 0.5, front=2)
+    conjugate.chosen_for = curvature
     for t, energy in enumerate((1.0, 2.0)):  # it has risen, so that gamma is half
         conjugate.observe(torch.tensor(energy))
         nodes[0].below, nodes[1].below = torch.ones(1), torch.ones(1) if t else None
@@ -94,14 +114,18 @@ def test_the_step_that_takes_up_an_error(gamma, weight, expected):
     torch.testing.assert_close(-nodes[1].x.detach(), torch.tensor([float(expected)]))
 
 
-@pytest.mark.parametrize("stretch", [0.5, 1.0, 2.0])
-def test_it_is_the_exact_line_search_where_all_that_is_stretched_is_stretched_as_far(stretch):
-    """Nothing is left of the child's error, but where that would take more than the whole error."""
-    q = torch.linalg.qr(torch.randn(5, 5).double())[0] * stretch
-    e = torch.randn(5).double()
-    step = taking_up((1 + stretch) ** 2, 1.0)
-    left = e - step * q @ (q.T @ e)
-    torch.testing.assert_close(left, e * (1 - min(1.0, 1 / stretch**2) * stretch**2))
+@pytest.mark.parametrize("layers", [8, 12, 16])
+def test_inference_does_not_converge_before_the_step_is_mended(layers):
+    """Where ``T="auto"`` ends two steps have followed it; else it would end as errors arrive."""
+    torch.manual_seed(2)
+    sizes = [32] * layers
+    net = nn.Sequential(*(m for n in sizes for m in (nn.Linear(n, n), nn.Tanh())), nn.Linear(32, 4))
+    optimizer = PC(sgd(net), net, T="auto", gamma=0.4, momentum="conjugate")
+    optimizer.step(classifier(net, torch.randn(16, 32), torch.arange(16) % 4))
+    report = optimizer.report
+    assert report.depth == layers
+    assert report.steps - 2 - (layers - 1) >= MENDING  # the last move, and the longer step
+    assert report.steps < max(32, 4 * layers)
 
 
 @pytest.mark.parametrize(
