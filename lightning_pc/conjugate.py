@@ -11,9 +11,9 @@ like a direction in which F is flat: there no step is longer than gamma (but for
 the next one goes straight down the gradient, or values would run ahead.
 
 On a chain, where errors arrive depth by depth, the first step of a value that an error has just
-reached, after t = 0, may be longer: `taking_up`. At gamma a third of an error would be left after one
-stage and nothing after sixteen. Such a step may be too long and raise F; steps that follow mend it.
-So where weights learn at the end alone, `MENDING` steps at least follow it.
+reached, after t = 0, may be longer: `taking_up`. At gamma a third of an error would be left after
+one stage and nothing after sixteen. Such a step may be too long and raise F; steps that follow mend
+it. So where weights learn at the end alone, `MENDING` steps at least follow it.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class PredictiveCodingOptimizer(Optimizer):
             et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc,
             ipc, epc) finds rate and momentum of each step, by conjugate gradients; gamma is then
             the length of the step that is tried, but along a chain of nodes a value's first
-            step is longer (`lightning_pc.conjugate`). None, the default, is ``"conjugate"`` for pc
-            and ipc where gamma is automatic, precisions do not vary, nudging is positive and values
-            are made anew for each call, else 0.
+            step may be longer (`lightning_pc.conjugate`). None, the default, is ``"conjugate"`` for
+            pc and ipc where gamma is automatic, precisions do not vary, nudging is positive and
+            values are made anew for each call, else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
             ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
             module type, a callable ``(name, module) -> bool``, or a list of these.

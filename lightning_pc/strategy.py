@@ -59,9 +59,9 @@ class PCStrategy(SingleDeviceStrategy):
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. "conjugate" (pc, ipc, epc) finds rate
             and momentum of each step, by conjugate gradients; gamma is then the length of the
-            step that is tried, but along a chain of nodes a value's first step is longer. None is
-            "conjugate" for pc and ipc where gamma is automatic, precisions do not vary, nudging is
-            positive and values are made anew for each batch, else 0.
+            step that is tried, but along a chain of nodes a value's first step may be longer. None
+            is "conjugate" for pc and ipc where gamma is automatic, precisions do not vary, nudging
+            is positive and values are made anew for each batch, else 0.
         value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
             "linear", "blocks", a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.
