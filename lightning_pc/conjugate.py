@@ -36,8 +36,8 @@ LONGEST = 6.0
 #: and of the first eight steps by less than 0.8 of the mean step's fall. (An F that falls evenly
 #: counts as settled from the tenth step on.)
 SETTLED, FIRST = 0.1, 8
-#: Steps that follow the last of the longer ones where weights learn at the end alone: they would
-#: learn what it leaves uncorrected.
+#: Steps that at least follow a longer one before inference has converged. Weights that learn at the
+#: end alone would learn what it leaves uncorrected.
 MENDING = 2
 
 #: Whether values have settled, [], by F at the start of the call, before the last step and after

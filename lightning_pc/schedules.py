@@ -22,7 +22,7 @@ class Schedule(ABC):
     #: The only gamma it allows, None for any.
     fixed_gamma: float | None = None
     #: What gamma="auto" makes of gamma * curvature, and the band in which it leaves it alone.
-    #: A low one is no safer: errors shrink by gamma per stage on their way up a deep module.
+    #: A low one is no safer: down the gradient errors shrink by gamma per stage on their way up.
     aim, band = 1.4, (0.9, 1.6)
     #: The user is told of a gamma whose product with the curvature exceeds this.
     bearable = 2.0
