@@ -188,9 +188,8 @@ def conjugate(
         arrive: Errors arrive depth by depth, each all at once (`Graph.even`).
         T: Evaluations at most.
     """
-    if incremental:
-        return Conjugate(gamma, gamma_decay, following, T if arrive else 0)
-    return Conjugate(gamma, gamma_decay, stalled, T - 1 - MENDING if arrive else 0)
+    settled, front = (following, T) if incremental else (stalled, T - 1 - MENDING)
+    return Conjugate(gamma, gamma_decay, settled, front if arrive else 0)
 
 
 def _go(values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:

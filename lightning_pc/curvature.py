@@ -54,7 +54,6 @@ class AutoGamma:
     Attributes:
         gamma: The rate in use.
         curvature: As of the last look; None before the first.
-        chosen_for: The curvature by which gamma was chosen.
         evaluations: Evaluations of training so far.
         looked_at: ``evaluations`` at the last look.
         looks: Number of looks.
@@ -70,7 +69,6 @@ class AutoGamma:
     high: float
     gamma: float = START
     curvature: float | None = None
-    chosen_for: float | None = None
     evaluations: int = 0
     looked_at: int = 0
     looks: int = 0
@@ -82,6 +80,17 @@ class AutoGamma:
 
     def __post_init__(self) -> None:
         self.gamma = min(self.gamma, self.aim)
+
+    @property
+    def chosen_for(self) -> float | None:
+        """The curvature by which gamma was chosen, the last one seen where gamma is at its limit.
+
+        None before the first look.
+        """
+        if self.curvature is None:
+            return None
+        suited = self.aim / self.gamma
+        return suited if self.gamma < LARGEST else min(suited, self.curvature)
 
     def due(self) -> bool:
         """Whether to look before the values of this batch move."""
@@ -101,7 +110,6 @@ class AutoGamma:
         self.curvature, self.failures = curvature, 0
         if fresh or not self.low <= self.gamma * curvature <= self.high:
             before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
-            self.chosen_for = curvature
             self.soonest = SOONEST if self.gamma != before else self.soonest
         elif self.alarmed:
             self.soonest = min(4 * self.soonest, EVERY)

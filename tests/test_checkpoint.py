@@ -97,7 +97,7 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
     if ours is not None:
         kinds = {name: type(value) for name, value in ours.items()}
         expected = {
-            **dict.fromkeys(("gamma", "curvature", "chosen_for"), float),
+            **dict.fromkeys(("gamma", "curvature"), float),
             **dict.fromkeys(("evaluations", "looked_at", "looks", "failures", "soonest"), int),
             **dict.fromkeys(("alarmed", "anew", "close"), bool),
             "precisions": str,

@@ -79,12 +79,7 @@ def test_energies_that_weigh_otherwise_do_not_stop_them(algorithm, precisions):
 @pytest.mark.parametrize(
     ("gamma", "curvature", "weights", "expected"),
     [
-        (
-            0.35,
-            None,
-            (1, 1),
-            1,
-        ),  # a curvature of 4, of stages that leave errors as long as they are
+        (0.35, None, (1, 1), 1),  # a curvature of 4: stages leave errors as long as they are
         (0.5, None, (1, 1), 1),
         (1.5, None, (1, 1), 1.5),
         (1.4 / 9, None, (1, 1), 1 / 4),  # a stage that makes them twice as long
