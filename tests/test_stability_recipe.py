@@ -227,7 +227,7 @@ def test_depth_table():
 def test_architectures_table():
     rows = [
         {"size": 0, "network": network, "algorithm": "ipc", "gamma": gamma, "loss": loss}
-        | {"steps": 50}
+        | {"steps": 50, "lr": 1e-3}
         for network, gamma, loss in [
             ("BERT", 1.0, None),
             ("BERT", 0.1, 2.0),
@@ -244,10 +244,16 @@ def test_architectures_table():
     found = architectures.losses(rows, "BERT", "ipc")
     assert found["auto, plain"] == 0.1
     assert architectures.ratio(found) == pytest.approx(1.1)
+    rows += [rows[1] | {"lr": 3e-3, "loss": loss} for loss in (1.0, 2.6)]
+    rows += [rows[2] | {"lr": 3e-3, "loss": None}]
+    found = architectures.losses(rows, "BERT", "ipc")
+    assert (found[0.1], found["auto"]) == (1.8, 2.2)  # the best mean over seeds
     assert architectures.ratio({0.1: 0.0, "auto": 0.0}) == 1
     assert architectures.ratio({0.1: 1.0}) is None
     table, _ = architectures.tables(rows)
-    assert table.caption.endswith("1 of 3")
+    assert table.caption.endswith(
+        "0 of 3 with the best learning rate, 1 of 3 with 0.001, 0 of 1 with 0.003"
+    )
     assert isinstance(architectures.picture(rows), Figure)
 
 
@@ -285,7 +291,7 @@ def test_numbers_of_jobs():
     assert len(smallest) == 32 + 2 * 128
     assert len(architectures.NETWORKS) == 12
     sizes = [job["size"] for job in architectures.jobs()]
-    assert (sizes.count(0), sizes.count(1)) == (144, 432)
+    assert (sizes.count(0), sizes.count(1)) == (432, 1296)
     for study in (architectures, depth, defaults):
         own = {(job["algorithm"], job["momentum"]) for job in study.jobs() if "momentum" in job}
         assert own == {("pc", 0), ("ipc", 0)}
@@ -320,7 +326,8 @@ def test_deep_networks_carry_signals():
 
 def test_defaults_take_the_rate_that_validates_best():
     rows = [
-        {"size": 0, "task": "digits", "algorithm": name, "T": None, "lr": rate, "seed": seed}
+        {"size": 0, "task": "digits", "algorithm": name, "T": None, "gamma": "auto"}
+        | {"lr": rate, "seed": seed}
         | {"accuracy": test, "validation": val, "steps": 8, "cpu_seconds": 1}
         for name, rate, seed, test, val in (
             *(("bp", 1e-3, 0, 90.0, 80.0), ("bp", 1e-3, 1, 92.0, 82.0)),
@@ -329,11 +336,14 @@ def test_defaults_take_the_rate_that_validates_best():
     ]
     rows += [rows[-1] | {"momentum": 0, "accuracy": 91.0}]
     rows += [rows[0] | {"algorithm": "ipc", "precisions": "spiking", "accuracy": 93.0}]
+    rows += [rows[0] | {"algorithm": "ipc", "gamma": 0.1, "accuracy": 94.0}]
     assert [r["accuracy"] for r in defaults.chosen(rows, "digits", "bp", {})] == [90.0, 92.0]
     table, *_ = defaults.tables(rows)
-    assert list(table.columns[0].cells) == ["bp", "pc", "pc, plain", "ipc, spiking"]
-    assert list(table.columns[3].cells) == ["91.00 ± 1.41", "89.00", "91.00", "93.00"]
-    assert list(table.columns[4].cells) == ["+0.00", "-2.00", "+0.00", "+2.00"]
+    assert list(table.columns[0].cells) == [
+        *("bp", "pc", "pc, plain", "ipc, spiking", "ipc, gamma 0.1")
+    ]
+    assert list(table.columns[3].cells) == ["91.00 ± 1.41", "89.00", "91.00", "93.00", "94.00"]
+    assert list(table.columns[4].cells) == ["+0.00", "-2.00", "+0.00", "+2.00", "+3.00"]
 
 
 @pytest.mark.parametrize("T", [None, 3, "auto"])

@@ -1,4 +1,4 @@
-"""Every argument at its default against backprop; without momentum; and PC with other ``T``.
+"""Every argument at its default against backprop; without momentum; iPC at fixed gammas; PC's T.
 
     python -m recipes.stability.defaults
 
@@ -38,6 +38,7 @@ ROWS: tuple[tuple[str, Job], ...] = (
     ("pc", {"momentum": 0}),
     ("ipc", {"momentum": 0}),
     ("ipc", {"precisions": "spiking"}),
+    *(("ipc", {"gamma": gamma}) for gamma in (1.0, 0.5, 0.1, 0.01)),
     ("pc", {"T": 16}),
     ("pc", {"T": 32}),
     ("pc", {"T": "auto"}),
@@ -91,7 +92,9 @@ def chosen(rows: Sequence[Row], task: str, name: str, given: Job) -> list[Row]:
     """A row's runs with its best learning rate."""
     found: dict[float, list[Row]] = {}
     for row in rows:
-        same = all(row.get(key) == given.get(key) for key in ("T", "momentum", "precisions"))
+        same = row["gamma"] == given.get("gamma", "auto") and all(
+            row.get(key) == given.get(key) for key in ("T", "momentum", "precisions")
+        )
         if same and (row["task"], row["algorithm"]) == (task, name):
             found.setdefault(row["lr"], []).append(row)
     return max(found.values(), key=lambda runs: fmean(r["validation"] for r in runs), default=[])
@@ -129,7 +132,8 @@ def _table(rows: list[Row], task: str) -> Table:
 
 
 def _called(name: str, given: Job) -> str:
-    return ", ".join(filter(None, (name, variant(given))))
+    gamma = f"gamma {given['gamma']}" if "gamma" in given else ""
+    return ", ".join(filter(None, (name, gamma, variant(given))))
 
 
 def picture(rows: list[Row]) -> Figure:
