@@ -2,8 +2,7 @@
 
     python -m recipes.stability.architectures
 
-Each has the best of three learning rates: by how it lets the errors of a batch change, gamma changes
-how far Adam goes as well.
+Each row has the best of three learning rates.
 """
 
 from __future__ import annotations
