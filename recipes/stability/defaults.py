@@ -138,18 +138,21 @@ def _called(name: str, given: Job) -> str:
 
 def picture(rows: list[Row]) -> Figure:
     """Accuracy of every row, a panel for each task."""
-    figure = Figure(figsize=(4 * len(TASKS), 4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(TASKS), squeeze=False)[0], TASKS, strict=True):
-        for place, row in enumerate(ROWS):
+    known = [row for row in ROWS if any(chosen(rows, task, *row) for task in TASKS)]
+    figure = Figure(figsize=(4 * len(TASKS), 5), layout="constrained")
+    panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, TASKS, strict=True):
+        for place, row in enumerate(known):
             scores = [run["accuracy"] for run in chosen(rows, task, *row)]
-            axes.plot([place] * len(scores), scores, "o", alpha=0.6)
-        labels = [
-            _called(name, given).replace(", ", "\n") + (f"\nT={given['T']}" if "T" in given else "")
-            for name, given in ROWS
-        ]
-        axes.set_xticks(range(len(ROWS)), labels, fontsize=8)
+            axes.plot(scores, [place] * len(scores), "o", alpha=0.6)
         axes.set_title(task, fontsize=10)
-    figure.supylabel("test accuracy, %")
+    labels = [
+        _called(name, given) + (f", T={given['T']}" if "T" in given else "")
+        for name, given in known
+    ]
+    panels[0].set_yticks(range(len(known)), labels, fontsize=8)
+    panels[0].invert_yaxis()
+    figure.supxlabel("test accuracy, %")
     return figure
 
 
