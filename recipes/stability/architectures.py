@@ -82,7 +82,7 @@ def expected(loss: Loss) -> float:
 
 
 def losses(rows: Sequence[Row], network: str, algorithm: str) -> dict[Any, float]:
-    """Gamma -> loss, the mean over seeds with the best learning rate; infinite: one diverged."""
+    """Gamma -> loss: mean over seeds, best of the learning rates; infinite if each diverged."""
     found: dict[Any, dict[float, list[float]]] = {}
     for row in rows:
         if (row["network"], row["algorithm"]) == (network, algorithm):
@@ -118,8 +118,9 @@ def _table(rows: list[Row], algorithm: str) -> Table:
             against = ratio(found)
             cells = (f"{found[g]:.4g}" if g in found else "" for g in gammas)
             table.add_row(network, *cells, "" if against is None else f"{against:.2f}")
-    within = [f"{_within(rows, algorithm)} with the best learning rate"]
-    for lr in sorted({row["lr"] for row in rows}):
+    lrs = sorted({row["lr"] for row in rows})
+    within = [f"{_within(rows, algorithm)} with the best learning rate"] if len(lrs) > 1 else []
+    for lr in lrs:
         within += [f"{_within([row for row in rows if row['lr'] == lr], algorithm)} with {lr:g}"]
     table.caption = f"auto within 10 % of the best fixed gamma: {', '.join(within)}"
     return table
@@ -132,7 +133,7 @@ def _within(rows: Sequence[Row], algorithm: str) -> str:
 
 
 def picture(rows: list[Row]) -> Figure:
-    """Loss of each network by gamma, a panel for each algorithm."""
+    """Loss of each network by gamma, best of the learning rates, a panel for each algorithm."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = figure.subplots(len(ALGORITHMS), 1, sharex=True)
     for axes, algorithm in zip(panels, ALGORITHMS, strict=True):

@@ -1,4 +1,4 @@
-"""Every argument at its default against backprop; without momentum; iPC at fixed gammas; PC's T.
+"""Every argument at its default against backprop, and one at a time at another value.
 
     python -m recipes.stability.defaults
 
