@@ -91,10 +91,10 @@ def run(job: Job, data_dir: str | None) -> Figures:
 def chosen(rows: Sequence[Row], task: str, name: str, given: Job) -> list[Row]:
     """A row's runs with its best learning rate."""
     found: dict[float, list[Row]] = {}
+    wanted = {"gamma": "auto"} | given
     for row in rows:
-        same = row["gamma"] == given.get("gamma", "auto") and all(
-            row.get(key) == given.get(key) for key in ("T", "momentum", "precisions")
-        )
+        keys = ("gamma", "T", "momentum", "precisions")
+        same = all(row.get(key) == wanted.get(key) for key in keys)
         if same and (row["task"], row["algorithm"]) == (task, name):
             found.setdefault(row["lr"], []).append(row)
     return max(found.values(), key=lambda runs: fmean(r["validation"] for r in runs), default=[])
