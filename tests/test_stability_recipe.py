@@ -250,10 +250,13 @@ def test_architectures_table():
     assert (found[0.1], found["auto"]) == (1.8, 2.2)  # the best mean over seeds
     assert architectures.ratio({0.1: 0.0, "auto": 0.0}) == 1
     assert architectures.ratio({0.1: 1.0}) is None
-    table, _ = architectures.tables(rows)
-    assert table.caption.endswith(
-        "0 of 3 with the best learning rate, 1 of 3 with 0.001, 0 of 1 with 0.003"
-    )
+    ours, against, *_ = architectures.tables(rows)
+    assert ["BERT", "inf", "", "1.8", "", "2.2", "0.1", "1.22"] in cells(ours)
+    assert cells(against) == [
+        ["0.001", "0/1, inf", "0/0, 1", "3/3, 1", "0/0, 1", "1/3, inf", "1/1, 0.05"],
+        ["0.003", "0/0, 1", "0/0, 1", "1/1, 1", "0/0, 1", "0/1, inf", "0/0, 1"],
+        ["best", "0/1, inf", "0/0, 1", "3/3, 1", "0/0, 1", "0/3, inf", "1/1, 0.0556"],
+    ]
     assert isinstance(architectures.picture(rows), Figure)
 
 
@@ -291,7 +294,7 @@ def test_numbers_of_jobs():
     assert len(smallest) == 32 + 2 * 128
     assert len(architectures.NETWORKS) == 12
     sizes = [job["size"] for job in architectures.jobs()]
-    assert (sizes.count(0), sizes.count(1)) == (432, 1296)
+    assert (sizes.count(0), sizes.count(1)) == (720, 2160)
     for study in (architectures, depth, defaults):
         own = {(job["algorithm"], job["momentum"]) for job in study.jobs() if "momentum" in job}
         assert own == {("pc", 0), ("ipc", 0)}

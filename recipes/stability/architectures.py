@@ -2,7 +2,7 @@
 
     python -m recipes.stability.architectures
 
-Each row has the best of three learning rates.
+Each row has the best of five learning rates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.stability.networks import NETWORKS, Loss, problem
 from recipes.stability.training import PLAIN, Learner, rate
 
 GAMMAS: tuple[Job, ...] = (*({"gamma": g} for g in (1.0, 0.5, 0.1, 0.01, "auto")), PLAIN)
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 ALGORITHMS = ("ipc", "pc")
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": (0,), "steps": 50},
@@ -34,7 +34,7 @@ DRAWS = 64  # of dropout masks
 
 
 def jobs() -> list[Job]:
-    """432 of the smallest size, 1,296 of the next."""
+    """720 of the smallest size, 2,160 of the next."""
     return [
         {"size": size, "network": network, "algorithm": algorithm, **given, "seed": seed}
         | {"steps": settings["steps"], "lr": lr, "weight_decay": 0.01}
@@ -91,45 +91,60 @@ def losses(rows: Sequence[Row], network: str, algorithm: str) -> dict[Any, float
     return {gamma: min(map(fmean, by_lr.values())) for gamma, by_lr in found.items()}
 
 
-def ratio(found: dict[Any, float]) -> float | None:
-    """Auto's loss over that of the best fixed gamma; None before both are known."""
-    fixed = [loss for gamma, loss in found.items() if not isinstance(gamma, str)]
-    if "auto" not in found or not fixed:
+def ratio(found: dict[Any, float], gamma: Any = "auto") -> float | None:
+    """A gamma's loss over that of the best fixed one; None before both are known."""
+    fixed = [loss for which, loss in found.items() if not isinstance(which, str)]
+    if gamma not in found or not fixed:
         return None
     best = min(fixed)
-    return 1.0 if found["auto"] == best else found["auto"] / best if best else inf
+    return 1.0 if found[gamma] == best else found[gamma] / best if best else inf
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """Losses by gamma, a table for each algorithm."""
-    return [_table(rows, algorithm) for algorithm in ALGORITHMS]
+    """For each algorithm the losses by gamma, and how each gamma does by learning rate."""
+    return [table(rows, name) for name in ALGORITHMS for table in (_losses, _against_fixed)]
 
 
-def _table(rows: list[Row], algorithm: str) -> Table:
+def _losses(rows: Sequence[Row], algorithm: str) -> Table:
     steps = rows[0]["steps"]
-    table = Table(title=f"size {rows[0]['size']}: {algorithm}, loss after {steps} steps")
-    table.add_column("network")
-    gammas = [rate(given) for given in GAMMAS]
-    for heading in (*(f"gamma {which}" for which in gammas), "auto / best fixed"):
-        table.add_column(heading, justify="right")
+    title = f"size {rows[0]['size']}: {algorithm}, loss after {steps} steps by gamma"
+    table, gammas = _by_gamma(title, "network", "auto / best fixed")
     for network in NETWORKS:
         found = losses(rows, network, algorithm)
         if found:
             against = ratio(found)
-            cells = (f"{found[g]:.4g}" if g in found else "" for g in gammas)
+            cells = (f"{found[g]:.3g}" if g in found else "" for g in gammas)
             table.add_row(network, *cells, "" if against is None else f"{against:.2f}")
-    lrs = sorted({row["lr"] for row in rows})
-    within = [f"{_within(rows, algorithm)} with the best learning rate"] if len(lrs) > 1 else []
-    for lr in lrs:
-        within += [f"{_within([row for row in rows if row['lr'] == lr], algorithm)} with {lr:g}"]
-    table.caption = f"auto within 10 % of the best fixed gamma: {', '.join(within)}"
     return table
 
 
-def _within(rows: Sequence[Row], algorithm: str) -> str:
-    ratios = [ratio(losses(rows, network, algorithm)) for network in NETWORKS]
+def _against_fixed(rows: Sequence[Row], algorithm: str) -> Table:
+    title = f"size {rows[0]['size']}: {algorithm}, networks learned as well, by gamma"
+    table, gammas = _by_gamma(title, "learning rate")
+    table.caption = (
+        "on how many the loss is within 10 % of the best fixed gamma's, "
+        "and how many times that it is on the worst"
+    )
+    lrs = sorted({row["lr"] for row in rows})
+    for name, some in ((f"{lr:g}", [row for row in rows if row["lr"] == lr]) for lr in lrs):
+        table.add_row(name, *(_within(some, algorithm, gamma) for gamma in gammas))
+    if len(lrs) > 1:
+        table.add_row("best", *(_within(rows, algorithm, gamma) for gamma in gammas))
+    return table
+
+
+def _within(rows: Sequence[Row], algorithm: str, gamma: Any) -> str:
+    ratios = [ratio(losses(rows, network, algorithm), gamma) for network in NETWORKS]
     known = [each for each in ratios if each is not None]
-    return f"{sum(each <= 1.1 for each in known)} of {len(known)}"
+    return f"{sum(each <= 1.1 for each in known)}/{len(known)}, {max(known, default=1):.3g}"
+
+
+def _by_gamma(title: str, first: str, *last: str) -> tuple[Table, list[Any]]:
+    """A table with a column for each gamma, and the gammas."""
+    table, gammas = Table(first, title=title), [rate(given) for given in GAMMAS]
+    for heading in (*map(str, gammas), *last):
+        table.add_column(heading, justify="right")
+    return table, gammas
 
 
 def picture(rows: list[Row]) -> Figure:
