@@ -1,32 +1,30 @@
-"""gamma="auto": its curvature against exact ones, its cost, its state, and odd batches."""
+"""gamma="auto": its curvature against exact ones, its cost, and odd batches."""
 
-import copy
 import itertools
 import math
-import pickle
 import warnings
 from functools import partial
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_problems import Module, data, loader, mlp, seed_all, trainer
+from lightning_problems import loader, trainer
 from oracle import ErrorCoordinates, Explicit
 from problems import (
     CNN,
     MLP,
     TINY,
+    Counted,
     Dropped,
     Residual,
     Tied,
     Transformer,
     UNet,
-    double,
+    classifier,
     images,
     sequences,
+    sgd,
     twin,
     vectors,
 )
@@ -34,32 +32,13 @@ from sklearn.datasets import load_digits
 from test_oracle import Attends, ConvNorm, Skips, Towers, tokens
 from torch import nn
 
-from lightning_pc import RandomState, curvature
+from lightning_pc import curvature
 from lightning_pc.curvature import EVERY, LARGEST, PRODUCTS, SOONEST, START, AutoGamma
-from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 ALGORITHMS = [PC, IPC, EPC]
 every = pytest.mark.parametrize("algorithm", ALGORITHMS)
-
-
-def sgd(model, lr=0.05):
-    return torch.optim.SGD(model.parameters(), lr)
-
-
-def classifier(model, x, y):
-    return lambda: F.cross_entropy(model(x), y)
-
-
-class Counted:
-    """A closure that counts its calls."""
-
-    def __init__(self, closure):
-        self.closure, self.calls = closure, 0
-
-    def __call__(self):
-        self.calls += 1
-        return self.closure()
 
 
 # --- the oracle: a linear-Gaussian chain, whose curvature follows from its weights ----------------
@@ -428,125 +407,6 @@ def test_the_first_looks_come_at_once():
     assert at == [0, 8, 16, 32, 64, 128, 256, 512]
 
 
-# --- what it remembers ----------------------------------------------------------------------------
-
-
-def train(model, optimizer, batches, start, end):
-    for i in range(start, end):
-        x, y = batches[i % len(batches)]
-        torch.manual_seed(i)
-        optimizer.step(classifier(model, x, y))
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "how"),
-    [*((a, "state_dict") for a in ALGORITHMS), (IPC, "deepcopy"), (PC, "pickle")],
-)
-def test_a_saved_run_goes_on_to_the_bit(algorithm, how, monkeypatch):
-    """Stopped between two looks; without the state the run would be another."""
-    monkeypatch.setattr("lightning_pc.curvature.LARGEST", math.inf)  # or gamma is that throughout
-    batches = [vectors(12) for _ in range(4)]
-
-    def made():
-        torch.manual_seed(8)
-        model = Dropped()
-        return model, algorithm(torch.optim.Adam(model.parameters(), 0.02), model)
-
-    whole, optimizer = made()
-    train(whole, optimizer, batches, 0, 20)
-    model, half = made()
-    train(model, half, batches, 0, 5)
-    if how == "state_dict":
-        other, again = made()
-        other.load_state_dict(copy.deepcopy(model.state_dict()))
-        again.load_state_dict(copy.deepcopy(half.state_dict()))
-        assert not [k for k in model.state_dict() if "pc" in k or "gamma" in k]
-    elif how == "deepcopy":
-        other, again = copy.deepcopy((model, half))
-    else:
-        other, again = pickle.loads(pickle.dumps((model, half)))
-    assert again.state_dict()["lightning_pc"] == half.state_dict()["lightning_pc"]
-    train(other, again, batches, 5, 20)
-    assert again.state_dict()["lightning_pc"] == optimizer.state_dict()["lightning_pc"]
-    for one, same in zip(whole.parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, same)
-    model.load_state_dict(copy.deepcopy(model.state_dict()))
-    forgetful = algorithm(half.optimizer, model)
-    train(model, forgetful, batches, 5, 20)
-    assert not torch.equal(next(whole.parameters()), next(model.parameters()))
-
-
-@every
-def test_states_of_plain_optimizers_and_of_given_gammas(algorithm):
-    """A plain state leaves the automatic gamma alone, an automatic one a given gamma."""
-    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
-    optimizer = algorithm(torch.optim.Adam(model.parameters(), 0.01), model)
-    for _ in range(5):
-        optimizer.step(classifier(model, x, y))
-    saved = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(copy.deepcopy(optimizer.optimizer.state_dict()))
-    assert optimizer.state_dict()["lightning_pc"] == saved["lightning_pc"]
-
-    fixed = algorithm(torch.optim.Adam(model.parameters(), 9.0), model, gamma=0.05, gamma_decay=1)
-    fixed.load_state_dict(saved)
-    assert fixed.param_groups[0]["lr"] == 0.01
-    counted = Counted(classifier(model, x, y))
-    fixed.step(counted)
-    assert counted.calls == fixed.report.steps
-    assert fixed.report.gamma == 0.05
-    assert "lightning_pc" not in fixed.state_dict()
-
-
-class Masks(Module):
-    """Dropout, so that a resumed run needs the generators as well."""
-
-    def __init__(self):
-        super().__init__(net=mlp(nn.Dropout(0.5)))
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.02)
-
-
-@pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
-@pytest.mark.parametrize("then", ["automatic", "state lost", "gamma given"])
-def test_a_resumed_trainer_goes_on_to_the_bit(algorithm, then, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_pc.curvature.LARGEST", math.inf)  # or gamma is that throughout
-
-    def fitted(epochs, gamma="auto", ckpt=None):
-        seed_all(1 if ckpt is None else 99)
-        module = Masks()
-        saves = ModelCheckpoint(tmp_path, save_last=True, filename="{epoch}", save_top_k=-1)
-        fit = trainer(
-            {"algorithm": algorithm, "gamma": gamma},
-            max_epochs=epochs,
-            callbacks=[saves, RandomState()],
-            enable_checkpointing=True,
-        )
-        fit.fit(module, loader(data(5)), ckpt_path=ckpt)
-        state = fit.strategy.optimizer_state(fit.optimizers[0]).get("lightning_pc")
-        return module, state, fit
-
-    whole, state, _ = fitted(4)
-    checkpoint = tmp_path / "epoch=1.ckpt"
-    assert state["evaluations"] == 160
-    if then == "state lost":
-        saved = torch.load(checkpoint, weights_only=True)
-        del saved["optimizer_states"][0]["lightning_pc"]
-        torch.save(saved, checkpoint)
-    resumed, again, fit = fitted(4, 0.05 if then == "gamma given" else "auto", checkpoint)
-    pairs = zip(resumed.parameters(), whole.parameters(), strict=True)
-    same = [torch.equal(p, q) for p, q in pairs]
-    if then == "automatic":
-        assert all(same)
-        assert again == state
-    else:
-        assert not any(same)
-        assert fit.global_step == 20
-    if then == "gamma given":
-        assert again is None
-        assert fit.strategy.report.curvature is None
-
-
 # --- what it chooses ------------------------------------------------------------------------------
 
 
@@ -685,130 +545,6 @@ def test_inference_infers(algorithm, name, given):
     least = min(least, free.min())
     assert free[0] - least > 1e-3 * free[0].abs()
     assert free[0] - free[-1] >= 0.5 * (free[0] - least)
-
-
-# --- T="auto" -------------------------------------------------------------------------------------
-
-
-def assert_stopped(report, least, most):
-    """At the first fourth step, not before `least`, that moved F by at most 1 % of all its way."""
-    free = report.free_energy
-    moved, all_of_it = free.diff().abs(), free[0] - free[1:]
-    done = (moved <= 0.01 * all_of_it).tolist()
-    # after step i, which compares F(i) with F(i - 1), evaluation i + 1 is the last
-    ends = [i + 2 for i in range(3, len(free) - 1, 4) if done[i - 1] and i + 2 >= least]
-    assert least <= report.steps <= most
-    assert ends == ([report.steps] if report.steps < most else [])
-
-
-@every
-def test_inference_ends_when_it_has_converged(algorithm):
-    """And T of the run is what the report says: a run of that T is the same run."""
-    model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
-    other = twin(model)
-    optimizer = algorithm(sgd(model), model, gamma=0.3, gamma_decay=1, T="auto")
-    counted = Counted(classifier(model, x, y))
-    optimizer.step(counted)
-    report = optimizer.report
-    assert counted.calls == report.steps == len(report.loss) == len(report.energy)
-    least = 2 if algorithm is EPC else report.depth + 1
-    assert_stopped(report, least, 32)
-    if algorithm is not IPC:
-        assert least < report.steps < 32
-    fixed = algorithm(sgd(other), other, gamma=0.3, gamma_decay=1, T=report.steps)
-    fixed.step(classifier(other, x, y))
-    assert fixed.report.learned == report.learned
-    if algorithm is not IPC:
-        assert set(report.learned.values()) == {1}
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-    assert torch.equal(fixed.report.free_energy, report.free_energy)
-
-
-@every
-@pytest.mark.parametrize("layers", [1, 12])
-@pytest.mark.filterwarnings("ignore")  # it is said that gamma is small
-def test_inference_that_does_not_converge_takes_the_most_steps(algorithm, layers):
-    model, (x, y) = MLP((6, *[6] * layers, 4)), vectors(12)
-    optimizer = algorithm(sgd(model, 1e-6), model, gamma=1e-4, T="auto")
-    optimizer.step(classifier(model, x, y))
-    assert optimizer.report.depth == layers
-    most = 32 if algorithm is EPC else max(32, 4 * (layers + 1))
-    assert optimizer.report.steps == most
-    assert_stopped(optimizer.report, 2 if algorithm is EPC else layers + 1, most)
-
-
-@every
-@pytest.mark.filterwarnings("ignore")  # the error fades out on its way, which is said
-def test_inference_does_not_end_before_the_error_is_everywhere(algorithm):
-    """Twelve stages, and F as good as settled after the first two."""
-    model, (x, y) = MLP((6, *[6] * 12, 4)), vectors(12)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(0.05)
-    optimizer = algorithm(sgd(model, 0.0), model, T="auto", gamma=1.0, gamma_decay=1)
-    optimizer.step(classifier(model, x, y))
-    assert optimizer.report.steps == (5 if algorithm is EPC else 13)
-    assert min(optimizer.report.learned.values()) >= 1
-
-
-@pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
-def test_t_auto_under_the_trainer(algorithm):
-    seen = []
-
-    class Tells(Module):
-        calls = 0
-
-        def training_step(self, batch, batch_idx):
-            type(self).calls += 1
-            return super().training_step(batch, batch_idx)
-
-        def on_train_batch_end(self, *args):
-            seen.append((self.trainer.strategy.report, type(self).calls))
-            type(self).calls = 0
-
-    fit = trainer({"algorithm": algorithm, "T": "auto", "gamma": 0.3})
-    fit.fit(Tells(), loader(data(4)))
-    for report, calls in seen:
-        assert calls == report.steps
-        assert_stopped(report, 2 if algorithm == "epc" else report.depth + 1, 32)
-    assert fit.global_step == 4
-
-
-def test_t_auto_works_with_an_automatic_gamma_and_centered_nudging():
-    model, (x, y) = MLP((6, 9, 7, 4)).double(), map(double, vectors(12))
-    optimizer = PC(sgd(model), model, T="auto", nudging="centered", beta=0.1)
-    for _ in range(4):
-        optimizer.step(classifier(model, x, y))
-        assert 2 * 4 - 1 <= optimizer.report.steps <= 63
-        assert set(optimizer.report.learned.values()) == {1}
-
-
-@pytest.mark.parametrize(
-    ("wrapper", "arguments", "says"),
-    [
-        (ZIL, {"T": "auto"}, "zil always takes depth"),
-        (PC, {"T": "auto", "precisions": "spiking"}, "varying precisions move it by themselves"),
-        (IPC, {"T": "auto", "precisions": "decaying"}, "give a number of steps"),
-        (EPC, {"T": "auto", "precisions": lambda d, t: 1.0}, "give a number of steps"),
-        (PC, {"T": "Auto"}, "T='Auto': expected a whole number"),
-        (IPC, {"T": "automatic"}, "'auto' or None"),
-        (PC, {"T": 2.5}, "whole number"),
-        (IPC, {"T": np.array([3, 4])}, "whole number"),
-        (PC, {"gamma": np.array([0.1, 0.2])}, "expected a positive inference rate or 'auto'"),
-        (PC, {"precisions": lambda depth: 1.0}, r"called with \(depth, t\): too many"),
-        (PC, {"T": True}, "whole number"),
-        (PC, {"gamma": "Auto"}, "gamma='Auto': expected a positive inference rate or 'auto'"),
-        (IPC, {"gamma": None}, "gamma=None"),
-        (EPC, {"gamma": "0.1"}, "gamma='0.1'"),
-        (PC, {"gamma": math.nan}, "gamma=nan"),
-        (ZIL, {"gamma": 0.1}, "leave gamma at 'auto'"),
-    ],
-)
-def test_what_is_no_setting_is_told(wrapper, arguments, says):
-    model = MLP((6, 5, 4))
-    with pytest.raises(ConfigError, match=says):
-        wrapper(sgd(model), model, **arguments)
 
 
 # --- odd batches and changes of regime ------------------------------------------------------------
