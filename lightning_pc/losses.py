@@ -102,7 +102,10 @@ def read_loss_call(
 
 
 def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
-    """Asks the coming backward, which starts from ``seed``, for d loss / d output of sums."""
+    """Asks the coming backward, which starts from ``seed``, for d loss / d output.
+
+    Of sums, and of means where there are several.
+    """
 
     def keeper(call: LossCall) -> Callable[[Tensor], None]:
         def keep(gradient: Tensor) -> None:
@@ -111,7 +114,7 @@ def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
         return keep
 
     for call in calls:
-        if call.reduction == "sum":
+        if call.reduction == "sum" or (call.reduction == "mean" and len(calls) > 1):
             call.output.register_hook(keeper(call))  # type: ignore[no-untyped-call]
 
 
@@ -137,6 +140,19 @@ def loss_terms(calls: list[LossCall]) -> float | None:
     if not terms or any(abs(m - terms[0]) > tolerance * terms[0] for m in terms):
         return None
     return terms[0]
+
+
+def doubt(calls: list[LossCall], terms: float) -> str:
+    """What the user should know of the M on which the calls agree, "" where it is plain."""
+    factors = [float(c.gradient) for c in calls if c.divisor is not None and c.gradient is not None]
+    if len(factors) < 2 or abs(sum(factors) - 1.0) > 1e-3:
+        return ""
+    return (
+        f"The training loss is the mean of {len(factors)} loss calls (terms in each: {terms:g}). "
+        f"{terms:g} is taken as their number, which is right where the calls are about the "
+        f"same samples (say so by loss_terms={terms:g}); where each is about its own (parts of a "
+        f"batch, time steps) set loss_terms={len(factors) * terms:g}."
+    )
 
 
 def count_terms(
@@ -171,10 +187,12 @@ def count_terms(
         return terms, ""
     agreed = loss_terms(calls)
     if agreed is not None:
-        return agreed, ""
+        return agreed, doubt(calls, agreed)
     if calls:
         guess: float | None = calls[0].batch
         why = "the loss functions it calls do not agree on it"
+        if any(call.reduction == "none" for call in calls):
+            why = "a loss function is called with reduction='none'"
     else:
         guess, why = batch_size(), "it calls no loss function of torch's"
     terms = float(otherwise if guess is None else guess)

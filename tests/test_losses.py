@@ -148,7 +148,7 @@ def test_terms_and_their_effect(name):
 GUESSED = {  # name -> loss, what the warning says
     "none": (
         lambda o, i: F.cross_entropy(o, Y[i], reduction="none").mean(),
-        "do not agree|cannot be read|reduction",
+        "is called with reduction='none'",
     ),
     "no call": (lambda o, i: (o - SOFT[i]).pow(2).sum(1).mean(), "calls no loss function"),
     "disagreement": (
@@ -173,6 +173,46 @@ def test_what_cannot_be_read_is_the_batch_size_and_one_warning(name):
     optimizer.step(lambda: loss(model(x), rows))  # a second warning would be an error
     assert len(caught) == 1
     assert re.search(why, str(caught[0].message))
+    assert optimizer.report.loss_terms == N
+
+
+AVERAGES = {  # name -> loss that is a mean of means, the calls, the terms of each
+    "parts of a batch": (
+        lambda o, i: sum(F.cross_entropy(o[j], Y[i][j]) for j in i.split(2)) / (len(i) / 2),
+        3,
+        2,
+    ),
+    "one by one": (
+        lambda o, i: torch.stack(
+            [F.cross_entropy(a, b) for a, b in zip(o, Y[i], strict=True)]
+        ).mean(),
+        N,
+        1,
+    ),
+    "two heads": (lambda o, i: F.mse_loss(o, SOFT) / 2 + F.mse_loss(-o, SOFT) / 2, 2, C * N),
+}
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_a_mean_of_means_is_doubtful(name):
+    """Heads that share their samples, or parts that do not: the calls look alike."""
+    loss, calls, terms = AVERAGES[name]
+    model, rows = MLP((6, 5, C)).double(), torch.arange(N)
+    x = torch.randn(N, 6).double()
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    with pytest.warns(UserWarning, match=f"mean of {calls} loss calls") as caught:
+        optimizer.step(lambda: loss(model(x), rows))
+    assert f"samples (say so by loss_terms={terms})" in str(caught[0].message)
+    assert str(caught[0].message).endswith(f"set loss_terms={calls * terms}.")
+    assert optimizer.report.loss_terms == terms
+    given = IPC(torch.optim.SGD(model.parameters(), 0.1), model, loss_terms=terms)
+    given.step(lambda: loss(model(x), rows))  # says no more
+
+
+def test_a_sum_of_means_is_plain():
+    model, x = MLP((6, 5, C)).double(), torch.randn(N, 6).double()
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+    optimizer.step(lambda: F.cross_entropy(model(x), Y) + F.cross_entropy(-model(x), Y))
     assert optimizer.report.loss_terms == N
 
 
