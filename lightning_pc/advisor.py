@@ -6,8 +6,10 @@ import warnings
 
 from lightning_pc.curvature import AutoGamma
 from lightning_pc.diagnosis import (
+    LEAP,
     LONG_PATIENCE,
     PATIENCE,
+    leapt,
     overshot,
     silenced,
     unseen,
@@ -67,9 +69,11 @@ class Advisor:
         """Takes in a batch that has been inferred."""
         self._batches += 1
         inference, steps = relaxation.inference, len(relaxation.losses)
-        rose = not self._varies and bool(inference.rose)
+        rise = 0.0 if self._varies or inference.rise is None else float(inference.rise)
+        rose = rise > 0
+        incremental = self._schedule.incremental
         # Weights that lower a loss which values push up raise F by what they learn.
-        self._overshot.take_in(rose and self._schedule.incremental and relaxation.beta > 0)
+        self._overshot.take_in(rose and incremental and relaxation.beta > 0)
         if self._auto is not None:
             self._auto.after(steps, rose)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))
@@ -77,11 +81,14 @@ class Advisor:
             self._raised.take_in(rose)
         if relaxation.seen is not None:
             self._judge(relaxation, report)
+        first = self._first if self._batches > 1 else float(report.free_energy[0])
+        if incremental and self._auto is not None and rise > LEAP * abs(first):
+            self.say("overshot", leapt(report, self._batches))
         if self._batches == 1:  # once: reading the energies waits for the device
             end = relaxation.start + steps
             nodes = relaxation.graph.nodes
             self.say("silent", silenced(report, nodes, inference.start_gamma, end))
-            self._first = float(report.free_energy[0])
+            self._first = first
 
     def _judge(self, relaxation: Relaxation, report: StepReport) -> None:
         """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""

@@ -24,6 +24,9 @@ LONG_PATIENCE = 10
 #: any step raises.
 KNOWN = 0.01
 
+#: Times F at the very start that F may rise within a batch before the weights' steps are suspected.
+LEAP = 100.0
+
 
 def limit(momentum: float) -> float:
     """Stable moves of the values have gamma * curvature below this; 2 without momentum."""
@@ -150,6 +153,16 @@ def overshot(
     )
 
 
+def leapt(report: StepReport, batch: int) -> str:
+    """Says that F has risen beyond all measure within one batch, at an automatic gamma."""
+    free = report.free_energy
+    return (
+        f"In batch {batch} F rose from {float(free[0]):.3g} to {float(free[-1]):.3g}: the weights, "
+        f"which move at every step, went too far. Here {_leap(report)}. Lower the learning rate, "
+        "scale down what the modules before it read, or use a smaller T."
+    )
+
+
 def _leap(report: StepReport) -> str:
     """What rose most where F did, from one evaluation to the next."""
     t = int(report.free_energy.diff().argmax())
@@ -231,12 +244,14 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) 
     )
 
 
-def explain(report: StepReport) -> str:
+def explain(report: StepReport | None) -> str:
     """What inference did in one batch, a sentence each for F, stability, depth and learning.
 
     Args:
-        report: What the step left.
+        report: What the step left; None before the first and where the batch was skipped.
     """
+    if report is None:
+        return "There has been no batch yet, or the last one was skipped."
     free = report.free_energy
     moved = float(free[0] - free[-1])
     same = len(set(report.pulls)) == 1  # else F itself has changed between the steps

@@ -60,9 +60,9 @@ class Inference:
         return self._moved <= CONVERGED * (self._first - self._last)
 
     @property
-    def rose(self) -> Tensor | None:
-        """Whether F has risen since the values began to move, []; None at first."""
-        return None if self._last is None or self._first is None else self._last > self._first
+    def rise(self) -> Tensor | None:
+        """By how much F has risen since the values began to move, []; None at first."""
+        return None if self._last is None or self._first is None else self._last - self._first
 
     @torch.no_grad()
     def observe(self, energy: Tensor) -> None:

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from lightning_problems import Module, data, loader, trainer
 from oracle import ErrorCoordinates, Explicit
-from problems import MLP, twin, vectors
-from test_curvature import chain, classifier, sgd, squared
+from problems import MLP, classifier, sgd, twin, vectors
+from test_curvature import chain, squared
 from torch import nn
 
 from lightning_pc.conjugate import (

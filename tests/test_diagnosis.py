@@ -1,13 +1,13 @@
 """What the user is told: which node, since when, and what to change."""
 
+import math
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import MLP
-from test_curvature import classifier
+from problems import MLP, classifier
 from torch import nn
 
 from lightning_pc import explain
@@ -66,6 +66,10 @@ def test_an_automatic_gamma_is_not_advised_to_be_automatic():
             layer.weight *= 30
     with pytest.raises(DivergenceError, match="weights have changed since gamma was chosen"):
         run(optimizer, loss, 3)
+
+
+def test_there_is_nothing_to_explain_before_a_batch():
+    assert explain(None).startswith("There has been no batch yet")
 
 
 class Cube(nn.Module):
@@ -168,8 +172,30 @@ def rose(report):
     return bool(report.free_energy[-1] > report.free_energy[0])
 
 
+def test_a_leap_of_f_is_told_at_once():
+    """The first rise by a hundred times the first F, at an automatic gamma; then no more of it."""
+    told, reports = wide(100.0)
+    first = reports[0].free_energy[0]
+    rises = [report.free_energy[-1] - report.free_energy[0] for report in reports]
+    leaps = [batch for batch, rise in enumerate(rises, 1) if rise > 100 * first]
+    assert len(leaps) > 1
+    ((batch, message),) = told
+    assert batch == leaps[0]
+    start, end = reports[batch - 1].free_energy[[0, -1]]
+    assert f"In batch {batch} F rose from {start:.3g} to {end:.3g}: the weights" in message
+    assert "value node '1' went from" in message
+    assert not any("In batch" in message for _, message in wide(100.0, gamma=0.3)[0])
+
+
+def test_a_leap_along_a_loss_that_is_pushed_up_is_told():
+    """F rises there in any case, but not a hundredfold."""
+    told, _ = wide(1.0, lr=0.3, epochs=3, nudging="negative", beta=0.1)
+    assert [message.startswith("In batch ") for _, message in told] == [True]
+
+
 @pytest.mark.parametrize("given", [{}, {"gamma": 0.3}])
-def test_weights_that_go_too_far_are_told_once(given):
+def test_weights_that_go_too_far_are_told_once(given, monkeypatch):
+    monkeypatch.setattr("lightning_pc.advisor.LEAP", math.inf)
     assert wide(1.0, **given)[0] == []
     ((batch, message),), reports = wide(100.0, **given)
     since = batch - LONG_PATIENCE + 1

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from problems import Thrice
-from test_curvature import classifier, sgd
+from problems import Thrice, classifier, sgd
 from torch import nn
 
 from lightning_pc.conjugate import MENDING, Conjugate
