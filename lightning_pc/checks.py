@@ -97,6 +97,19 @@ def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
         )
 
 
+def check_held(graph: Graph, held: set[nn.Parameter]) -> None:
+    """The optimizer moves something that the loss depends on.
+
+    Raises:
+        ClosureError: It would train nothing.
+    """
+    if held.isdisjoint(graph.arrivals):
+        raise ClosureError(
+            "The loss depends on none of the parameters that the optimizer holds, which would "
+            "train nothing: it was computed by another model (a copy?), or these are frozen."
+        )
+
+
 def unreached(graph: Graph, T: int, model: nn.Module) -> str:
     """Says which parameters no error reaches within ``T`` steps, "" where it reaches all."""
     last = max(graph.arrivals.values(), default=0)

@@ -47,6 +47,8 @@ class Relaxation:
         update: One optimizer step on the gradients so far, but for the last of the batch.
         auto: Chooses gamma, None where it is given.
         curious: Look at the curvature, whoever gave gamma.
+        held: Parameters that the optimizer moves, None for all. The others' gradients are those of
+            the last evaluation that learns, on top of what they had.
 
     Attributes:
         T: Evaluations of this phase, as far as is known: ``most`` until inference has converged.
@@ -75,6 +77,7 @@ class Relaxation:
     update: Callable[[], None]
     auto: AutoGamma | None
     curious: bool = False
+    held: set[nn.Parameter] | None = None
     seen: tuple[float, Node] | None = None
     T: int = 0
     terms: float = math.nan
@@ -97,6 +100,11 @@ class Relaxation:
         """How many of the steps move values."""
         return self.T - (not self.schedule.moves(self.T - 1, self.T))
 
+    @property
+    def _moving(self) -> list[nn.Parameter]:
+        """Parameters of the loss that the optimizer moves."""
+        return [p for p in self.graph.arrivals if self.held is None or p in self.held]
+
     def run(self) -> None:
         """Infers and learns; the gradients of the last update are left in ``.grad``.
 
@@ -107,7 +115,7 @@ class Relaxation:
         self.weigh(0)
         ask_for_gradients(self.graph.losses, self.seed * self.pull)
         if self.schedule.incremental:  # an unreached one takes no step, not one of gradient zero
-            _clear_gradients(list(self.graph.arrivals))
+            _clear_gradients(self._moving)
         self.beta = self.betas[0]
         self._descend(0)
         for beta in self.betas[1:]:
@@ -128,7 +136,6 @@ class Relaxation:
             node.weight = weights[node.depth]
 
     def _descend(self, step: int) -> None:
-        parameters = list(self.graph.arrivals)
         while step < self.T:
             t = self.start + step
             self.weigh(step)
@@ -157,7 +164,7 @@ class Relaxation:
                 if step < self.T - 1:
                     self.update()
                     torch.clear_autocast_cache()
-                    _clear_gradients(parameters)
+                    _clear_gradients(self._moving)
             for node in self.graph.nodes:
                 node.forget()
             step += 1
@@ -253,7 +260,8 @@ class Relaxation:
         values = [node.x for node in graph.nodes if node.arrival <= t + 1] if moves else []
         root = torch.full_like(loss, self.seed * self.pull)
         if not schedule.stagewise:
-            reached = [p for p, depth in graph.arrivals.items() if depth <= t] if learns else []
+            mine = graph.arrivals if t + 1 == self.start + self.T else self._moving
+            reached = [p for p in mine if graph.arrivals[p] <= t] if learns else []
             # Errors move by the gradient of all that is below, weights learn from their stage's.
             apart = schedule.node.through and bool(values and reached)
             if apart:

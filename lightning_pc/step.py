@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_pc.advisor import Advisor
 from lightning_pc.checks import (
     chain_advice,
+    check_held,
     check_model,
     check_nodes,
     checked_loss,
@@ -156,6 +157,9 @@ class Learner:
             found.number_calls()
             graph = discover(checked_loss(loss), found, self.schedule.incremental)
             check_nodes(placement, graph, self.model)
+            held = self._held()
+            if held is not None:
+                check_held(graph, held)
             if self.schedule.stagewise:
                 require_chain(graph, lambda: self._remedy(purity, forward, loss_of))
         except PCError:
@@ -250,6 +254,7 @@ class Learner:
             update=update,
             auto=self.auto,
             curious=self._advisor.curious,
+            held=self._held(),
         )
         relaxation.run()
         if self.settings.reset == "never":
@@ -261,9 +266,7 @@ class Learner:
         return relaxation.losses[0]
 
     def _report(self, relaxation: Relaxation) -> StepReport:
-        graph = relaxation.graph
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        held = {id(parameter) for group in groups for parameter in group["params"]}
+        graph, held = relaxation.graph, self._held() or set()
         return StepReport(
             algorithm=self.settings.algorithm,
             steps=len(relaxation.losses),
@@ -280,10 +283,16 @@ class Learner:
             _depths={
                 name: graph.arrivals.get(parameter)
                 for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad and id(parameter) in held
+                if parameter.requires_grad and parameter in held
             },
             _learned_at=tuple(relaxation.learned_at),
         )
+
+    def _held(self) -> set[nn.Parameter] | None:
+        """The parameters that the optimizer moves; None where it is not known."""
+        if self.optimizer is None:
+            return None
+        return {p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _evaluate(self, batch: _Batch, t: int, scale: float) -> Tensor:
         """The loss with the values where they are now: the first forward's, then replays'."""

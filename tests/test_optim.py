@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_pc import StepReport
+from lightning_pc.errors import ClosureError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 
 WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
@@ -124,6 +125,35 @@ def test_old_gradients_do_not_leak_into_a_step(wrapper):
         step(model, optimizer)
         runs.append(weights(model))
     assert torch.equal(*runs)
+
+
+@every
+def test_parameters_of_other_optimizers_gain_the_last_gradient(wrapper):
+    """As in a GAN: on top of what they had, and what they do not move is not asked for before."""
+    model, critic = mlp(), nn.Linear(C, 2)
+    x, _ = data()[0]
+    seen = []
+    for start in (None, 5.0):
+        other = copy.deepcopy(model)
+        mine = wrapper(torch.optim.SGD(other.parameters(), lr=0.01), other, **FIXED[wrapper])
+        for p in critic.parameters():
+            p.grad = None if start is None else torch.full_like(p, start)
+        mine.step(lambda other=other: F.cross_entropy(critic(other(x)), torch.ones(len(x)).long()))
+        seen.append([p.grad.clone() for p in critic.parameters()])
+    for fresh, added in zip(*seen, strict=True):
+        assert fresh.any()
+        torch.testing.assert_close(added, fresh + 5.0)
+
+
+@every
+def test_a_loss_of_another_model_is_an_error(wrapper):
+    model, optimizer = made(wrapper)
+    other, before = copy.deepcopy(model), weights(model)
+    with pytest.raises(ClosureError, match="none of the parameters that the optimizer holds"):
+        step(other, optimizer)
+    assert torch.equal(weights(model), before)
+    step(model, optimizer)
+    assert not torch.equal(weights(model), before)
 
 
 @every
