@@ -122,7 +122,9 @@ class RandomState(pl.Callback):
     """Saves the random generators with every checkpoint, so that a resumed run is exact.
 
     Plain Lightning resumes with whatever state the generators happen to have. With this callback
-    dropout masks and shuffles of the resumed run are those of the run that was never interrupted.
+    dropout masks and shuffles of the resumed run are those of the run that was never interrupted,
+    where the checkpoint is of the end of an epoch: in mid-epoch the order in which the rest of it
+    was to come is the data loader's to keep.
     """
 
     def __init__(self) -> None:

@@ -213,10 +213,12 @@ class _Stand(torch.autograd.Function):
         if not ctx.gate.open or torch.is_grad_enabled():
             raise ClosureError(
                 f"Something other than lightning_pc differentiated through value node "
-                f"'{node.name}': a closure given to a predictive coding optimizer must return "
-                "the loss and not call .backward() (under Lightning use "
-                "Trainer(strategy=PCStrategy(...)) around a plain optimizer), and gradients "
-                "taken inside a training step (create_graph=True penalties) are not supported."
+                f"'{node.name}'. A closure given to a predictive coding optimizer returns the "
+                "loss and does not call .backward(). Under Lightning's Trainer, "
+                "configure_optimizers gives a plain optimizer and "
+                "Trainer(strategy=PCStrategy(...)) does the rest. Gradients inside of a training "
+                "step (torch.autograd.grad: penalties, adversarial inputs) cannot be taken: make "
+                "such inputs before it, e.g. in on_after_batch_transfer."
             )
         if node.passes:
             return grads[0], None, None, None

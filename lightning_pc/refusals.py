@@ -1,4 +1,4 @@
-"""What `PCStrategy` refuses at the Trainer's door, each with what to do instead."""
+"""What `PCStrategy` refuses or warns of at the Trainer's door, each with what to do instead."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import (
     MixedPrecision,
     Precision,
 )
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
@@ -57,8 +58,9 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     if not module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} uses manual optimization, but PCStrategy decides when values and weights "
-            "move: remove automatic_optimization = False, or use lightning_pc.optim in your "
-            "own loop."
+            "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
+            "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "
+            "call optimizer.step(closure)."
         )
     if is_overridden("backward", module, pl.LightningModule):
         raise MisconfigurationException(
@@ -89,6 +91,28 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         for batches in callback.scheduling.values()
     ]
     refuse_accumulation(algorithm, max([trainer.accumulate_grad_batches, *planned]))
+
+
+def warn_of_hooks(module: pl.LightningModule, trainer: pl.Trainer, algorithm: str) -> None:
+    """Says that hooks between gradients and step, once a batch, see one of its steps alone."""
+    if not SCHEDULES[algorithm].incremental:
+        return
+    hooks = ("on_after_backward", "on_before_optimizer_step")
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    owners = [(module, pl.LightningModule), *((each, pl.Callback) for each in callbacks)]
+    found = [
+        f"{type(owner).__name__}.{hook}"
+        for owner, parent in owners
+        for hook in hooks
+        if is_overridden(hook, owner, parent)
+    ]
+    if found:
+        rank_zero_warn(
+            f"{', '.join(found)} runs once a batch, with the gradients of the last of the steps "
+            f"that {algorithm} takes in it: changes to gradients there do not act at the others. "
+            "configure_gradient_clipping and hooks of parameters (register_hook) act at each.",
+            category=UserWarning,
+        )
 
 
 def refuse_accumulation(algorithm: str, batches: int) -> None:

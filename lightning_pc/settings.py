@@ -147,8 +147,8 @@ class Settings:
         if SCHEDULES[self.algorithm].incremental:
             raise ConfigError(
                 f"nudging='centered': {self.algorithm} moves the weights at every step, and the "
-                "second phase would not start where the first did. Use 'pc', or 'positive' or "
-                "'negative'."
+                "second phase would not start where the first did. Use 'pc' or 'epc', or "
+                "'positive' or 'negative'."
             )
         if self.reset == "never":
             raise ConfigError(

@@ -30,6 +30,7 @@ from lightning_pc.refusals import (
     refuse_module,
     refuse_optimizers,
     refuse_precision,
+    warn_of_hooks,
 )
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
@@ -161,7 +162,7 @@ class PCStrategy(SingleDeviceStrategy):
         if devices and len(devices) > 1:
             raise MisconfigurationException(
                 f"PCStrategy trains on one device, the Trainer was given {len(devices)}: set "
-                "devices=1 (several come with PCDDPStrategy)."
+                "devices=1."
             )
         self._parallel_devices = devices
         if devices:
@@ -179,6 +180,7 @@ class PCStrategy(SingleDeviceStrategy):
         with at_the_door():
             self._learner = Learner(self._module, self.settings)
             self._learner.check()
+        warn_of_hooks(self._module, trainer, self.settings.algorithm)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's training_step, with the value nodes in place (t = 0)."""
@@ -194,9 +196,9 @@ class PCStrategy(SingleDeviceStrategy):
         silent: dict[tuple[Any, str], Any] = {(self._module, name): nothing for name in LOGGING}
         silent.update({(c.scheduler, "step"): nothing for c in self.lr_scheduler_configs})
         silent[trainer, "_loggers"] = [_SilentLogger(logger) for logger in trainer.loggers]
-        output = self._require_learner().begin(
-            lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size
-        )
+        learner = self._require_learner()
+        learner.optimizer = self.optimizers[0]  # a callback may have replaced it
+        output = learner.begin(lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size)
         return _without_graph(output)
 
     def backward(
@@ -218,9 +220,7 @@ class PCStrategy(SingleDeviceStrategy):
             )
             optimizer.step(once(lambda: closure_loss, optimizer))
 
-        learner = self._require_learner()
-        learner.optimizer = optimizer
-        learner.infer(1.0 / accumulated, update)
+        self._require_learner().infer(1.0 / accumulated, update)
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -457,8 +458,71 @@ def test_gradients_are_there_for_hooks(algorithm):
         def on_after_backward(self):
             norms.append([p.grad is not None for p in self.parameters()])
 
-    trainer(algorithm).fit(Looks(), loader(data(2)))
+    with warns_of_hooks(algorithm, "Looks.on_after_backward runs once a batch"):
+        trainer(algorithm).fit(Looks(), loader(data(2)))
     assert norms == [[True] * 6] * 2
+
+
+class Adversaries(L.LightningModule):
+    """Two optimizers, each a wrapper around its part, under the Trainer's default strategy."""
+
+    def __init__(self, algorithm):
+        super().__init__()
+        self.automatic_optimization = False
+        self.maker, self.judge, self.wrapper = mlp(), nn.Sequential(), WRAPPERS[algorithm]
+        self.judge.append(nn.Linear(C, 8)).append(nn.Tanh()).append(nn.Linear(8, 2))
+
+    def configure_optimizers(self):
+        parts = (self.maker, self.judge)
+        return [self.wrapper(torch.optim.Adam(p.parameters(), 0.01), p) for p in parts]
+
+    def training_step(self, batch, _):
+        x, y = batch
+        for optimizer, label in zip(self.optimizers(), (0, 1), strict=True):
+            labels = torch.full_like(y, label)
+            optimizer.step(lambda to=labels: F.cross_entropy(self.judge(self.maker(x)), to))
+
+
+@pytest.mark.parametrize("algorithm", ["ipc", "pc"])
+def test_several_optimizers_in_manual_optimization(algorithm):
+    module = Adversaries(algorithm)
+    before = [weights(part) for part in (module.maker, module.judge)]
+    trainer("auto").fit(module, loader(data()))
+    for part, start in zip((module.maker, module.judge), before, strict=True):
+        assert not torch.equal(weights(part), start)
+    for optimizer in module.optimizers():
+        assert set(optimizer.report.learned.values()) - {0}
+
+
+def warns_of_hooks(algorithm, says):
+    several = algorithm in ("ipc", "iepc")
+    return pytest.warns(UserWarning, match=says) if several else contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("where", ["module", "callback"])
+def test_gradients_that_a_hook_changes(where, algorithm):
+    """At every step of `pc`, `zil` and `epc`; of `ipc` and `iepc` at the last, which is said."""
+
+    def zero(model):
+        first = next(model.parameters())
+        first.grad = torch.zeros_like(first)
+
+    class Zeroes(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            zero(module)
+
+    class ZeroesItself(Module):
+        def on_before_optimizer_step(self, optimizer):
+            zero(self)
+
+    module = ZeroesItself() if where == "module" else Module()
+    before = next(module.parameters()).detach().clone()
+    fit = trainer(algorithm, callbacks=[Zeroes()] if where == "callback" else None)
+    with warns_of_hooks(algorithm, r"Zeroes\w*\.on_before_optimizer_step runs once a batch"):
+        fit.fit(module, loader(data(2)))
+    stood = torch.equal(next(module.parameters()), before)
+    assert stood == (algorithm not in ("ipc", "iepc"))
 
 
 def test_data_of_many_shapes():
