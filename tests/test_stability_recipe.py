@@ -216,11 +216,11 @@ def test_depth_table():
     assert found["pc", "auto, plain"] == {2: 77.0}
     assert found["pc", 1.0] == {2: 70.0}
     assert depth.shortfall(found, "pc") == {2: 0.5}
-    plain, residual = depth.tables(rows)
+    plain, residual, relu = depth.tables(rows)
     assert ["pc", "behind", "[green]+0.5[/]", "", "", "", "", ""] in cells(plain)
     assert ["pc", "auto, plain", "77.0", "", "", "", "", ""] in cells(plain)
     assert ["ipc", "auto, spiking", "86.0", "", "", "", "", ""] in cells(plain)
-    assert all(row[2:] == [""] * 6 for row in cells(residual))
+    assert all(row[2:] == [""] * 6 for row in (*cells(residual), *cells(relu)))
     assert isinstance(depth.picture(rows), Figure)
 
 
