@@ -104,18 +104,18 @@ def read_loss_call(
 def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
     """Asks the coming backward, which starts from ``seed``, for d loss / d output.
 
-    Of sums, and of means where there are several.
+    Of sums, and of means where there are many.
     """
 
-    def keeper(call: LossCall) -> Callable[[Tensor], None]:
-        def keep(gradient: Tensor) -> None:
-            call.gradient = gradient / seed
+    def keeper(call: LossCall) -> Callable[[tuple[Tensor, ...]], None]:
+        def keep(gradients: tuple[Tensor, ...]) -> None:
+            call.gradient = gradients[0] / seed
 
         return keep
 
     for call in calls:
-        if call.reduction == "sum" or (call.reduction == "mean" and len(calls) > 1):
-            call.output.register_hook(keeper(call))  # type: ignore[no-untyped-call]
+        if call.reduction == "sum" or (call.reduction == "mean" and len(calls) > 2):
+            call.function.register_prehook(keeper(call))  # the output may be written to
 
 
 def loss_terms(calls: list[LossCall]) -> float | None:
@@ -144,14 +144,18 @@ def loss_terms(calls: list[LossCall]) -> float | None:
 
 def doubt(calls: list[LossCall], terms: float) -> str:
     """What the user should know of the M on which the calls agree, "" where it is plain."""
-    factors = [float(c.gradient) for c in calls if c.divisor is not None and c.gradient is not None]
-    if len(factors) < 2 or abs(sum(factors) - 1.0) > 1e-3:
+    found = [c.gradient.float() for c in calls if c.divisor is not None and c.gradient is not None]
+    # The mean of two is usual for what looks at the same samples twice (contrastive losses).
+    if len(found) < 3:
+        return ""
+    factors = torch.stack(found).tolist()
+    if any(abs(len(factors) * factor - 1.0) > 1e-2 for factor in factors):
         return ""
     return (
         f"The training loss is the mean of {len(factors)} loss calls (terms in each: {terms:g}). "
         f"{terms:g} is taken as their number, which is right where the calls are about the "
         f"same samples (say so by loss_terms={terms:g}); where each is about its own (parts of a "
-        f"batch, time steps) set loss_terms={len(factors) * terms:g}."
+        f"batch, time steps) set loss_terms={len(factors) * terms:g}, or a callable of the batch."
     )
 
 

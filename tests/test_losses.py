@@ -57,6 +57,10 @@ LOSSES = {  # name -> loss of (outputs, rows), its number of terms
         lambda o, i: F.cross_entropy(o, Y[i], reduction="sum") / len(i),
         lambda i: len(i),
     ),
+    "sum / n in place": (
+        lambda o, i: F.cross_entropy(o, Y[i], reduction="sum").div_(len(i)),
+        lambda i: len(i),
+    ),
     "sum / counted": (
         lambda o, i: F.cross_entropy(o, SOME[i], reduction="sum") / counted(SOME[i]),
         lambda i: counted(SOME[i]),
@@ -189,7 +193,11 @@ AVERAGES = {  # name -> loss that is a mean of means, the calls, the terms of ea
         N,
         1,
     ),
-    "two heads": (lambda o, i: F.mse_loss(o, SOFT) / 2 + F.mse_loss(-o, SOFT) / 2, 2, C * N),
+    "three heads": (
+        lambda o, i: sum(F.mse_loss(k * o, SOFT) for k in (1, 2, 3)) / 3,
+        3,
+        C * N,
+    ),
 }
 
 
@@ -203,16 +211,22 @@ def test_a_mean_of_means_is_doubtful(name):
     with pytest.warns(UserWarning, match=f"mean of {calls} loss calls") as caught:
         optimizer.step(lambda: loss(model(x), rows))
     assert f"samples (say so by loss_terms={terms})" in str(caught[0].message)
-    assert str(caught[0].message).endswith(f"set loss_terms={calls * terms}.")
+    assert f"set loss_terms={calls * terms}, or a callable" in str(caught[0].message)
     assert optimizer.report.loss_terms == terms
     given = IPC(torch.optim.SGD(model.parameters(), 0.1), model, loss_terms=terms)
     given.step(lambda: loss(model(x), rows))  # says no more
 
 
-def test_a_sum_of_means_is_plain():
+@pytest.mark.parametrize("factors", [(0.5, 0.5), (1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (1.0, 0.0, 0.0)])
+def test_weighted_means_and_the_mean_of_two_are_plain(factors):
     model, x = MLP((6, 5, C)).double(), torch.randn(N, 6).double()
     optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
-    optimizer.step(lambda: F.cross_entropy(model(x), Y) + F.cross_entropy(-model(x), Y))
+
+    def loss():
+        output = model(x)
+        return sum(f * F.cross_entropy((k + 1) * output, Y) for k, f in enumerate(factors))
+
+    optimizer.step(loss)
     assert optimizer.report.loss_terms == N
 
 
