@@ -51,6 +51,7 @@ class Advisor:
         self._raised = _Streak()  # by inference, at a gamma that is given
         self._overshot = _Streak()  # by weights that learn while values move
         self._first = 0.0  # F at the very start
+        self._largest = 0.0  # of all |F| at the start of a batch
 
     @property
     def curious(self) -> bool:
@@ -69,8 +70,10 @@ class Advisor:
         """Takes in a batch that has been inferred."""
         self._batches += 1
         inference, steps = relaxation.inference, len(relaxation.losses)
-        rise = 0.0 if self._varies or inference.rise is None else float(inference.rise)
-        rose = rise > 0
+        ends = None if self._varies else inference.ends
+        first, last = (0.0, 0.0) if ends is None else ends.tolist()
+        rose = last > first
+        self._largest = max(self._largest, abs(first))
         incremental = self._schedule.incremental
         # Weights that lower a loss which values push up raise F by what they learn.
         self._overshot.take_in(rose and incremental and relaxation.beta > 0)
@@ -81,14 +84,13 @@ class Advisor:
             self._raised.take_in(rose)
         if relaxation.seen is not None:
             self._judge(relaxation, report)
-        first = self._first if self._batches > 1 else float(report.free_energy[0])
-        if incremental and self._auto is not None and rise > LEAP * abs(first):
-            self.say("overshot", leapt(report, self._batches))
+        if incremental and self._auto is not None and last - first > LEAP * self._largest > 0:
+            self.say("leapt", leapt(report, self._batches))
         if self._batches == 1:  # once: reading the energies waits for the device
             end = relaxation.start + steps
             nodes = relaxation.graph.nodes
             self.say("silent", silenced(report, nodes, inference.start_gamma, end))
-            self._first = first
+            self._first = float(report.free_energy[0])
 
     def _judge(self, relaxation: Relaxation, report: StepReport) -> None:
         """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""

@@ -106,7 +106,8 @@ def check_held(graph: Graph, held: set[nn.Parameter]) -> None:
     if held.isdisjoint(graph.arrivals):
         raise ClosureError(
             "The loss depends on none of the parameters that the optimizer holds, which would "
-            "train nothing: it was computed by another model (a copy?), or these are frozen."
+            "train nothing: it was computed by another model (a copy?), these are frozen, or this "
+            "batch does not use them (then give no loss, None, for it)."
         )
 
 

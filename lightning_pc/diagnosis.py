@@ -24,7 +24,7 @@ LONG_PATIENCE = 10
 #: any step raises.
 KNOWN = 0.01
 
-#: Times F at the very start that F may rise within a batch before the weights' steps are suspected.
+#: Times the largest F at the start of any batch that F may rise within one.
 LEAP = 100.0
 
 
@@ -158,8 +158,9 @@ def leapt(report: StepReport, batch: int) -> str:
     free = report.free_energy
     return (
         f"In batch {batch} F rose from {float(free[0]):.3g} to {float(free[-1]):.3g}: the weights, "
-        f"which move at every step, went too far. Here {_leap(report)}. Lower the learning rate, "
-        "scale down what the modules before it read, or use a smaller T."
+        "which move at every step, went too far, or this batch is far from those before. Here "
+        f"{_leap(report)}. Lower the learning rate, scale down what the modules before it read, or "
+        "use a smaller T."
     )
 
 

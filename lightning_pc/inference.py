@@ -60,9 +60,11 @@ class Inference:
         return self._moved <= CONVERGED * (self._first - self._last)
 
     @property
-    def rise(self) -> Tensor | None:
-        """By how much F has risen since the values began to move, []; None at first."""
-        return None if self._last is None or self._first is None else self._last - self._first
+    def ends(self) -> Tensor | None:
+        """F when the values began to move and now, [2]; None at first."""
+        if self._last is None or self._first is None:
+            return None
+        return torch.stack([self._first, self._last])
 
     @torch.no_grad()
     def observe(self, energy: Tensor) -> None:

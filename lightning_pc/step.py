@@ -59,7 +59,8 @@ class Learner:
     Args:
         model: The module, as its user wrote it.
         settings: The engine's knobs.
-        optimizer: Who moves the parameters; the report speaks of those that it holds.
+        optimizer: Who moves the parameters. The report speaks of those that it holds; the others
+            keep the gradients that they had, and gain those of the last evaluation.
 
     Attributes:
         report: What the last step did.

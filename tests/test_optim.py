@@ -129,10 +129,12 @@ def test_old_gradients_do_not_leak_into_a_step(wrapper):
 
 @every
 def test_parameters_of_other_optimizers_gain_the_last_gradient(wrapper):
-    """As in a GAN: on top of what they had, and what they do not move is not asked for before."""
+    """As in a GAN: on top of what they had, of one evaluation, the last."""
     model, critic = mlp(), nn.Linear(C, 2)
     x, _ = data()[0]
-    seen = []
+    seen: list[list[torch.Tensor]] = []
+    calls: list[torch.Tensor] = []
+    critic.weight.register_hook(calls.append)
     for start in (None, 5.0):
         other = copy.deepcopy(model)
         mine = wrapper(torch.optim.SGD(other.parameters(), lr=0.01), other, **FIXED[wrapper])
@@ -140,6 +142,8 @@ def test_parameters_of_other_optimizers_gain_the_last_gradient(wrapper):
             p.grad = None if start is None else torch.full_like(p, start)
         mine.step(lambda other=other: F.cross_entropy(critic(other(x)), torch.ones(len(x)).long()))
         seen.append([p.grad.clone() for p in critic.parameters()])
+        assert len(calls) == len(seen)
+    assert torch.equal(calls[-1], seen[0][0])
     for fresh, added in zip(*seen, strict=True):
         assert fresh.any()
         torch.testing.assert_close(added, fresh + 5.0)
