@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_pc.errors import PCError
 from lightning_pc.optim import refuse_optimizer
+from lightning_pc.replay import shadowed
 from lightning_pc.schedules import SCHEDULES
 
 
@@ -93,26 +95,53 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     refuse_accumulation(algorithm, max([trainer.accumulate_grad_batches, *planned]))
 
 
-def warn_of_hooks(module: pl.LightningModule, trainer: pl.Trainer, algorithm: str) -> None:
-    """Says that hooks between gradients and step, once a batch, see one of its steps alone."""
-    if not SCHEDULES[algorithm].incremental:
-        return
-    hooks = ("on_after_backward", "on_before_optimizer_step")
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    owners = [(module, pl.LightningModule), *((each, pl.Callback) for each in callbacks)]
-    found = [
-        f"{type(owner).__name__}.{hook}"
-        for owner, parent in owners
-        for hook in hooks
-        if is_overridden(hook, owner, parent)
-    ]
-    if found:
-        rank_zero_warn(
-            f"{', '.join(found)} runs once a batch, with the gradients of the last of the steps "
-            f"that {algorithm} takes in it: changes to gradients there do not act at the others. "
-            "configure_gradient_clipping and hooks of parameters (register_hook) act at each.",
-            category=UserWarning,
-        )
+class HookWatch:
+    """Tells, once, of hooks that change gradients of which the step takes one of several.
+
+    Args:
+        algorithm: One that steps within a batch; the others' hooks see all that they step on.
+    """
+
+    def __init__(self, algorithm: str) -> None:
+        self._algorithm = algorithm
+        self._over = not SCHEDULES[algorithm].incremental
+        self._seen: list[tuple[int, int]] | None = None
+
+    def begin(self, optimizer: Optimizer | None) -> None:
+        """Notes the gradients of the last step, before any hook may change them."""
+        if not self._over and optimizer is not None:
+            self._seen = _states(optimizer)
+
+    @contextmanager
+    def watching(self, module: pl.LightningModule, optimizer: Optimizer) -> Iterator[None]:
+        """Looks at them again when all hooks are through: where they are about to be clipped."""
+        if self._over:
+            yield
+            return
+        clip = module.configure_gradient_clipping
+
+        def look_and_clip(*args: Any, **kwargs: Any) -> None:
+            if self._seen is not None and self._seen != _states(optimizer):
+                self._over = True
+                rank_zero_warn(
+                    "on_after_backward or on_before_optimizer_step, of the module or a callback, "
+                    f"has changed gradients. They run once a batch, before the last of the steps "
+                    f"that {self._algorithm} takes in it: at the others nothing is changed. "
+                    "configure_gradient_clipping and hooks of parameters (register_hook) act at "
+                    "each.",
+                    category=UserWarning,
+                )
+            self._seen = None
+            clip(*args, **kwargs)
+
+        with shadowed({(module, "configure_gradient_clipping"): look_and_clip}):
+            yield
+
+
+def _states(optimizer: Optimizer) -> list[tuple[int, int]]:
+    """Which gradients there are, and how often each has been written to."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
 
 
 def refuse_accumulation(algorithm: str, batches: int) -> None:

@@ -25,12 +25,12 @@ from torch.optim import Optimizer
 from lightning_pc.errors import ConfigError
 from lightning_pc.precisions import Precisions
 from lightning_pc.refusals import (
+    HookWatch,
     at_the_door,
     refuse_accumulation,
     refuse_module,
     refuse_optimizers,
     refuse_precision,
-    warn_of_hooks,
 )
 from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
@@ -180,7 +180,7 @@ class PCStrategy(SingleDeviceStrategy):
         with at_the_door():
             self._learner = Learner(self._module, self.settings)
             self._learner.check()
-        warn_of_hooks(self._module, trainer, self.settings.algorithm)
+        self._hooks = HookWatch(self.settings.algorithm)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's training_step, with the value nodes in place (t = 0)."""
@@ -221,6 +221,7 @@ class PCStrategy(SingleDeviceStrategy):
             optimizer.step(once(lambda: closure_loss, optimizer))
 
         self._require_learner().infer(1.0 / accumulated, update)
+        self._hooks.begin(optimizer)
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -234,7 +235,10 @@ class PCStrategy(SingleDeviceStrategy):
     ) -> Any:
         """The last optimizer step of the batch, around the closure that infers."""
         try:
-            result = super().optimizer_step(optimizer, once(closure, optimizer), model, **kwargs)
+            with self._hooks.watching(self._module, optimizer):
+                result = super().optimizer_step(
+                    optimizer, once(closure, optimizer), model, **kwargs
+                )
         except ConfigError as error:
             raise MisconfigurationException(str(error)) from error
         torch.clear_autocast_cache()

@@ -458,23 +458,22 @@ def test_gradients_are_there_for_hooks(algorithm):
         def on_after_backward(self):
             norms.append([p.grad is not None for p in self.parameters()])
 
-    with warns_of_hooks(algorithm, "Looks.on_after_backward runs once a batch"):
-        trainer(algorithm).fit(Looks(), loader(data(2)))
+    trainer(algorithm).fit(Looks(), loader(data(2)))  # looking is no change
     assert norms == [[True] * 6] * 2
 
 
 class Adversaries(L.LightningModule):
-    """Two optimizers, each a wrapper around its part, under the Trainer's default strategy."""
+    """Two optimizers, each in a wrapper of the whole, under the Trainer's default strategy."""
 
     def __init__(self, algorithm):
         super().__init__()
         self.automatic_optimization = False
         self.maker, self.judge, self.wrapper = mlp(), nn.Sequential(), WRAPPERS[algorithm]
-        self.judge.append(nn.Linear(C, 8)).append(nn.Tanh()).append(nn.Linear(8, 2))
+        self.judge.extend([nn.Linear(C, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)])
 
     def configure_optimizers(self):
         parts = (self.maker, self.judge)
-        return [self.wrapper(torch.optim.Adam(p.parameters(), 0.01), p) for p in parts]
+        return [self.wrapper(torch.optim.Adam(p.parameters(), 0.01), self) for p in parts]
 
     def training_step(self, batch, _):
         x, y = batch
@@ -490,39 +489,71 @@ def test_several_optimizers_in_manual_optimization(algorithm):
     trainer("auto").fit(module, loader(data()))
     for part, start in zip((module.maker, module.judge), before, strict=True):
         assert not torch.equal(weights(part), start)
-    for optimizer in module.optimizers():
-        assert set(optimizer.report.learned.values()) - {0}
+    for optimizer, part in zip(module.optimizers(), ("maker", "judge"), strict=True):
+        learned = optimizer.report.learned
+        assert {name.split(".")[0] for name in learned} == {part}
+        assert all(learned.values())
+    assert module.judge[1].num_batches_tracked == 2 * len(data())  # the first forwards' alone
 
 
-def warns_of_hooks(algorithm, says):
-    several = algorithm in ("ipc", "iepc")
-    return pytest.warns(UserWarning, match=says) if several else contextlib.nullcontext()
+def test_an_optimizer_that_a_callback_puts_in_place():
+    class Swaps(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            half = list(module.parameters())[trainer.current_epoch :]
+            trainer.strategy.optimizers = [torch.optim.SGD(half, 0.1)]
+
+    module, first = Module(), []
+
+    class Looks(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            first.append(set(trainer.strategy.report.learned))
+
+    trainer("pc", callbacks=[Swaps(), Looks()], max_epochs=2).fit(module, loader(data()))
+    assert first[0] - first[1] == {next(name for name, _ in module.named_parameters())}
 
 
+def in_place(model):
+    next(model.parameters()).grad.zero_()
+
+
+def anew(model):
+    first = next(model.parameters())
+    first.grad = torch.zeros_like(first)
+
+
+@pytest.mark.parametrize("clip", [None, 10.0])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("where", ["module", "callback"])
-def test_gradients_that_a_hook_changes(where, algorithm):
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [("module", in_place), ("callback", in_place), ("callback", anew), ("early", anew)],
+)
+def test_gradients_that_a_hook_changes(where, change, algorithm, clip):
     """At every step of `pc`, `zil` and `epc`; of `ipc` and `iepc` at the last, which is said."""
 
-    def zero(model):
-        first = next(model.parameters())
-        first.grad = torch.zeros_like(first)
-
-    class Zeroes(L.Callback):
+    class Changes(L.Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
-            zero(module)
+            change(module)
 
-    class ZeroesItself(Module):
+    class ChangesItself(Module):
         def on_before_optimizer_step(self, optimizer):
-            zero(self)
+            change(self)
 
-    module = ZeroesItself() if where == "module" else Module()
+    class ChangesEarly(Module):
+        def on_after_backward(self):
+            change(self)
+
+    module = {"module": ChangesItself, "early": ChangesEarly}.get(where, Module)()
     before = next(module.parameters()).detach().clone()
-    fit = trainer(algorithm, callbacks=[Zeroes()] if where == "callback" else None)
-    with warns_of_hooks(algorithm, r"Zeroes\w*\.on_before_optimizer_step runs once a batch"):
-        fit.fit(module, loader(data(2)))
+    callbacks = [Changes()] if where == "callback" else None
+    fit = trainer(algorithm, callbacks=callbacks, gradient_clip_val=clip)
+    several = algorithm in ("ipc", "iepc")
+    says = f"before the last of the steps that {algorithm} takes"
+    with pytest.warns(UserWarning, match=says) if several else contextlib.nullcontext() as told:
+        fit.fit(module, loader(data(3)))
+    assert not several or sum("has changed gradients" in str(each.message) for each in told) == 1
+    assert "configure_gradient_clipping" not in vars(module)
     stood = torch.equal(next(module.parameters()), before)
-    assert stood == (algorithm not in ("ipc", "iepc"))
+    assert stood == (not several)
 
 
 def test_data_of_many_shapes():
