@@ -250,12 +250,16 @@ def test_architectures_table():
     assert (found[0.1], found["auto"]) == (1.8, 2.2)  # the best mean over seeds
     assert architectures.ratio({0.1: 0.0, "auto": 0.0}) == 1
     assert architectures.ratio({0.1: 1.0}) is None
+    assert len(architectures.tables(rows)) == 2  # none of PC, and none has noted what it left
+    half = rows[0] | {"left": 0.5}
+    *_, left = architectures.tables([*rows, half, half | {"left": 0.7}])
+    assert cells(left) == [["BERT, 0.001", "0.60", "", "", "", "", ""]]
     ours, against, *_ = architectures.tables(rows)
     assert ["BERT", "inf", "", "1.8", "", "2.2", "0.1", "1.22"] in cells(ours)
     assert cells(against) == [
-        ["0.001", "0/1, inf", "0/0, 1", "3/3, 1", "0/0, 1", "1/3, inf", "1/1, 0.05"],
-        ["0.003", "0/0, 1", "0/0, 1", "1/1, 1", "0/0, 1", "0/1, inf", "0/0, 1"],
-        ["best", "0/1, inf", "0/0, 1", "3/3, 1", "0/0, 1", "0/3, inf", "1/1, 0.0556"],
+        ["0.001", "0/1, inf", "", "3/3, 1", "", "1/3, inf", "1/1, 0.05"],
+        ["0.003", "", "", "1/1, 1", "", "0/1, inf", ""],
+        ["best", "0/1, inf", "", "3/3, 1", "", "0/3, inf", "1/1, 0.0556"],
     ]
     assert isinstance(architectures.picture(rows), Figure)
 

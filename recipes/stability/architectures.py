@@ -2,7 +2,7 @@
 
     python -m recipes.stability.architectures
 
-Each row has the best of five learning rates.
+At five learning rates; a gamma by itself and against the best fixed one.
 """
 
 from __future__ import annotations
@@ -47,13 +47,20 @@ def jobs() -> list[Job]:
 
 
 def run(job: Job, data_dir: str | None = None) -> Figures:
-    """Learns the batch; ``loss`` is None where it diverged."""
+    """Learns the batch; ``loss`` is None where it diverged.
+
+    ``left`` is the share of F at the start of a batch that is there at its end, mean of the second
+    half of the steps.
+    """
     net, loss = problem(job["network"], job["seed"])
     learner = Learner(net, job, value_nodes=NETWORKS[job["network"]][2])
     losses: list[float] = []
+    left: list[float] = []
     start, final = (time.perf_counter(), time.process_time()), None
     try:
-        losses += [learner.step(loss) for _ in range(job["steps"])]
+        for _ in range(job["steps"]):
+            losses.append(learner.step(loss))
+            left.append(learner.left)
         final = expected(loss)
     except DivergenceError:
         pass
@@ -63,6 +70,7 @@ def run(job: Job, data_dir: str | None = None) -> Figures:
         "seconds": round(time.perf_counter() - start[0], 2),
         "cpu_seconds": round(time.process_time() - start[1], 2),
         "gamma_at_end": learner.gamma,
+        "left": round(fmean(left[len(left) // 2 :]), 4) if left else None,
         "diverged": final is None,
     }
 
@@ -101,8 +109,9 @@ def ratio(found: dict[Any, float], gamma: Any = "auto") -> float | None:
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """For each algorithm the losses by gamma, and how each gamma does by learning rate."""
-    return [table(rows, name) for name in ALGORITHMS for table in (_losses, _against_fixed)]
+    """For each algorithm the losses by gamma, how each does by learning rate, what F it leaves."""
+    kinds = (_losses, _against_fixed, _left)
+    return [table for name in ALGORITHMS for kind in kinds if (table := kind(rows, name)).rows]
 
 
 def _losses(rows: Sequence[Row], algorithm: str) -> Table:
@@ -125,7 +134,7 @@ def _against_fixed(rows: Sequence[Row], algorithm: str) -> Table:
         "on how many the loss is within 10 % of the best fixed gamma's, "
         "and how many times that it is on the worst"
     )
-    lrs = sorted({row["lr"] for row in rows})
+    lrs = sorted({row["lr"] for row in rows if row["algorithm"] == algorithm})
     for name, some in ((f"{lr:g}", [row for row in rows if row["lr"] == lr]) for lr in lrs):
         table.add_row(name, *(_within(some, algorithm, gamma) for gamma in gammas))
     if len(lrs) > 1:
@@ -133,10 +142,28 @@ def _against_fixed(rows: Sequence[Row], algorithm: str) -> Table:
     return table
 
 
+def _left(rows: Sequence[Row], algorithm: str) -> Table:
+    """Of the rows that have it."""
+    title = f"size {rows[0]['size']}: {algorithm}, share of F left at the end of a batch, by gamma"
+    table, gammas = _by_gamma(title, "network, learning rate")
+    for network, lr in product(NETWORKS, sorted({row["lr"] for row in rows})):
+        found: dict[Any, list[float]] = {}
+        for row in rows:
+            same = (row["network"], row["algorithm"], row["lr"]) == (network, algorithm, lr)
+            if same and row.get("left") is not None:
+                found.setdefault(rate(row), []).append(row["left"])
+        if found:
+            cells = (f"{fmean(found[gamma]):.2f}" if gamma in found else "" for gamma in gammas)
+            table.add_row(f"{network}, {lr:g}", *cells)
+    return table
+
+
 def _within(rows: Sequence[Row], algorithm: str, gamma: Any) -> str:
     ratios = [ratio(losses(rows, network, algorithm), gamma) for network in NETWORKS]
     known = [each for each in ratios if each is not None]
-    return f"{sum(each <= 1.1 for each in known)}/{len(known)}, {max(known, default=1):.3g}"
+    if not known:
+        return ""
+    return f"{sum(each <= 1.1 for each in known)}/{len(known)}, {max(known):.3g}"
 
 
 def _by_gamma(title: str, first: str, *last: str) -> tuple[Table, list[Any]]:

@@ -91,6 +91,12 @@ class Learner:
         return None if report is None else float(f"{report.gamma:.4g}")
 
     @property
+    def left(self) -> float:
+        """Share of F at the start of the last batch that was there at its end; 1 for backprop."""
+        report = getattr(self.optimizer, "report", None)
+        return 1.0 if report is None else float(report.free_energy[-1] / report.free_energy[0])
+
+    @property
     def steps(self) -> int:
         """Evaluations of the last batch; 1 for backprop."""
         report = getattr(self.optimizer, "report", None)
