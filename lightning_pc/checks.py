@@ -7,7 +7,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_pc.errors import ClosureError, PlacementError, UnsupportedError
 from lightning_pc.graph import Graph
-from lightning_pc.nodes import Node, Site
+from lightning_pc.nodes import Site
 from lightning_pc.placement import Placement
 
 _SHARDED = {
@@ -138,20 +138,3 @@ def shortcut(graph: Graph) -> str:
                     "leave precisions constant, or use 'epc' or 'iepc'."
                 )
     return ""
-
-
-def chain_advice(points: list[Node], blocks: list[str]) -> str:
-    """Says on which placements Z-IL is exact.
-
-    Args:
-        points: The chain points of a graph with a node at the output of every module.
-        blocks: Names of the modules that the preset "blocks" finds.
-    """
-    names = [node.name for node in points]
-    if not names:
-        return "No placement at module outputs makes a chain here: use 'pc' or 'ipc'."
-    if blocks and set(blocks) <= set(names):
-        return "This placement works: value_nodes='blocks'."
-    # An outer module may only hand on an inner one's output: one of the two will do.
-    handed_on = {p.name for n in points if not n.parameters for p in n.parents[:1]}
-    return f"This placement works: value_nodes={[n for n in names if n not in handed_on]}."

@@ -11,31 +11,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.advisor import Advisor
-from lightning_pc.checks import (
-    chain_advice,
-    check_held,
-    check_model,
-    check_nodes,
-    checked_loss,
-    shortcut,
-    unreached,
-)
+from lightning_pc.checks import check_held, check_nodes, checked_loss, shortcut, unreached
 from lightning_pc.conjugate import conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
-from lightning_pc.graph import Graph, chain_points, discover, require_chain
+from lightning_pc.graph import Graph, discover, require_chain
 from lightning_pc.inference import Inference
 from lightning_pc.losses import count_terms
 from lightning_pc.nodes import Gate, Site
-from lightning_pc.placement import PRESETS, Placement, resolve
+from lightning_pc.placement import Placement
 from lightning_pc.precisions import precisions
 from lightning_pc.relaxation import Relaxation
+from lightning_pc.remedy import chain_advice
 from lightning_pc.replay import Purity, Shadows
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import Schedule, schedule
 from lightning_pc.settings import Settings
-from lightning_pc.watch import Verdicts
+from lightning_pc.view import View
 
 Output = TypeVar("Output")
 
@@ -80,10 +73,7 @@ class Learner:
             self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
         self._precisions = precisions(settings.precisions)
         self._softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
-        self._gate, self._verdicts = Gate(), Verdicts()
-        self._modules: tuple[nn.Module, ...] = ()
-        self._names: dict[nn.Module, str] = {}
-        self._placement: Placement | None = None
+        self._gate, self._view = Gate(), View(model, settings.value_nodes)
         self._written: set[Any] | None = None
         self._batch: _Batch | None = None
         self._advisor = Advisor(self.schedule, self.auto, self._precisions.varies)
@@ -116,7 +106,7 @@ class Learner:
         Raises:
             PCError: Naming the module and what to do.
         """
-        self._look_at_model()
+        self._view.look()
 
     def begin(
         self,
@@ -143,12 +133,16 @@ class Learner:
         """
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._batch, self.report, self.values = None, None, {}
-        placement = self._look_at_model()
-        settings = self.settings
-        purity = Purity(self._modules, batch, self._written, shadows or {}, self._draws)
+        settings, view = self.settings, self._view
+        placement = view.look()
+        purity = Purity(view.modules, batch, self._written, shadows or {}, self._draws)
         kept = (self._kept, self._kept_scale)
-        kind, names, softmax = self.schedule.node, self._names, self._softmax
-        found = Discovery(placement, self._verdicts, self._gate, softmax, names, kind, *kept)
+        kind, softmax = self.schedule.node, self._softmax
+        found = Discovery(placement, view.verdicts, self._gate, softmax, view.names, kind, *kept)
+
+        def again() -> Tensor | None:
+            return loss_of(forward())
+
         try:
             with purity.first(), found.watching():
                 output = forward()
@@ -162,13 +156,10 @@ class Learner:
             if held is not None:
                 check_held(graph, held)
             if self.schedule.stagewise:
-                require_chain(graph, lambda: self._remedy(purity, forward, loss_of))
+                require_chain(graph, lambda: chain_advice(view, self._gate, purity, again))
         except PCError:
             purity.undo()
             raise
-
-        def again() -> Tensor | None:
-            return loss_of(forward())
 
         def terms() -> float:
             return self._terms(graph, batch, batch_size)
@@ -300,9 +291,9 @@ class Learner:
         loss, batch.loss = batch.loss, None
         if loss is not None:
             return loss
-        sites, softmax = batch.graph.sites, self._softmax
+        sites, softmax, view = batch.graph.sites, self._softmax, self._view
         forward = Replay(
-            batch.placement, self._verdicts, self._gate, softmax, self._names, sites, t, scale
+            batch.placement, view.verdicts, self._gate, softmax, view.names, sites, t, scale
         )
         with batch.purity.replay(), torch.enable_grad(), forward.watching():
             loss = batch.forward()
@@ -320,32 +311,3 @@ class Learner:
         )
         self._advisor.say("loss_terms", doubt)
         return terms
-
-    def _look_at_model(self) -> Placement:
-        """Names, placement and what we know of modules, anew when the model has changed."""
-        modules = tuple(self.model.modules())
-        compiled = any(module._compiled_call_impl is not None for module in modules)
-        if self._placement is None or modules != self._modules or compiled:
-            check_model(self.model)
-            self._placement = resolve(self.settings.value_nodes, self.model)
-            self._modules = modules
-            self._names = {module: name for name, module in self.model.named_modules()}
-        return self._placement
-
-    def _remedy(
-        self,
-        purity: Purity,
-        forward: Callable[[], Output],
-        loss_of: Callable[[Output], Tensor | None],
-    ) -> str:
-        """Placements on which Z-IL is exact, found by a node at the output of every module."""
-        everywhere = {m: n for m, n in self._names.items() if n}
-        placement = Placement(False, everywhere)
-        found = Discovery(placement, self._verdicts, self._gate, "gaussian", self._names)
-        purity.undo()
-        with purity.replay(), torch.enable_grad(), found.watching():
-            loss = loss_of(forward())
-        found.number_calls()
-        points = [] if loss is None else chain_points(discover(loss, found))
-        blocks = [self._names[module] for module in PRESETS["blocks"](self.model)]
-        return chain_advice(points, blocks)
