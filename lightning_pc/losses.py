@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,18 +40,25 @@ class LossCall:
     Attributes:
         output: What it returned.
         function: The autograd function of that.
+        place: Of the output among those of the function.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: Size of dimension 0 of its target (or input, where there is none).
         divisor: What a mean was divided by; None for the other reductions.
-        gradient: d loss / d output, seen in the first backward, [].
+        seen: d loss / d output, [], once the first backward has met it; else empty.
     """
 
     output: Tensor
     function: Any
+    place: int
     reduction: str
     batch: int
     divisor: float | None = None
-    gradient: Tensor | None = None
+    seen: list[Tensor] = field(default_factory=list)
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """D loss / d output, []; None before the first backward, and where none arrives."""
+        return self.seen[0] if self.seen else None
 
 
 def _class_divisor(call: dict[str, Any]) -> float:
@@ -98,7 +105,7 @@ def read_loss_call(
         divisor = tensors[0].numel() / tensors[0].shape[-1]
     elif reduction == "mean":
         divisor = float(batch)
-    return LossCall(output, output.grad_fn, reduction, batch, divisor)
+    return LossCall(output, output.grad_fn, output.output_nr, reduction, batch, divisor)
 
 
 def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
@@ -107,15 +114,19 @@ def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
     Of sums, and of means where there are many.
     """
 
-    def keeper(call: LossCall) -> Callable[[tuple[Tensor, ...]], None]:
-        def keep(gradients: tuple[Tensor, ...]) -> None:
-            call.gradient = gradients[0] / seed
+    # It may not hold the call, which holds the function that holds it: no collector sees that.
+    def keeper(place: int, seen: list[Tensor]) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def keep(gradients: tuple[Tensor | None, ...]) -> None:
+            gradient = gradients[place]
+            if gradient is not None:
+                seen[:] = [gradient / seed]
 
         return keep
 
     for call in calls:
         if call.reduction == "sum" or (call.reduction == "mean" and len(calls) > 2):
-            call.function.register_prehook(keeper(call))  # the output may be written to
+            # Not of the output, which may be written to.
+            call.function.register_prehook(keeper(call.place, call.seen))
 
 
 def loss_terms(calls: list[LossCall]) -> float | None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import (
@@ -19,6 +20,7 @@ from lightning.pytorch.plugins.precision import (
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_pc.errors import PCError
@@ -105,43 +107,58 @@ class HookWatch:
     def __init__(self, algorithm: str) -> None:
         self._algorithm = algorithm
         self._over = not SCHEDULES[algorithm].incremental
-        self._seen: list[tuple[int, int]] | None = None
+        self._seen: Tensor | None = None
 
     def begin(self, optimizer: Optimizer | None) -> None:
         """Notes the gradients of the last step, before any hook may change them."""
         if not self._over and optimizer is not None:
-            self._seen = _states(optimizer)
+            self._seen = _gist(optimizer)
 
     @contextmanager
-    def watching(self, module: pl.LightningModule, optimizer: Optimizer) -> Iterator[None]:
+    def watching(self, trainer: pl.Trainer, optimizer: Optimizer) -> Iterator[None]:
         """Looks at them again when all hooks are through: where they are about to be clipped."""
-        if self._over:
+        self._seen = None
+        if self._over or not _hooked(trainer):
+            self._over = True
             yield
             return
-        clip = module.configure_gradient_clipping
+        plugin = trainer.precision_plugin
+        clip = plugin._clip_gradients
 
         def look_and_clip(*args: Any, **kwargs: Any) -> None:
-            if self._seen is not None and self._seen != _states(optimizer):
+            if self._seen is not None and not torch.equal(self._seen, _gist(optimizer)):
                 self._over = True
                 rank_zero_warn(
                     "on_after_backward or on_before_optimizer_step, of the module or a callback, "
-                    f"has changed gradients. They run once a batch, before the last of the steps "
+                    "has changed gradients. They run once a batch, before the last of the steps "
                     f"that {self._algorithm} takes in it: at the others nothing is changed. "
                     "configure_gradient_clipping and hooks of parameters (register_hook) act at "
                     "each.",
                     category=UserWarning,
                 )
-            self._seen = None
             clip(*args, **kwargs)
 
-        with shadowed({(module, "configure_gradient_clipping"): look_and_clip}):
+        with shadowed({(plugin, "_clip_gradients"): look_and_clip}):
             yield
 
 
-def _states(optimizer: Optimizer) -> list[tuple[int, int]]:
-    """Which gradients there are, and how often each has been written to."""
+def _hooked(trainer: pl.Trainer) -> bool:
+    """Whether a hook runs between gradients and step."""
+    owners: list[tuple[object, type]] = [(trainer.lightning_module, pl.LightningModule)]
+    owners += [(callback, pl.Callback) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return any(
+        name in vars(owner) or getattr(type(owner), name) is not getattr(base, name)
+        for owner, base in owners
+        for name in ("on_after_backward", "on_before_optimizer_step")
+    )
+
+
+def _gist(optimizer: Optimizer) -> Tensor:
+    """Norm and sum of each gradient, [2 p]; of what is not finite 0."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+    there = [g.detach() for g in gradients if g is not None]
+    numbers = [number.float() for g in there for number in (g.norm(), g.sum())]
+    return torch.stack(numbers or [torch.zeros(())]).nan_to_num(0.0, 0.0, 0.0)
 
 
 def refuse_accumulation(algorithm: str, batches: int) -> None:

@@ -235,7 +235,7 @@ class PCStrategy(SingleDeviceStrategy):
     ) -> Any:
         """The last optimizer step of the batch, around the closure that infers."""
         try:
-            with self._hooks.watching(self._module, optimizer):
+            with self._hooks.watching(self._module.trainer, optimizer):
                 result = super().optimizer_step(
                     optimizer, once(closure, optimizer), model, **kwargs
                 )

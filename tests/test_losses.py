@@ -1,5 +1,6 @@
 """M, the number of terms that a loss is a mean of, read off its calls."""
 
+import gc
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from problems import MLP, relative
 from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.losses import LossCall
 from lightning_pc.optim import IPC, PC
 
 N, C = 6, 4
@@ -215,6 +217,43 @@ def test_a_mean_of_means_is_doubtful(name):
     assert optimizer.report.loss_terms == terms
     given = IPC(torch.optim.SGD(model.parameters(), 0.1), model, loss_terms=terms)
     given.step(lambda: loss(model(x), rows))  # says no more
+
+
+@pytest.mark.parametrize("wrapper", [PC, IPC])
+def test_no_call_outlives_its_batch(wrapper):
+    model, x = MLP((6, 5, C)).double(), torch.randn(N, 6).double()
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
+
+    def loss():
+        outputs = [k * model(x) for k in (1, 2, 3)]
+        return sum(F.cross_entropy(o, Y, reduction="sum") / N for o in outputs)
+
+    optimizer.step(loss)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, LossCall)]
+
+
+class Halts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_a_sum_that_no_gradient_comes_back_to():
+    model, x = MLP((6, 5, C)).double(), torch.randn(N, 6).double()
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+
+    def loss():
+        output = model(x)
+        halted = Halts.apply(F.cross_entropy(output, Y, reduction="sum"))
+        return F.cross_entropy(output, Y) + halted
+
+    with pytest.warns(UserWarning, match="do not agree"):
+        optimizer.step(loss)
 
 
 @pytest.mark.parametrize("factors", [(0.5, 0.5), (1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (1.0, 0.0, 0.0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from typing import Any
 
@@ -516,6 +517,10 @@ def in_place(model):
     next(model.parameters()).grad.zero_()
 
 
+def behind(model):
+    next(model.parameters()).grad.data.mul_(0)  # raises no version
+
+
 def anew(model):
     first = next(model.parameters())
     first.grad = torch.zeros_like(first)
@@ -525,7 +530,7 @@ def anew(model):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("where", "change"),
-    [("module", in_place), ("callback", in_place), ("callback", anew), ("early", anew)],
+    [("module", in_place), ("callback", behind), ("callback", anew), ("early", anew)],
 )
 def test_gradients_that_a_hook_changes(where, change, algorithm, clip):
     """At every step of `pc`, `zil` and `epc`; of `ipc` and `iepc` at the last, which is said."""
@@ -551,9 +556,24 @@ def test_gradients_that_a_hook_changes(where, change, algorithm, clip):
     with pytest.warns(UserWarning, match=says) if several else contextlib.nullcontext() as told:
         fit.fit(module, loader(data(3)))
     assert not several or sum("has changed gradients" in str(each.message) for each in told) == 1
-    assert "configure_gradient_clipping" not in vars(module)
+    assert "_clip_gradients" not in vars(fit.precision_plugin)
     stood = torch.equal(next(module.parameters()), before)
     assert stood == (not several)
+
+
+def test_hooks_that_change_no_gradient():
+    """A norm that is taken by clipping to nothing, and a copy of the module."""
+    copies = []
+
+    class Norms(Module):
+        def on_before_optimizer_step(self, optimizer):
+            nn.utils.clip_grad_norm_(self.parameters(), 1e9)
+            copies.append(copy.deepcopy(self))
+
+    module = Norms()
+    trainer("ipc").fit(module, loader(data()))  # a warning would be an error
+    assert len(copies) == len(data())
+    assert set(vars(copies[-1])) == set(vars(module))
 
 
 def test_data_of_many_shapes():
