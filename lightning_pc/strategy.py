@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
+from lightning_pc.hooks import HookWatch
 from lightning_pc.precisions import Precisions
 from lightning_pc.refusals import (
-    HookWatch,
     at_the_door,
     refuse_accumulation,
     refuse_module,
