@@ -23,7 +23,6 @@ LONG_PATIENCE = 10
 #: Share of the first batch's F below which it may rise: data that are known by heart, whose small F
 #: any step raises.
 KNOWN = 0.01
-
 #: Times the largest F at the start of any batch that F may rise within one.
 LEAP = 100.0
 

@@ -57,7 +57,7 @@ class LossCall:
 
     @property
     def gradient(self) -> Tensor | None:
-        """D loss / d output, []; None before the first backward, and where none arrives."""
+        """Of the loss in the output, []; None before the first backward and where none arrives."""
         return self.seen[0] if self.seen else None
 
 

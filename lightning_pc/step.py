@@ -44,6 +44,7 @@ class _Batch:
     placement: Placement
     steps: tuple[int, int]  # least and most
     terms: Callable[[], float]
+    held: set[nn.Parameter] | None  # what the optimizer moves, where it is known
 
 
 class Learner:
@@ -165,7 +166,7 @@ class Learner:
             return self._terms(graph, batch, batch_size)
 
         steps = self.schedule.steps(graph.depth, settings.T, self._precisions.wave)
-        self._batch = _Batch(again, purity, loss, graph, placement, steps, terms)
+        self._batch = _Batch(again, purity, loss, graph, placement, steps, terms, held)
         if settings.reset == "batch":
             self._advisor.say("unreached", unreached(graph, steps[0], self.model))
         if self._precisions.wave:
@@ -246,7 +247,7 @@ class Learner:
             update=update,
             auto=self.auto,
             curious=self._advisor.curious,
-            held=self._held(),
+            held=batch.held,
         )
         relaxation.run()
         if self.settings.reset == "never":
@@ -258,7 +259,7 @@ class Learner:
         return relaxation.losses[0]
 
     def _report(self, relaxation: Relaxation) -> StepReport:
-        graph, held = relaxation.graph, self._held() or set()
+        graph, held = relaxation.graph, relaxation.held or set()
         return StepReport(
             algorithm=self.settings.algorithm,
             steps=len(relaxation.losses),
