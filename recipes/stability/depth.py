@@ -77,10 +77,21 @@ def _rates(algorithm: str) -> list[Job]:
 
 
 def mlp(depth: int, width: int) -> nn.Module:
-    """Hidden layers of tanh units."""
-    layers: list[nn.Module] = [nn.Flatten(), _orthogonal(784, width), nn.Tanh()]
-    for _ in range(depth - 1):
-        layers += [_orthogonal(width, width), nn.Tanh()]
+    """Hidden layers of tanh units, drawn orthogonal."""
+    return _plain(depth, width, _orthogonal, nn.Tanh)
+
+
+def relu(depth: int, width: int) -> nn.Module:
+    """Hidden layers of ReLU units, drawn as `nn.Linear` does."""
+    return _plain(depth, width, nn.Linear, nn.ReLU)
+
+
+def _plain(
+    depth: int, width: int, layer: Callable[[int, int], nn.Module], unit: Callable[[], nn.Module]
+) -> nn.Module:
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs in (784, *[width] * (depth - 1)):
+        layers += [layer(inputs, width), unit()]
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
@@ -100,14 +111,6 @@ class Residual(nn.Module):
             x = x + branch(torch.tanh(x)) / len(self.branches) ** 0.5
         logits: Tensor = self.head(x)
         return logits
-
-
-def relu(depth: int, width: int) -> nn.Module:
-    """Hidden layers of ReLU units, drawn as `nn.Linear` does."""
-    layers: list[nn.Module] = [nn.Flatten(), nn.Linear(784, width), nn.ReLU()]
-    for _ in range(depth - 1):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
 #: How each is made of its depth and width, and the deepest.
