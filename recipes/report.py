@@ -235,6 +235,12 @@ def speed() -> Iterator[str]:
     yield ""
 
 
+def compared(rows: Sequence[Row], task: str) -> list[Row]:
+    """Without sizes above the largest that has both backprop and iPC, where any has."""
+    bp, ipc = ({r["size"] for r in rows if r["row"] == f"{task}_{name}"} for name in ("bp", "ipc"))
+    return [row for row in rows if row["size"] <= max(bp & ipc, default=row["size"])]
+
+
 def language_models() -> Iterator[str]:
     """Table 3."""
     yield from ("## Table 3: test perplexity of language models", "")
@@ -245,14 +251,15 @@ def language_models() -> Iterator[str]:
     for task, paper in TABLE_3.items():
         cells: list[str] = []
         learned: dict[str, list[str]] = {}
+        shared = compared(rows, task)
         for algorithm in language.ALGORITHMS:
-            mine = largest(rows, f"{task}_{algorithm}")
+            mine = largest(shared, f"{task}_{algorithm}")
             used += mine
             won = sum(map(language.converged, mine))
             perplexity = spread((row["test"] for row in mine), ".1f")
             cells.append(f"{perplexity} ({won} of {len(mine)})" if mine else NOT_RUN)
             if mine:
-                reduced = "**reduced**: " if mine[0]["size"] < 2 else ""
+                reduced = "**reduced**: " if mine[0]["size"] < 3 else ""
                 batches = f"{reduced}{mine[0]['batches']:,} batches"
                 learned.setdefault(batches, []).append(algorithm)
         parts = [f"{n} ({', '.join(who)})" if len(learned) > 1 else n for n, who in learned.items()]

@@ -118,3 +118,13 @@ def test_language_models_of_different_sizes_are_told_apart(results):
         file.add(job, {"test": 300.0, "batches": batches, "diverged": False}, {})
     told = line(report.page(), "masked")[-1]
     assert told == "**reduced**: 40 batches (bp); **reduced**: 10 batches (pc)"
+
+
+def test_language_models_are_compared_at_a_size_that_backprop_and_ipc_share(results):
+    file = Results(report.language.STUDY.results)
+    file.sittings.append({"command": "python -m x", **MACHINE})
+    for size, name, test in ((0, "bp", 9.0), (0, "ipc", 8.0), (1, "bp", 7.0), (0, "pc", 6.0)):
+        job = {"size": size, "row": f"masked_{name}", "seed": 0, "settings": {}}
+        file.add(job, {"test": test, "batches": 10, "diverged": False}, {})
+    told = line(report.page(), "masked")[4:7]
+    assert told == ["9.0 (1 of 1)", "6.0 (1 of 1)", "8.0 (1 of 1)"]

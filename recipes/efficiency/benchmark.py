@@ -1,6 +1,7 @@
 """Time and memory of one inference step against one backprop step of the same Trainer.
 
     python -m recipes.efficiency.benchmark --write recipes/efficiency/results.json
+    python -m recipes.efficiency.benchmark --accelerator gpu --write recipes/efficiency/gpu.json
 
 Backprop, iPC and PC run in turn within one process, round after round, so that a busy machine
 slows all of them alike; a ratio is taken within each round, the table gives the rounds' median. A
@@ -16,7 +17,6 @@ import argparse
 import gc
 import json
 import logging
-import platform
 import statistics
 import sys
 import time
@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pc import PCStrategy, curvature
+from recipes.common.machine import machine
 
 T = 8
 
@@ -83,18 +84,23 @@ class Classifier(L.LightningModule):
 
 
 class Stopwatch(L.Callback):
-    """Seconds from the start to the end of each batch."""
+    """Seconds from the start to the end of each batch, on a GPU until its work is done."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
         """Starts the watch."""
-        self._start = time.perf_counter()
+        self._start = self._time(trainer)
 
-    def on_train_batch_end(self, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         """Stops it."""
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(self._time(trainer) - self._start)
+
+    def _time(self, trainer: L.Trainer) -> float:
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def strategies() -> dict[str, str | PCStrategy]:
@@ -109,7 +115,9 @@ def strategies() -> dict[str, str | PCStrategy]:
     }
 
 
-def fit(network: str, strategy: str | PCStrategy, batches: int) -> list[float]:
+def fit(
+    network: str, strategy: str | PCStrategy, batches: int, accelerator: str = "cpu"
+) -> list[float]:
     """Seconds of each batch of a short run, the first left out."""
     make, shape, size, _ = NETWORKS[network]
     torch.manual_seed(0)
@@ -117,7 +125,8 @@ def fit(network: str, strategy: str | PCStrategy, batches: int) -> list[float]:
     watch = Stopwatch()
     trainer = L.Trainer(
         strategy=strategy,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         max_epochs=batches + 1,
         callbacks=[watch],
         logger=False,
@@ -129,7 +138,7 @@ def fit(network: str, strategy: str | PCStrategy, batches: int) -> list[float]:
     return watch.seconds[1:]
 
 
-def time_steps(network: str, rounds: int) -> dict[str, float]:
+def time_steps(network: str, rounds: int, accelerator: str = "cpu") -> dict[str, float]:
     """Ratios to a backprop step, and its own milliseconds."""
     batches = NETWORKS[network][3]
     medians: list[dict[str, float]] = []
@@ -139,7 +148,7 @@ def time_steps(network: str, rounds: int) -> dict[str, float]:
             medians.append(
                 {
                     name: statistics.median(
-                        fit(network, strategy, batches * (T if name == "bp" else 1))
+                        fit(network, strategy, batches * (T if name == "bp" else 1), accelerator)
                     )
                     for name, strategy in strategies().items()
                 }
@@ -155,11 +164,16 @@ def time_steps(network: str, rounds: int) -> dict[str, float]:
     }
 
 
-def peak_bytes(network: str, strategy: str | PCStrategy) -> int:
+def peak_bytes(network: str, strategy: str | PCStrategy, accelerator: str = "cpu") -> int:
     """Most tensor bytes alive at once during two batches, beyond those alive before."""
     gc.collect()  # what an earlier run leaves must not be freed within this one
+    if accelerator == "gpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        fit(network, strategy, 1, accelerator)
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(profile_memory=True) as profile:
-        fit(network, strategy, 1)
+        fit(network, strategy, 1, accelerator)
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
@@ -170,10 +184,11 @@ def peak_bytes(network: str, strategy: str | PCStrategy) -> int:
     return peak
 
 
-def measure_memory(network: str) -> dict[str, float]:
+def measure_memory(network: str, accelerator: str = "cpu") -> dict[str, float]:
     """Peak bytes of backprop and iPC, and what the nodes themselves take."""
     strategy = PCStrategy("ipc", T=T)
-    peaks = {name: peak_bytes(network, s) for name, s in (("bp", "auto"), ("ipc", strategy))}
+    compared: dict[str, str | PCStrategy] = {"bp": "auto", "ipc": strategy}
+    peaks = {name: peak_bytes(network, s, accelerator) for name, s in compared.items()}
     nodes = sum(x.numel() * x.element_size() for x in strategy.values.values())
     return {
         "bp_peak_mib": peaks["bp"] / 2**20,
@@ -210,6 +225,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--accelerator", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--write", type=Path, help="JSON file for the figures")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -217,15 +233,15 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     results = {
-        network: {**time_steps(network, options.rounds), **measure_memory(network)}
+        network: time_steps(network, options.rounds, options.accelerator)
+        | measure_memory(network, options.accelerator)
         for network in options.networks
     }
     Console().print(table(results))
     if options.write:
         record = {
             "command": "python -m recipes.efficiency.benchmark " + " ".join(sys.argv[1:]),
-            "machine": f"CPU, {options.threads} threads, {platform.machine()}",
-            "torch": torch.__version__,
+            **machine(),
             "T": T,
             "results": results,
         }

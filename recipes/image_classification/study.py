@@ -4,8 +4,8 @@
 
 A row is a YAML of this folder's folders. ``data_dir`` holds a folder for each data set: ``mnist``,
 ``fashion_mnist``, ``cifar10``, ``svhn``. Size 0, for two CPU cores, has the MLPs in full and
-convolutional networks with few images and epochs, size 1 with more of them; size 2 is everything as
-its YAML says.
+convolutional networks with few images and epochs, size 1 with more of them; size 2, for a GPU, has all
+images and few epochs, and size 3 is everything as its YAML says.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 20)
 #: What the convolutional networks of sizes 0 and 1 learn.
 REDUCED = {"data.train_size": 2_000, "data.batch_size": 64, "trainer.max_epochs": 4}
 HALFWAY = {"data.train_size": 10_000, "data.batch_size": 64, "trainer.max_epochs": 8}
+#: What those of size 2 do.
+SHORT = {"trainer.max_epochs": 15}
 
 #: Size -> name of a row, its folder, seeds and settings beside the YAML's.
 ROWS: tuple[dict[str, tuple[str, int, dict[str, Any]]], ...] = (
@@ -50,6 +52,11 @@ ROWS: tuple[dict[str, tuple[str, int, dict[str, Any]]], ...] = (
     {
         "cnn": ("cnn", 3, HALFWAY),
         **{f"width {c}": ("width", 2, HALFWAY | {"model.net.width": c}) for c in WIDTHS[:3]},
+    },
+    {
+        "cnn": ("cnn", 1, SHORT),
+        "alexnet*": ("alexnet", 1, AUGMENTED | SHORT),
+        "vgg5": ("vgg5", 1, SHORT),
     },
     {
         "cnn": ("cnn", 5, {}),

@@ -3,7 +3,8 @@
     python -m recipes.language_modeling.study --data_dir data/lm1b
 
 A row is a YAML of this folder. Sizes 0 and 1 train all rows on as many sentences, less than an
-epoch; size 2 is the paper's own, 16 epochs with early stopping. A run that is stopped goes on from
+epoch; size 2, for a GPU, as the YAMLs say but for three epochs, in which every rate falls; size 3 is the
+paper's own, 16 epochs with early stopping. A run that is stopped goes on from
 its last checkpoint.
 """
 
@@ -41,6 +42,7 @@ RUNS, MODELS = (Path(".cache/language_modeling") / name for name in ("runs", "mo
 SIZES: tuple[dict[str, Any], ...] = (
     {"sentences": 25_600, "seeds": 1},
     {"sentences": 102_400, "seeds": 2},
+    {"sentences": None, "seeds": 1, "epochs": 3},
     {"sentences": None, "seeds": 10},
 )
 #: Sentences of a batch in runs that are shorter than the paper's. A masked sentence asks for a
@@ -78,6 +80,9 @@ def jobs() -> list[Job]:
                 settings = {"data.seed": seed}
                 if how["sentences"] is not None:
                     settings |= short(row, how["sentences"])
+                if "epochs" in how:
+                    settings["trainer.max_epochs"] = how["epochs"]
+                    settings["trainer.callbacks.init_args"] = {"batches": 100, "decay": True}
                 found.append({"size": size, "row": row, "seed": seed, "settings": settings})
     return found
 
