@@ -4,8 +4,8 @@
 
 A row is a YAML of this folder's folders. ``data_dir`` holds a folder for each data set: ``mnist``,
 ``fashion_mnist``, ``cifar10``, ``svhn``. Size 0, for two CPU cores, has the MLPs in full and
-convolutional networks with few images and epochs, size 1 with more of them; size 2, for a GPU, has all
-images and few epochs, and size 3 is everything as its YAML says.
+convolutional networks with few images and epochs, size 1 with more of them; size 2, for a GPU, has
+all images and few epochs, and size 3 is everything as its YAML says.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python -m recipes.language_modeling.study --data_dir data/lm1b
 
 A row is a YAML of this folder. Sizes 0 and 1 train all rows on as many sentences, less than an
-epoch; size 2, for a GPU, as the YAMLs say but for three epochs, in which every rate falls; size 3 is the
-paper's own, 16 epochs with early stopping. A run that is stopped goes on from
-its last checkpoint.
+epoch; size 2, for a GPU, as the YAMLs say but for three epochs, in which every rate falls; size 3
+is the paper's own, 16 epochs with early stopping. A run that is stopped goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations

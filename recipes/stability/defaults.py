@@ -1,9 +1,10 @@
 """Every argument at its default against backprop, and one at a time at another value.
 
-    python -m recipes.stability.defaults
+    python -m recipes.stability.defaults --data_dir data/mnist
 
-Handwritten digits as they are, with inputs 30 times as large, and with 6 hidden layers and the
-squared error. Every row has the learning rate with the best mean validation accuracy.
+Handwritten digits, scikit-learn's and at size 1 MNIST's, as they are, with inputs 30 times as
+large, and with 6 hidden layers and the squared error. Every row has the learning rate with the best
+mean validation accuracy.
 """
 
 from __future__ import annotations
@@ -16,18 +17,27 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.digits.data import Digits
-from recipes.stability.data import Images
+from recipes.stability.data import Images, mnist
 from recipes.stability.training import accuracy, classify, variant
 
-TASKS: dict[str, dict[str, Any]] = {
+Splits = dict[str, tuple[Tensor, Tensor]]  # images [N, pixels] and labels [N]
+
+DIGITS: dict[str, Job] = {
     "digits": {"layers": 2, "scale": 1.0, "loss": "cross-entropy"},
     "inputs x 30": {"layers": 2, "scale": 30.0, "loss": "cross-entropy"},
     "6 layers, squared error": {"layers": 6, "scale": 1.0, "loss": "squared"},
 }
+#: The same with MNIST, whose every epoch is 47 times as long.
+LARGE: dict[str, Job] = {
+    f"MNIST{kind}": task | {"epochs": 5}
+    for kind, task in zip(("", ", x 30", ", 6 layers"), DIGITS.values(), strict=True)
+}
+TASKS = DIGITS | LARGE
+HELD_OUT = 10_000  # the last of MNIST's training images, for validation
 LONGER = (16, 32)  # than T's default
 #: Algorithm and what is not at its default.
 ROWS: tuple[tuple[str, Job], ...] = (
@@ -44,6 +54,8 @@ ROWS: tuple[tuple[str, Job], ...] = (
     *(("pc", {"T": T}) for T in LONGER),
     ("pc", {"T": "auto"}),
 )
+#: Of which MNIST has these.
+BRIEF = (("bp", {}), ("pc", {}), ("ipc", {}), ("ipc", {"precisions": "spiking"}))
 #: A batch of iPC or iePC takes T steps of its own; with spiking precisions one counts in full.
 RATES = {
     "bp": (2e-4, 1e-3, 5e-3),
@@ -59,16 +71,17 @@ SIZES: tuple[dict[str, Any], ...] = (
 
 
 def jobs() -> list[Job]:
-    """Of each size all tasks, of the first all rows, of the others not those of a longer T."""
+    """Of the first size all rows of the digits, of the other not those of a longer T, and MNIST."""
     found: list[Job] = []
     for size, settings in enumerate(SIZES):
         fixed = {"size": size, "weight_decay": 0.01, "gamma": "auto", **settings}
-        for seed, (task, details) in product(range(fixed.pop("seeds")), TASKS.items()):
+        tasks = TASKS if size else DIGITS
+        for seed, (task, details) in product(range(fixed.pop("seeds")), tasks.items()):
             found += [
                 fixed
                 | {"task": task, **details, "algorithm": name, "T": None, "lr": rate, "seed": seed}
                 | given
-                for name, given in ROWS
+                for name, given in (BRIEF if task in LARGE else ROWS)
                 if not size or given.get("T") not in LONGER
                 for rate in RATES["pc" if "precisions" in given else name]
             ]
@@ -76,17 +89,32 @@ def jobs() -> list[Job]:
 
 
 def run(job: Job, data_dir: str | None) -> Figures:
-    """Trains one network; the data is part of scikit-learn."""
-    splits = {
-        split: (torch.from_numpy(images) * job["scale"], torch.from_numpy(labels))
-        for split, (images, labels) in Digits().load().items()
-    }
+    """Trains one network; the digits are part of scikit-learn, MNIST is read or downloaded."""
+    read = _mnist(data_dir) if job["task"] in LARGE else _digits()
+    splits = {split: (job["scale"] * images, labels) for split, (images, labels) in read.items()}
     torch.manual_seed(job["seed"])
-    sizes = [64] + [job["width"]] * job["layers"]
+    sizes = [splits["train"][0].shape[1]] + [job["width"]] * job["layers"]
     layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
     net = nn.Sequential(*layers, nn.Linear(sizes[-1], 10))
     figures = classify(net, Images(splits["train"], splits["test"]), job)
     return figures | {"validation": accuracy(net, *splits["val"])}
+
+
+def _digits() -> Splits:
+    return {
+        split: (torch.from_numpy(images), torch.from_numpy(labels))
+        for split, (images, labels) in Digits().load().items()
+    }
+
+
+def _mnist(data_dir: str | None) -> Splits:
+    (images, labels), (tested, answers) = mnist(data_dir, 60_000, 10_000)
+    images, learned = images.flatten(1), len(images) - HELD_OUT
+    return {
+        "train": (images[:learned], labels[:learned]),
+        "val": (images[learned:], labels[learned:]),
+        "test": (tested.flatten(1), answers),
+    }
 
 
 def chosen(rows: Sequence[Row], task: str, name: str, given: Job) -> list[Row]:
@@ -102,8 +130,9 @@ def chosen(rows: Sequence[Row], task: str, name: str, given: Job) -> list[Row]:
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """A table for each task."""
-    return [_table(rows, task) for task in TASKS]
+    """A table for each task that has been run."""
+    known = {row["task"] for row in rows}
+    return [_table(rows, task) for task in TASKS if task in known]
 
 
 def _table(rows: list[Row], task: str) -> Table:
@@ -139,10 +168,11 @@ def _called(name: str, given: Job) -> str:
 
 def picture(rows: list[Row]) -> Figure:
     """Accuracy of every row, a panel for each task."""
-    known = [row for row in ROWS if any(chosen(rows, task, *row) for task in TASKS)]
-    figure = Figure(figsize=(4 * len(TASKS), 5), layout="constrained")
-    panels = figure.subplots(1, len(TASKS), sharey=True, squeeze=False)[0]
-    for axes, task in zip(panels, TASKS, strict=True):
+    tasks = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    known = [row for row in ROWS if any(chosen(rows, task, *row) for task in tasks)]
+    figure = Figure(figsize=(4 * len(tasks), 5), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
         for place, row in enumerate(known):
             scores = [run["accuracy"] for run in chosen(rows, task, *row)]
             axes.plot(scores, [place] * len(scores), "o", alpha=0.6)
@@ -159,7 +189,8 @@ def picture(rows: list[Row]) -> Figure:
 
 STUDY = Study(
     "recipes.stability.defaults",
-    "scikit-learn's digits: 1,077 training, 360 validation, 360 test images",
+    "scikit-learn's digits: 1,077 training, 360 validation, 360 test images; MNIST: 50,000, 10,000 "
+    "and 10,000",
     jobs,
     run,
     tables,
