@@ -98,10 +98,11 @@ class PCStrategy(SingleDeviceStrategy):
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
         momentum: float | Literal["conjugate"] | None = None,
+        # The list before the function, as which jsonargparse would else save it.
         value_nodes: str
+        | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]]
         | type[nn.Module]
-        | Callable[[str, nn.Module], bool]
-        | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]] = "auto",
+        | Callable[[str, nn.Module], bool] = "auto",
         reset: Literal["batch", "never"] = "batch",
         loss_terms: float | Callable[..., float] | None = None,
         softmax_energy: Literal["categorical", "gaussian"] = "categorical",

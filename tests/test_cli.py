@@ -153,12 +153,30 @@ def test_help(capsys):
     assert "Untyped" not in text
 
 
-def test_the_saved_config_runs_again(tmp_path):
-    strategy = {"class_path": "lightning_pc.PCStrategy", "init_args": {"T": 3}}
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"T": 3},
+        {"value_nodes": ["net.1"]},
+        {"value_nodes": "net.1"},
+        {"value_nodes": ["net.1", "net.[02]"]},
+        {"gamma": 0.25, "momentum": 0.5, "reset": "never", "loss_terms": 6.0, "beta": 0.5},
+        {"T": "auto", "algorithm": "pc", "gamma": "auto", "momentum": "conjugate"},
+        {"precisions": "spiking"},
+        {"precisions": 0.5},
+        {"precisions": {"class_path": "lightning_pc.precisions.Depth"}},
+    ],
+    ids=str,
+)
+def test_the_saved_config_runs_again(arguments, tmp_path):
+    strategy = {"class_path": "lightning_pc.PCStrategy", "init_args": arguments}
     cli = main(["fit", "-c", config(tmp_path, strategy=strategy, logger=True)])
     saved = Path(cli.trainer.log_dir) / "config.yaml"
     again = main(["fit", "-c", str(saved)])
-    assert again.trainer.strategy.report.steps == 3
+    first, second = (c.trainer.strategy for c in (cli, again))
+    assert second.report.nodes == first.report.nodes
+    assert second.report.steps == first.report.steps
+    assert str(again.config.fit.trainer.strategy) == str(cli.config.fit.trainer.strategy)
 
 
 def test_as_a_module(monkeypatch, capsys):

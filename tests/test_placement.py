@@ -78,7 +78,9 @@ BAD = {  # value_nodes -> what the message must say
 }
 
 
-@pytest.mark.parametrize("entry", BAD, ids=str)
+@pytest.mark.parametrize(
+    "entry", BAD, ids=["none", "part", "typo", "class", "rule", "regex", "number"]
+)
 def test_an_entry_that_matches_nothing(entry):
     for value_nodes in (entry, ["stem", entry]):
         with pytest.raises((PlacementError, ConfigError), match=BAD[entry]):
