@@ -96,14 +96,13 @@ class Advisor:
         """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""
         assert relaxation.seen is not None
         (curvature, node), gamma = relaxation.seen, relaxation.inference.start_gamma
-        momentum = relaxation.inference.momentum
+        momentum, bearable = relaxation.inference.momentum, self._schedule.bearable
         if self._auto is None:
-            bearable = self._schedule.bearable
             since = self._batches - max(self._raised.length, self._overshot.length - 1)
             self.say("unstable", unstable(node, gamma, momentum, curvature, bearable, since))
             self._raised.rest()
         if self._overshot.length == LONG_PATIENCE:
             since = self._batches - LONG_PATIENCE + 1
-            said = overshot(report, gamma, momentum, curvature, self._first, since)
+            said = overshot(report, gamma, momentum, curvature, bearable, self._first, since)
             self.say("overshot", said)
             self._overshot.rest()

@@ -20,6 +20,8 @@ from lightning_pc.schedules import SCHEDULES
 PATIENCE = 3
 #: Batches on end in which iPC's inference raises F, until its weights' steps are suspected.
 LONG_PATIENCE = 10
+#: Share of the limit below which gamma cannot be to blame: a look sees no less of the curvature.
+SURE = 0.7
 #: Share of the first batch's F below which it may rise: data that are known by heart, whose small F
 #: any step raises.
 KNOWN = 0.01
@@ -129,26 +131,43 @@ def unstable(
 
 
 def overshot(
-    report: StepReport, gamma: float, momentum: float, curvature: float, first: float, since: int
+    report: StepReport,
+    gamma: float,
+    momentum: float,
+    curvature: float,
+    bearable: float,
+    first: float,
+    since: int,
 ) -> str:
-    """Says that the weights' own steps raise F within a batch, "" where gamma may or F is small.
+    """Says that F rises within a batch by the weights' own steps, or by these and gamma.
 
     Args:
         report: Of the last of the batches on end in which F rose.
         gamma: Inference rate at its start.
         momentum: Of the values.
         curvature: Largest curvature of F in the values at its start.
+        bearable: Largest gamma * curvature that the algorithm lives with, without momentum.
         first: F at the start of the first batch of all.
         since: The first of the batches on end.
+
+    Returns:
+        "" where gamma alone is to blame, as `unstable` says, and where F is small.
     """
     start, end = float(report.free_energy[0]), float(report.free_energy[-1])
-    if not gamma * curvature < limit(momentum) or not end > KNOWN * first:
+    product, most = gamma * curvature, limit(momentum)
+    if product > bearable * (1 + momentum) or not end > KNOWN * first:
         return ""
+    cause, cure = ", and gamma is not to blame: the weights, which move at every step, go", "Lower"
+    if not product < SURE * most:
+        cause = (
+            f". gamma = {gamma:.3g} times the curvature of {curvature:.3g} is {product:.3g}, where "
+            f"the limit is about {most:g}: values or weights, which move at every step, go"
+        )
+        cure = f"Give gamma < {SURE * most / curvature:.2g}, lower"
     return (
         f"Since batch {since} F rises within each batch (in this one from {start:.3g} to "
-        f"{end:.3g}), and gamma is not to blame: the weights, which move at every step, go too "
-        f"far. Here {_leap(report)}. Lower the learning rate, scale down what the modules before "
-        "it read, or use a smaller T."
+        f"{end:.3g}){cause} too far. Here {_leap(report)}. {cure} the learning rate, scale down "
+        "what the modules before it read, or use a smaller T."
     )
 
 
