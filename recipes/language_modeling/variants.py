@@ -21,6 +21,7 @@ _STRATEGY = "trainer.strategy.init_args."
 _AUTO = {f"{_STRATEGY}gamma": "auto", f"{_STRATEGY}momentum": 0}
 _BLOCKS = [f"net.bert.encoder.layer.{i}" for i in range(2)]
 _NONLINEAR = {f"{_STRATEGY}value_nodes": "auto"}
+_HEAD = {f"{_STRATEGY}value_nodes": ["net.cls.predictions.transform"]}
 _FLAT = {"decay": False}
 _BARE = {"decay": False, "trainer.gradient_clip_val": "null"}
 
@@ -79,18 +80,20 @@ SETS = {
     ),
     "stability": Set(
         "conditional_ipc",
-        {},
+        _NONLINEAR,
         {
-            "decay and clipping (the recipe)": {},
-            "decay": {"trainer.gradient_clip_val": "null"},
-            "clipping": _FLAT,
-            "neither": _BARE,
-            "neither, gamma auto": _BARE | _AUTO,
-            "neither, gamma 0.1": _BARE | {f"{_STRATEGY}gamma": 0.1},
-            "neither, half the learning rate": _BARE | {"optimizer.lr": 0.0016},
-            "neither, no warm-up": _BARE | {"batches": 0},
-            "neither, gamma not decayed": _BARE | {f"{_STRATEGY}gamma_decay": 1.0},
-            "neither, energies weigh 0.1": _BARE | {f"{_STRATEGY}precisions": 0.1},
+            "the head's activation alone, decay and clipping (the recipe)": _HEAD,
+            "the head's activation alone, neither": _HEAD | _BARE,
+            "auto, decay and clipping": {},
+            "auto, decay": {"trainer.gradient_clip_val": "null"},
+            "auto, clipping": _FLAT,
+            "auto, neither": _BARE,
+            "auto, neither, gamma auto": _BARE | _AUTO,
+            "auto, neither, gamma 0.1": _BARE | {f"{_STRATEGY}gamma": 0.1},
+            "auto, neither, half the learning rate": _BARE | {"optimizer.lr": 0.0016},
+            "auto, neither, no warm-up": _BARE | {"batches": 0},
+            "auto, neither, gamma not decayed": _BARE | {f"{_STRATEGY}gamma_decay": 1.0},
+            "auto, neither, energies weigh 0.1": _BARE | {f"{_STRATEGY}precisions": 0.1},
         },
     ),
     "backprop": Set(
