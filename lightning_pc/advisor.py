@@ -9,7 +9,9 @@ from lightning_pc.diagnosis import (
     LEAP,
     LONG_PATIENCE,
     PATIENCE,
+    SURE,
     leapt,
+    limit,
     overshot,
     silenced,
     unseen,
@@ -95,14 +97,17 @@ class Advisor:
     def _judge(self, relaxation: Relaxation, report: StepReport) -> None:
         """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""
         assert relaxation.seen is not None
-        (curvature, node), gamma = relaxation.seen, relaxation.inference.start_gamma
-        momentum, bearable = relaxation.inference.momentum, self._schedule.bearable
+        (curvature, node), inference = relaxation.seen, relaxation.inference
+        gamma, momentum = inference.start_gamma, inference.momentum
         if self._auto is None:
+            bearable = self._schedule.bearable
             since = self._batches - max(self._raised.length, self._overshot.length - 1)
             self.say("unstable", unstable(node, gamma, momentum, curvature, bearable, since))
             self._raised.rest()
         if self._overshot.length == LONG_PATIENCE:
             since = self._batches - LONG_PATIENCE + 1
-            said = overshot(report, gamma, momentum, curvature, bearable, self._first, since)
-            self.say("overshot", said)
+            given = self._auto is None and not inference.own_rates
+            looked = (gamma, momentum, curvature, given)
+            known = "unstable" in self._told and gamma * curvature >= SURE * limit(momentum)
+            self.say("overshot", "" if known else overshot(report, *looked, self._first, since))
             self._overshot.rest()

@@ -20,7 +20,8 @@ from lightning_pc.schedules import SCHEDULES
 PATIENCE = 3
 #: Batches on end in which iPC's inference raises F, until its weights' steps are suspected.
 LONG_PATIENCE = 10
-#: Share of the limit below which gamma cannot be to blame: a look sees no less of the curvature.
+#: Share of the limit below which a given gamma is not to blame: a look mostly sees no less of the
+#: curvature.
 SURE = 0.7
 #: Share of the first batch's F below which it may rise: data that are known by heart, whose small F
 #: any step raises.
@@ -135,35 +136,37 @@ def overshot(
     gamma: float,
     momentum: float,
     curvature: float,
-    bearable: float,
+    given: bool,
     first: float,
     since: int,
 ) -> str:
-    """Says that F rises within a batch by the weights' own steps, or by these and gamma.
+    """Says that F rises within a batch by the weights' own steps, or by these or gamma.
 
     Args:
         report: Of the last of the batches on end in which F rose.
         gamma: Inference rate at its start.
         momentum: Of the values.
         curvature: Largest curvature of F in the values at its start.
-        bearable: Largest gamma * curvature that the algorithm lives with, without momentum.
+        given: Gamma is the user's, and the length of the values' steps.
         first: F at the start of the first batch of all.
         since: The first of the batches on end.
 
     Returns:
-        "" where gamma alone is to blame, as `unstable` says, and where F is small.
+        "" where F is small, and where the curvature is not known.
     """
     start, end = float(report.free_energy[0]), float(report.free_energy[-1])
     product, most = gamma * curvature, limit(momentum)
-    if product > bearable * (1 + momentum) or not end > KNOWN * first:
+    if math.isnan(product) or not end > KNOWN * first:
         return ""
-    cause, cure = ", and gamma is not to blame: the weights, which move at every step, go", "Lower"
-    if not product < SURE * most:
+    if product < (SURE * most if given else most):
+        cause = ", and gamma is not to blame: the weights, which move at every step, go"
+    else:
         cause = (
             f". gamma = {gamma:.3g} times the curvature of {curvature:.3g} is {product:.3g}, where "
             f"the limit is about {most:g}: values or weights, which move at every step, go"
         )
-        cure = f"Give gamma < {SURE * most / curvature:.2g}, lower"
+    blamed = given and product >= SURE * most
+    cure = f"Give gamma < {SURE * most / curvature:.2g}, lower" if blamed else "Lower"
     return (
         f"Since batch {since} F rises within each batch (in this one from {start:.3g} to "
         f"{end:.3g}){cause} too far. Here {_leap(report)}. {cure} the learning rate, scale down "

@@ -73,7 +73,9 @@ class Inference:
             if energy.device.type == "cpu":
                 self.gamma *= 1.0 if energy < self._last else self.gamma_decay
             else:
-                kept = torch.as_tensor(self.gamma, dtype=energy.dtype, device=energy.device)
+                kept = self.gamma
+                if not isinstance(kept, Tensor):  # filled in, since a copy would be waited for
+                    kept = torch.full_like(energy, kept)
                 self.gamma = torch.where(energy < self._last, kept, kept * self.gamma_decay)
         if self._last is None:
             self._first = energy

@@ -13,7 +13,7 @@ from problems import MLP, classifier
 from torch import nn
 
 from lightning_pc import explain
-from lightning_pc.diagnosis import LONG_PATIENCE, divergence
+from lightning_pc.diagnosis import LONG_PATIENCE, divergence, overshot
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 
@@ -204,6 +204,7 @@ def test_weights_that_go_too_far_are_told_once(given, monkeypatch):
     assert all(map(rose, reports[since - 1 : batch]))
     assert not rose(reports[since - 2])
     assert f"Since batch {since} F rises within each batch" in message
+    assert "and gamma is not to blame: the weights" in message
     report = reports[batch - 1]
     t = int(report.free_energy.diff().argmax())
     before, after = report.energy[t : t + 2, 0]
@@ -242,7 +243,30 @@ def test_a_gamma_that_ipc_mostly_bears_is_named_where_f_rises():
     assert 2.0 < times < 4.0
     assert times == pytest.approx(2.3 * curvature, rel=0.01)
     least = float(re.search(r"Give gamma < (\S+), lower the learning rate", message).group(1))
+    assert least == pytest.approx(1.4 / curvature, rel=0.05)
     assert wide(1.0, gamma=least, gamma_decay=1.0, lr=1e-3)[0] == []
+
+
+def test_a_gamma_that_has_been_blamed_is_not_excused_later():
+    ((batch, message),), reports = wide(1.0, gamma=3.5, gamma_decay=1.0, lr=0.0)
+    assert all(map(rose, reports))
+    assert len(reports) > 3 * LONG_PATIENCE
+    assert batch < LONG_PATIENCE
+    assert "above the limit" in message
+
+
+def test_an_automatic_gamma_is_not_to_be_given():
+    """Near the limit of 2 by its own choice, times a curvature that is seen now more, now less."""
+    (message,) = [said for _, said in wide(100.0, momentum=0)[0] if said.startswith("Since")]
+    assert "gamma is not to blame" in message
+    report = wide(1.0)[1][0]
+    for times, blamed in ((1.5, False), (2.2, True)):
+        said = overshot(report, 0.5, 0.0, 2 * times, given=False, first=0.0, since=1)
+        assert ("values or weights" in said) == blamed
+        assert "Give gamma" not in said
+    assert overshot(report, 0.5, 0.0, math.nan, given=False, first=0.0, since=1) == ""
+    assert "Give gamma < 0.93, lower" in overshot(report, 1.0, 0.0, 1.5, True, 0.0, 1)
+    assert "not to blame" in overshot(report, 1.0, 0.5, 1.5, True, 0.0, 1)  # its limit is 3
 
 
 def test_the_loss_is_named_where_it_rises():

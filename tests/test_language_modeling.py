@@ -737,7 +737,9 @@ def test_variants_are_what_they_say(cache, tmp_path, given):
     if given["set"] == "backprop":
         return
     used = run.trainer.strategy.settings
-    assert used.gamma == ("auto" if "gamma auto" in variant else 0.1 if "gamma 0.1" in variant else 0.5)
+    assert used.gamma == (
+        "auto" if "gamma auto" in variant else 0.1 if "gamma 0.1" in variant else 0.5
+    )
     assert used.gamma_decay == (1.0 if "not decayed" in variant else 0.9)
     weight = used.precisions if isinstance(used.precisions, float) else 1.0
     assert weight == (0.1 if "weigh" in variant else 1.0)
