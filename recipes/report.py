@@ -103,17 +103,21 @@ def _learned(rows: Sequence[Row]) -> str:
     most = f"{min(epochs)}-{max(epochs)}" if min(epochs) < max(epochs) else str(max(epochs))
     settings = rows[0]["settings"]
     images = settings.get("data.train_size")
-    reduced = f"**reduced**: {images:,} images" if images else "all images"
-    return f"{reduced}, {most} epochs"
+    learned = f"{images:,} images" if images else "all images"
+    reduced = "**reduced**: " if images or "trainer.max_epochs" in settings else ""
+    return f"{reduced}{learned}, {most} epochs"
 
 
-def _ours(rows: Sequence[Row]) -> list[str]:
-    """Test accuracy and seeds of each algorithm."""
+def _ours(rows: Sequence[Row], all_sizes: Sequence[Row]) -> list[str]:
+    """Test accuracy and seeds of each algorithm, and which has been run at another size alone."""
     cells = []
+    known = {(row["row"], row["algorithm"]) for row in all_sizes}
     for algorithm in ALGORITHMS:
         mine = [row for row in rows if row["algorithm"] == algorithm]
         lost = sum(row["test"] is None for row in mine)
-        found = f"{spread(row['test'] for row in mine)} ({len(mine)})" if mine else NOT_RUN
+        smaller = any((row["row"], algorithm) in known for row in rows)
+        missing = f"{NOT_RUN} at this size" if smaller else NOT_RUN
+        found = f"{spread(row['test'] for row in mine)} ({len(mine)})" if mine else missing
         cells.append(found + (f", {lost} diverged" if lost else ""))
     return cells
 
@@ -140,7 +144,7 @@ def classification() -> Iterator[str]:
         mine = largest(rows, name)
         used += mine
         mark = " (others' best, PC: any kind)" if name in OTHERS else ""
-        lines.append([paper[0] + mark, *paper[1:], *_ours(mine), _learned(mine)])
+        lines.append([paper[0] + mark, *paper[1:], *_ours(mine, rows), _learned(mine)])
     yield from table(["", "BP", "PC", "iPC", *ours], lines)
     yield from ("## Table 2: width C of the CNN with max-pooling, test accuracy, %", "")
     yield "The paper's figures for other widths are not legible in the copy at hand."
@@ -150,7 +154,7 @@ def classification() -> Iterator[str]:
         mine = largest(rows, f"width {width}")
         used += mine
         paper = ("67.92", "70.61") if width == 1 else ("", "")
-        lines.append([str(width), *paper, *_ours(mine), _learned(mine)])
+        lines.append([str(width), *paper, *_ours(mine, rows), _learned(mine)])
     yield from table(["C", "BP", "iPC", *ours], lines)
     yield from provenance(used, sittings, study.STUDY.results.with_suffix(".png"))
 

@@ -142,6 +142,25 @@ def test_yamls_differ_in_a_handful_of_lines(path):
     assert len(changed) <= 10, changed
 
 
+def test_sizes_of_the_study():
+    """Few images, more, all of them for few epochs, and as the YAMLs say."""
+    given = {
+        size: {
+            json.dumps(j["settings"])
+            for j in study.jobs()
+            if (j["size"], j["task"]) == (size, "cnn")
+        }
+        for size in range(4)
+    }
+    assert given == {
+        0: {json.dumps(study.REDUCED)},
+        1: {json.dumps(study.HALFWAY)},
+        2: {'{"trainer.max_epochs": 15}'},
+        3: {"{}"},
+    }
+    assert {j["row"] for j in study.jobs() if j["size"] == 2} == {"cnn", "alexnet*", "vgg5"}
+
+
 def test_sizes_of_the_networks():
     for net, shape in (
         (model.MLP(), (1, 28, 28)),

@@ -542,7 +542,7 @@ def test_the_other_task_is_told(cache):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--size", "7"], "--size: expected 0, 1, 2"),
+        (["--size", "7"], "--size: expected 0, 1, 2, 3"),
         (["--processes", "0"], "--processes: expected 1 or more"),
         (["--threads", "-1"], "--threads: expected 1 or more"),
     ],

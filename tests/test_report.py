@@ -71,6 +71,7 @@ def test_means_deviations_seeds_and_reductions(results):
             row("cnn", "bp", 0, 41.0, settings=few),
             row("cnn", "pc", 0, None, settings=few),
             row("cnn", "ipc", 0, 70.0, size=2),
+            row("vgg5", "ipc", 0, 60.0, size=2, settings={"trainer.max_epochs": 6}),
             row("width 1", "ipc", 0, 33.0, settings=few),
         ]
     )
@@ -86,8 +87,13 @@ def test_means_deviations_seeds_and_reductions(results):
         "all images, 6 epochs",
     ]
     assert line(page, "CNN on CIFAR-10")[4:] == [
-        *("not run", "not run", "70.00 (1)", "not run", "not run", "all images, 6 epochs")
+        *("not run at this size", "not run at this size", "70.00 (1)", "not run", "not run"),
+        "all images, 6 epochs",
     ]
+    assert (
+        line(page, "VGG-5 on CIFAR-10 (others' best, PC: any kind)")[-1]
+        == "**reduced**: all images, 6 epochs"
+    )
     assert line(page, "1")[1:] == [
         *("67.92", "70.61", "not run", "not run", "33.00 (1)", "not run", "not run"),
         "**reduced**: 5,000 images, 6 epochs",
@@ -123,8 +129,16 @@ def test_language_models_of_different_sizes_are_told_apart(results):
 def test_language_models_are_compared_at_a_size_that_backprop_and_ipc_share(results):
     file = Results(report.language.STUDY.results)
     file.sittings.append({"command": "python -m x", **MACHINE})
-    for size, name, test in ((0, "bp", 9.0), (0, "ipc", 8.0), (1, "bp", 7.0), (0, "pc", 6.0)):
-        job = {"size": size, "row": f"masked_{name}", "seed": 0, "settings": {}}
-        file.add(job, {"test": test, "batches": 10, "diverged": False}, {})
-    told = line(report.page(), "masked")[4:7]
-    assert told == ["9.0 (1 of 1)", "6.0 (1 of 1)", "8.0 (1 of 1)"]
+    for size, row, test in (
+        *((0, "masked_bp", 5.0), (0, "masked_ipc", 4.0), (0, "masked_pc", 6.0)),
+        *((1, "masked_bp", 9.0), (1, "masked_ipc", 8.0), (2, "masked_bp", 7.0)),
+        *((2, "conditional_bp", 3.0), (2, "conditional_ipc", 2.0)),
+    ):
+        job = {"size": size, "row": row, "seed": 0, "settings": {}}
+        file.add(job, {"test": test, "batches": 10 + size, "diverged": False}, {})
+    page = report.page()
+    told = line(page, "masked")[4:]
+    assert told[:3] == ["9.0 (1 of 1)", "6.0 (1 of 1)", "8.0 (1 of 1)"]
+    assert told[3] == "**reduced**: 11 batches (bp, ipc); **reduced**: 10 batches (pc)"
+    told = line(page, "conditional")[4:]
+    assert told == ["3.0 (1 of 1)", "not run", "2.0 (1 of 1)", "**reduced**: 12 batches"]

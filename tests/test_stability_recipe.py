@@ -353,6 +353,23 @@ def test_defaults_take_the_rate_that_validates_best():
     assert list(table.columns[4].cells) == ["+0.00", "-2.00", "+0.00", "+2.00", "+3.00"]
 
 
+def test_mnist_is_validated_on_images_that_are_not_learned(monkeypatch):
+    images, labels = torch.arange(48.0).view(12, 1, 2, 2), torch.arange(12) % 10
+    read = Images((images, labels), (images[:3] + 100, labels[:3]))
+    monkeypatch.setattr(defaults, "mnist", lambda folder, train, test: read)
+    monkeypatch.setattr(defaults, "HELD_OUT", 4)
+    splits = defaults._mnist(None)
+    assert {name: len(y) for name, (_, y) in splits.items()} == {"train": 8, "val": 4, "test": 3}
+    together = torch.cat([splits["train"][0], splits["val"][0]])
+    torch.testing.assert_close(together, images.flatten(1))
+    torch.testing.assert_close(splits["test"][0], images[:3].flatten(1) + 100)
+    mine = [job for job in defaults.jobs() if job["task"].startswith("MNIST")]
+    assert {(j["size"], j["scale"], j["epochs"]) for j in mine} == {(1, 30.0, 5)}
+    assert len(mine) == 5 * (3 + 3 + 4 + 3)
+    monkeypatch.setitem(mine[0], "epochs", 1)
+    assert 0 <= defaults.run(mine[0], None)["accuracy"] <= 100
+
+
 @pytest.mark.parametrize("T", [None, 3, "auto"])
 def test_a_job_of_defaults(T):
     job = next(j for j in defaults.jobs() if j["algorithm"] == "pc")

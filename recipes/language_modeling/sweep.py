@@ -1,4 +1,4 @@
-"""The searches of the paper's appendix D.3.1, one YAML of ranges for each row.
+"""The searches of the paper's appendix D.3.1, one YAML of ranges for each row, beside its YAML.
 
     python -m recipes.language_modeling.sweep --where row=masked_ipc --data_dir data/lm1b
 

@@ -171,7 +171,8 @@ def picture(rows: Sequence[Row]) -> Figure:
                 points = [p for p in r["dev"] if p[1] is not None]
                 if (r["set"], r["variant"]) == (name, variant) and points:
                     label = variant if r["seed"] == 0 else None
-                    axes.plot(*zip(*points, strict=True), "o-", ms=3, color=f"C{i}", label=label)
+                    style = "o-" if i < 10 else "s--"  # there are ten colours
+                    axes.plot(*zip(*points, strict=True), style, ms=3, color=f"C{i}", label=label)
         axes.set(title=f"{name}: {row}", yscale="log", xlabel="batches")
         if axes.lines:
             axes.legend(frameon=False, fontsize=8)
