@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(RUN) -m recipes.digits.demo
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
