@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(RUN) -m recipes.digits.demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
