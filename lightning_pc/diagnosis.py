@@ -169,8 +169,7 @@ def overshot(
     cure = f"Give gamma < {SURE * most / curvature:.2g}, lower" if blamed else "Lower"
     return (
         f"Since batch {since} F rises within each batch (in this one from {start:.3g} to "
-        f"{end:.3g}){cause} too far. Here {_leap(report)}. {cure} the learning rate, scale down "
-        "what the modules before it read, or use a smaller T."
+        f"{end:.3g}){cause} too far. Here {_leap(report)}. {cure} {_cures(report)}"
     )
 
 
@@ -180,9 +179,16 @@ def leapt(report: StepReport, batch: int) -> str:
     return (
         f"In batch {batch} F rose from {float(free[0]):.3g} to {float(free[-1]):.3g}: the weights, "
         "which move at every step, went too far, or this batch is far from those before. Here "
-        f"{_leap(report)}. Lower the learning rate, scale down what the modules before it read, or "
-        "use a smaller T."
+        f"{_leap(report)}. Lower {_cures(report)}"
     )
+
+
+def _cures(report: StepReport) -> str:
+    """What keeps the weights' steps from undoing each other within a batch."""
+    cures = "the learning rate, scale down what the modules before it read, "
+    if report.algorithm == "ipc":
+        return cures + "use a smaller T, or precisions='spiking' where the nodes form a chain."
+    return cures + "or use a smaller T."
 
 
 def _leap(report: StepReport) -> str:

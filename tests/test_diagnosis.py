@@ -269,6 +269,20 @@ def test_an_automatic_gamma_is_not_to_be_given():
     assert "not to blame" in overshot(report, 1.0, 0.5, 1.5, True, 0.0, 1)  # its limit is 3
 
 
+def test_spiking_precisions_are_named_where_ipc_has_them_and_help():
+    """They take one step of full weight from each error, which no later one takes back."""
+    said = [message for _, message in wide(100.0)[0]]
+    assert said
+    assert all("or precisions='spiking' where the nodes form a chain" in each for each in said)
+    report = wide(1.0, IEPC)[1][0]
+    assert overshot(report, 0.5, 0.0, 1.0, False, 0.0, 1).endswith(", or use a smaller T.")
+    plain, spiking = (
+        wide(100.0, lr=1e-3, epochs=4, **given)[1] for given in ({}, {"precisions": "spiking"})
+    )
+    ends = [float(torch.stack([r.loss[0] for r in run[-19:]]).mean()) for run in (plain, spiking)]
+    assert ends[1] < 0.7 * ends[0]
+
+
 def test_the_loss_is_named_where_it_rises():
     report = replace(
         wide(1.0)[1][0],
