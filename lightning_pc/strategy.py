@@ -98,7 +98,7 @@ class PCStrategy(SingleDeviceStrategy):
         gamma: float | Literal["auto"] = "auto",
         gamma_decay: float = 0.9,
         momentum: float | Literal["conjugate"] | None = None,
-        # The list before the function, as which jsonargparse would else save it.
+        # The list before the function: jsonargparse saves a value as the first that it may be.
         value_nodes: str
         | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]]
         | type[nn.Module]

@@ -52,10 +52,18 @@ def test_where_f_stands_still_a_velocity_goes_on(momentum, end):
     assert seen.index(True) == end
 
 
-def test_gamma_decays_when_the_energy_has_not_fallen():
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it is on another device."""
+
+    device = torch.device("meta")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
+def test_gamma_decays_when_the_energy_has_not_fallen(kind):
     inference = Inference(1.0, 0.5)
     seen = []
     for energy in (3.0, 2.0, 2.0, 5.0, 4.0):
-        inference.observe(torch.tensor(energy))
+        inference.observe(torch.tensor(energy).as_subclass(kind))
         seen.append(float(inference.gamma))
     assert seen == [1.0, 1.0, 0.5, 0.25, 0.25]
+    assert isinstance(inference.gamma, torch.Tensor) == (kind is Elsewhere)  # stays where it is
