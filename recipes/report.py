@@ -115,8 +115,8 @@ def _ours(rows: Sequence[Row], all_sizes: Sequence[Row]) -> list[str]:
     for algorithm in ALGORITHMS:
         mine = [row for row in rows if row["algorithm"] == algorithm]
         lost = sum(row["test"] is None for row in mine)
-        smaller = any((row["row"], algorithm) in known for row in rows)
-        missing = f"{NOT_RUN} at this size" if smaller else NOT_RUN
+        elsewhere = any((row["row"], algorithm) in known for row in rows)
+        missing = f"{NOT_RUN} at this size" if elsewhere else NOT_RUN
         found = f"{spread(row['test'] for row in mine)} ({len(mine)})" if mine else missing
         cells.append(found + (f", {lost} diverged" if lost else ""))
     return cells
