@@ -158,18 +158,17 @@ def overshot(
     product, most = gamma * curvature, limit(momentum)
     if math.isnan(product) or not end > KNOWN * first:
         return ""
-    if product < (SURE * most if given else most):
-        cause = ", and gamma is not to blame: the weights, which move at every step, go"
-    else:
+    suspect = product >= (SURE * most if given else most)
+    cause = ", and gamma is not to blame: the weights, which move at every step, go"
+    if suspect:
         cause = (
             f". gamma = {gamma:.3g} times the curvature of {curvature:.3g} is {product:.3g}, where "
             f"the limit is about {most:g}: values or weights, which move at every step, go"
         )
-    blamed = given and product >= SURE * most
-    cure = f"Give gamma < {SURE * most / curvature:.2g}, lower" if blamed else "Lower"
+    lower = f"Give gamma < {SURE * most / curvature:.2g}, lower" if suspect and given else "Lower"
     return (
         f"Since batch {since} F rises within each batch (in this one from {start:.3g} to "
-        f"{end:.3g}){cause} too far. Here {_leap(report)}. {cure} {_cures(report)}"
+        f"{end:.3g}){cause} too far. Here {_leap(report)}. {lower} {_cures(report)}"
     )
 
 
