@@ -177,7 +177,7 @@ class Relaxation:
             return
         if self.auto.due():
             curvature, _ = self._look(seed=self.auto.looks, close=self.auto.close)
-            self.auto.take_in(curvature)
+            self.auto.take_in(curvature, self.schedule.share(self.graph.depth))
         self.inference.start_gamma = self.auto.gamma
         self.inference.chosen_for = self.auto.chosen_for
         self.inference.begin()

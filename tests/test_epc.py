@@ -43,9 +43,9 @@ def chain(layers, width=6, f=None):
 class Skips(nn.Module):
     """A residual stream that runs around every node, and around all of them."""
 
-    def __init__(self):
+    def __init__(self, layers=4):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(layers))
         self.head = nn.Linear(6, 4)
 
     def forward(self, x):
@@ -348,6 +348,22 @@ def test_incrementally_errors_stay_near_their_start():
     far = settle(EPC, model, lambda: ce(model, x, y), T=200)
     share = optimizer.report.energy[-1].sum() / far.report.energy[-1].sum()
     assert 0.002 < share < 0.02  # (1 - 0.99^7)^2 of it
+
+
+@pytest.mark.parametrize(("depth", "aim"), [(4, 0.7), (8, 0.7), (16, 0.7 / 4), (32, 0.7 / 16)])
+def test_the_deeper_the_module_the_less_of_the_stable_rate_is_taken(depth, aim):
+    """Errors above add up on their way down, and bend the gradients that weights learn from."""
+    model, (x, y) = chain(depth, f=nn.Tanh), regression(8)
+    optimizer = settle(EPC, model, lambda: squared(model, x, y))
+    assert optimizer.report.depth == depth
+    assert optimizer.report.gamma * optimizer.report.curvature == pytest.approx(aim)
+
+
+def test_skipped_stages_count_for_nothing_in_the_rate():
+    model, (x, y) = Skips(12).double(), regression(8)
+    optimizer = settle(EPC, model, lambda: squared(model, x, y))
+    assert (len(optimizer.report.nodes), optimizer.report.depth) == (23, 2)
+    assert optimizer.report.gamma * optimizer.report.curvature == pytest.approx(0.7)
 
 
 def test_a_rate_of_another_algorithm_is_looked_at_before_it_is_used():
