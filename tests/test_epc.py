@@ -215,7 +215,8 @@ def test_the_default_T_reaches_any_depth():
     report = optimizer.report
     assert (report.steps, report.depth) == (8, 30)
     assert set(report.learned.values()) == {1}
-    assert min(report.peak_energy.values()) > 1e-6
+    peaks = report.peak_energy.values()
+    assert min(peaks) > 1e-4 * max(peaks) > 0  # tanh takes the rest
     assert not any(map(torch.equal, model.parameters(), start.parameters()))
 
 
@@ -350,7 +351,7 @@ def test_incrementally_errors_stay_near_their_start():
     assert 0.002 < share < 0.02  # (1 - 0.99^7)^2 of it
 
 
-@pytest.mark.parametrize(("depth", "aim"), [(4, 0.7), (8, 0.7), (16, 0.7 / 4), (32, 0.7 / 16)])
+@pytest.mark.parametrize(("depth", "aim"), [(2, 0.7), (4, 0.7), (8, 0.7 / 4), (16, 0.7 / 16)])
 def test_the_deeper_the_module_the_less_of_the_stable_rate_is_taken(depth, aim):
     """Errors above add up on their way down, and bend the gradients that weights learn from."""
     model, (x, y) = chain(depth, f=nn.Tanh), regression(8)
