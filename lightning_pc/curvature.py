@@ -41,16 +41,15 @@ START, LARGEST = 0.1, 0.5
 class AutoGamma:
     """Chooses gamma, and remembers it from batch to batch.
 
-    gamma is ``share * aim / curvature``, and is chosen again when gamma * curvature has left the
-    band, the same share of it (during the first `EVERY` evaluations at every look). The band
-    matters in iPC: a gamma that followed the curvature down at once would let the weights grow
-    further, a gamma that stays makes them learn to keep the curvature near the limit, 2 / gamma.
+    gamma is ``aim / curvature``, and is chosen again when gamma * curvature has left the band
+    (during the first `EVERY` evaluations at every look). The band matters in iPC: a gamma that
+    followed the curvature down at once would let the weights grow further, a gamma that stays
+    makes them learn to keep the curvature near the limit, 2 / gamma.
 
     Args:
         aim: gamma * curvature where gamma is chosen, in (0, 2).
         low: Least gamma * curvature that is left alone.
         high: Largest gamma * curvature that is left alone.
-        share: Of these three, as of the last look (`Schedule.share`), in (0, 1].
 
     Attributes:
         gamma: The rate in use.
@@ -68,7 +67,6 @@ class AutoGamma:
     aim: float
     low: float
     high: float
-    share: float = 1.0
     gamma: float = START
     curvature: float | None = None
     evaluations: int = 0
@@ -91,7 +89,7 @@ class AutoGamma:
         """
         if self.curvature is None:
             return None
-        suited = self.share * self.aim / self.gamma
+        suited = self.aim / self.gamma
         return suited if self.gamma < LARGEST else min(suited, self.curvature)
 
     def due(self) -> bool:
@@ -100,7 +98,7 @@ class AutoGamma:
         wait = min(EVERY, self.looked_at)
         return self.anew or since >= (min(wait, self.soonest) if self.alarmed else wait)
 
-    def take_in(self, curvature: float, share: float = 1.0) -> None:
+    def take_in(self, curvature: float) -> None:
         """Chooses gamma after a look; one that has failed (not finite, not positive) is ignored."""
         fresh = self.anew or self.failures or self.evaluations < EVERY
         self.anew = False
@@ -109,9 +107,9 @@ class AutoGamma:
         if not (math.isfinite(curvature) and curvature > 0):
             self.failures += 1
             return
-        self.curvature, self.share, self.failures = curvature, share, 0
-        if fresh or not self._kept(curvature):
-            before, self.gamma = self.gamma, self._chosen(curvature)
+        self.curvature, self.failures = curvature, 0
+        if fresh or not self.low <= self.gamma * curvature <= self.high:
+            before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
             self.soonest = SOONEST if self.gamma != before else self.soonest
         elif self.alarmed:
             self.soonest = min(4 * self.soonest, EVERY)
@@ -137,14 +135,9 @@ class AutoGamma:
             if name in state:
                 setattr(self, name, state[name])
         if self.curvature is not None:  # of another algorithm it may be far too large
-            right = self._kept(self.curvature) or self.gamma == self._chosen(self.curvature)
-            self.anew = self.anew or not right
-
-    def _chosen(self, curvature: float) -> float:
-        return min(self.share * self.aim / curvature, LARGEST)
-
-    def _kept(self, curvature: float) -> bool:
-        return self.low <= self.gamma * curvature / self.share <= self.high
+            chosen = min(self.aim / self.curvature, LARGEST)
+            kept = self.low <= self.gamma * self.curvature <= self.high
+            self.anew = self.anew or not (kept or self.gamma == chosen)
 
 
 @torch.no_grad()

@@ -60,6 +60,21 @@ class Graph:
             for node in self.nodes
         )
 
+    @property
+    def longest(self) -> int:
+        """Most stages in a row that no connection skips: from a node that none is above, on."""
+        most = self.depth
+        for top in self.nodes:
+            if top.parents:
+                continue
+            ways = {top: 1}  # fewest stages from it on; nodes are in call order
+            for node in self.nodes:
+                above = [ways[parent] for parent in node.parents if parent in ways]
+                if above and node is not top:
+                    ways[node] = 1 + min(above)
+            most = max(most, *ways.values())
+        return most
+
     def readers(self, node: Node) -> list[str]:
         """Names of the stages that read ``node``."""
         names = [other.name for other in self.nodes if node in other.parents]

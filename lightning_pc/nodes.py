@@ -48,6 +48,7 @@ class Node:
         parameters: The trainable parameters of its stage.
         weight: Of its energy in F, at the coming evaluation.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
+        whole: Parameters learn from its error as if that had come all of its way (`ErrorNode`).
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
         rounding: Relative, of the arithmetic that computes its prediction.
     """
@@ -63,6 +64,7 @@ class Node:
     parameters: list[nn.Parameter] = field(default_factory=list)
     weight: float = 1.0
     velocity: Tensor | None = None
+    whole: bool = False
     passes: str = ""
     rounding: float = torch.finfo(torch.float32).eps
     # Of the current evaluation: the energy's gradients (None until an error arrives), the
@@ -89,6 +91,10 @@ class Node:
     def moved(self, gamma: float, momentum: float) -> None:
         """Takes in that its coordinates have made a step."""
 
+    def rest(self) -> None:
+        """Its coordinates are where they started, and do not move."""
+        self.velocity = None
+
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
         self.slopes = self.below = self.edge = None
@@ -105,11 +111,16 @@ class ErrorNode(Node):
 
     Attributes:
         e: The error ``x - mu``, in the value's dtype, [B, *]; starts at zero.
+        come: How far a lone entry has come that a constant gradient of -1 pulls at; its whole way
+            is 1 / weight. To first order all entries have come the same share of theirs.
+        pace: The velocity of that entry.
     """
 
     through: ClassVar[bool] = True
 
     e: Tensor = field(init=False)
+    come: float = 0.0
+    pace: float = 0.0
 
     def __post_init__(self) -> None:
         self.e = torch.zeros_like(self.x, requires_grad=False)
@@ -128,10 +139,21 @@ class ErrorNode(Node):
         zero = self.e.new_zeros(())
         self.slopes = self.energy.evaluate(self.e, zero, scale * self._gain, self.weight)
 
+    @override
+    def moved(self, gamma: float, momentum: float) -> None:
+        self.pace = momentum * self.pace + 1.0 - self.weight * self.come
+        self.come += gamma * self.pace
+
+    @override
+    def rest(self) -> None:
+        super().rest()
+        self.come = self.pace = 0.0
+
     @property
     def _gain(self) -> float:
         """Factor of the error that parameters learn from."""
-        return 1.0
+        share = self.weight * self.come if self.whole else 1.0
+        return 1.0 / share if share > 0 else 1.0
 
 
 @dataclass(eq=False)
@@ -139,26 +161,9 @@ class WholeErrorNode(ErrorNode):
     """An error from which parameters learn on its way, and which counts as if it were all of it.
 
     Else weights above the loss's own stage would learn at about gamma times the learning rate.
-
-    Attributes:
-        come: How far a lone entry has come that a constant gradient of -1 pulls at; its whole way
-            is 1 / weight. To first order all entries have come the same share of theirs.
-        pace: The velocity of that entry.
     """
 
-    come: float = 0.0
-    pace: float = 0.0
-
-    @override
-    def moved(self, gamma: float, momentum: float) -> None:
-        self.pace = momentum * self.pace + 1.0 - self.weight * self.come
-        self.come += gamma * self.pace
-
-    @property
-    @override
-    def _gain(self) -> float:
-        share = self.weight * self.come
-        return 1.0 / share if share > 0 else 1.0
+    whole: bool = True
 
 
 @dataclass(eq=False)

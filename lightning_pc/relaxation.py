@@ -177,10 +177,19 @@ class Relaxation:
             return
         if self.auto.due():
             curvature, _ = self._look(seed=self.auto.looks, close=self.auto.close)
-            self.auto.take_in(curvature, self.schedule.share(self.graph.depth))
-        self.inference.start_gamma = self.auto.gamma
+            self.auto.take_in(curvature)
+        share = self._share()
+        if share < 1.0:
+            for node in self.graph.nodes:
+                node.whole = True
+        self.inference.start_gamma = self.auto.gamma * share
         self.inference.chosen_for = self.auto.chosen_for
         self.inference.begin()
+
+    def _share(self) -> float:
+        """Of the automatic gamma, what this batch's graph leaves."""
+        deep = self.schedule.deep
+        return 1.0 if deep is None else min(1.0, (deep / self.graph.longest) ** 2)
 
     def _look(self, seed: int = 0, close: bool = False) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
@@ -212,7 +221,8 @@ class Relaxation:
         self.weigh(0)
         for node, start, below in self._begun:
             node.coordinates.data.copy_(start)
-            node.below, node.velocity = below, None
+            node.below = below
+            node.rest()
         self._move(self.energies[0].sum(), self.losses[0])
         for node in self.graph.nodes:
             node.forget()

@@ -10,9 +10,6 @@ from typing_extensions import override
 from lightning_pc.errors import ConfigError
 from lightning_pc.nodes import ErrorNode, Node, WholeErrorNode
 
-#: From this depth on error coordinates take less than all of their ``aim``.
-DEEP = 4
-
 
 class Schedule(ABC):
     """When values move, when parameters get gradients and when the optimizer steps.
@@ -27,6 +24,9 @@ class Schedule(ABC):
     #: What gamma="auto" makes of gamma * curvature, and the band in which it leaves it alone.
     #: A low one is no safer: down the gradient errors shrink by gamma per stage on their way up.
     aim, band = 1.4, (0.9, 1.6)
+    #: With more stages in a row than these gamma="auto" is smaller by (deep / stages) ** 2, and
+    #: weights learn from errors as if they had come all of their way. None for never.
+    deep: int | None = None
     #: The user is told of a gamma whose product with the curvature exceeds this.
     bearable = 2.0
     #: Weights move while values do.
@@ -55,10 +55,6 @@ class Schedule(ABC):
         if T is None:
             T = depth + 1 if wave else max(8, depth + 1)
         return T, T
-
-    def share(self, depth: int) -> float:
-        """Share of ``aim`` that gamma="auto" takes in a module of this depth, in (0, 1]."""
-        return 1.0
 
     def moves(self, t: int, T: int) -> bool:
         """Whether values move at t."""
@@ -140,19 +136,13 @@ class EPC(PC):
     # All errors act on the loss at once, so that values near the output move most, and what the
     # weights there learn from strays from the gradient: 32 layers learn better at 0.7 than at 1.4.
     aim, band = 0.7, (0.45, 1.0)
+    # Each of d stages in a row is moved by all errors above it, and what a gradient changes by on
+    # its way grows with what all of them are moved by: by d ** 2. From such gradients plain MLPs of
+    # 64 layers learned next to nothing.
+    deep = 4
     conjugate = False
     node = ErrorNode
     gaussian = True
-
-    @override
-    def share(self, depth: int) -> float:
-        """All of it down to depth 4, from there on falling as 1 / depth ** 2.
-
-        Each of d stages in a row is moved by all errors above it, and what a gradient changes by on
-        its way grows with what all of them are moved by: by d ** 2. Plain MLPs of 64 layers, which
-        learned next to nothing from such gradients, learn nearly as backprop does.
-        """
-        return min(1.0, (DEEP / depth) ** 2)
 
 
 class IEPC(IPC):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_pc.curvature import EVERY, AutoGamma
+from lightning_pc.curvature import AutoGamma
 from lightning_pc.optim import IPC, PC
 
 
@@ -116,21 +116,6 @@ def test_a_rise_after_the_last_move_counts():
     free = optimizer.report.free_energy
     assert free[2] <= free[0] < free[3]
     assert optimizer.state_dict()["lightning_pc"]["alarmed"]
-
-
-def test_a_share_of_the_aim_is_one_of_the_band_too():
-    auto = AutoGamma(0.8, 0.5, 1.2, evaluations=EVERY)
-    auto.take_in(4.0, 0.25)
-    assert auto.gamma == pytest.approx(0.05)
-    assert auto.chosen_for == pytest.approx(4.0)
-    for found, gamma in ((2.6, 0.05), (5.9, 0.05), (6.3, 0.2 / 6.3)):
-        auto.take_in(found, 0.25)
-        assert auto.gamma == pytest.approx(gamma)
-    resumed = AutoGamma(0.8, 0.5, 1.2)
-    resumed.load_state_dict(auto.state_dict())
-    assert not resumed.anew
-    resumed.take_in(6.3)  # of a shallower module
-    assert resumed.gamma == pytest.approx(0.8 / 6.3)
 
 
 def test_a_divergence_brings_the_looks_closer():

@@ -367,6 +367,60 @@ def test_skipped_stages_count_for_nothing_in_the_rate():
     assert optimizer.report.gamma * optimizer.report.curvature == pytest.approx(0.7)
 
 
+def test_losses_on_the_way_make_a_module_no_shallower():
+    """Deep supervision: to the loss every stage is one of the last two, in a row they are 16."""
+    model, (x, y) = chain(16, f=nn.Tanh), regression(8)
+    heads = nn.ModuleList(nn.Linear(6, 4).double() for _ in range(8))
+    both = nn.ModuleList([model, heads])
+
+    def loss():
+        total, h = 0.0, x
+        for i, layer in enumerate(model):
+            if i % 4 == 2:  # every second layer's input
+                total = total + 1e-3 * F.mse_loss(heads[i // 4](h), y, reduction="sum")
+            h = layer(h)
+        return total + F.mse_loss(h, y, reduction="sum")
+
+    optimizer = settle(EPC, both, loss, loss_terms=1)
+    assert optimizer.report.depth < 16
+    aim = optimizer.report.gamma * optimizer.report.curvature
+    assert aim == pytest.approx(0.7 / 16, rel=0.2)  # the row is one stage longer by its last head
+
+
+def test_each_batch_has_the_rate_of_its_own_depth():
+    """A longer sequence than that of the last look."""
+    cell, head = nn.Linear(6, 6).double(), nn.Linear(6, 4).double()
+    both, (x, y), gammas = nn.ModuleList([cell, head]), regression(8), []
+    optimizer = EPC(torch.optim.SGD(both.parameters(), 0.0), both)
+    for length in (4, 16, 4):
+
+        def loss(length=length):
+            h = x
+            for _ in range(length):
+                h = torch.tanh(cell(h))
+            return F.mse_loss(head(h), y, reduction="sum")
+
+        for _ in range(1 if gammas else 60):  # until looks are far between
+            optimizer.step(loss)
+        gammas.append(optimizer.report.gamma)
+    assert gammas[1] == pytest.approx(gammas[0] / 16)
+    assert gammas[2] == gammas[0]
+
+
+@pytest.mark.parametrize("nudging", ["positive", "centered"])
+def test_in_deep_modules_weights_learn_at_their_learning_rate(nudging):
+    """A sixteenth of the stable rate, and a gradient as long as backprop's all the same."""
+    model, (x, y) = chain(16, f=nn.Tanh), regression(8)
+    y = 0.01 * y + model(x).detach()  # near the target nothing bends
+    exact = backprop(model, lambda: squared(model, x, y))
+    for gamma, longest in (("auto", 1.05), (0.001, 0.02)):
+        settle(EPC, model, lambda: squared(model, x, y), gamma=gamma, nudging=nudging)
+        for parameter, right in list(zip(model.parameters(), exact, strict=True))[:-2]:
+            assert parameter.grad.norm() < longest * right.norm()
+            if gamma == "auto":
+                assert relative(parameter.grad, right) < 0.15  # the loss falls meanwhile
+
+
 def test_a_rate_of_another_algorithm_is_looked_at_before_it_is_used():
     model, (x, y) = MLP((6, 7, 5, 4)), vectors(8)
     before, after = (a(torch.optim.SGD(model.parameters(), 0.1), model) for a in (IPC, IEPC))
