@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
@@ -18,7 +19,7 @@ ACTIVATIONS = (
     *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu"),
     *("mish", "glu", "tanh", "sigmoid", "logsigmoid", "softplus", "softsign", "tanhshrink"),
     *("hardtanh", "hardsigmoid", "hardswish", "hardshrink", "softshrink", "threshold"),
-    *("clamp", "clamp_min", "sin", "cos", "expit"),
+    *("clamp", "clamp_min", "clip", "sin", "cos", "expit"),
 )
 # Functions that by themselves make no node, but make the module that uses them a nonlinearity.
 INGREDIENTS = ("exp", "exp2", "expm1", "erf", "atan", "arctan", "sinh", "cosh", "log1p")
@@ -61,10 +62,25 @@ def out_of_place(func: Function, kwargs: dict[str, Any]) -> tuple[Function, bool
 
 def rectifies(name: str, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a nonlinearity is one: a clamp is where it cuts at zero, as a ReLU does."""
-    if name not in ("clamp", "clamp_min"):
+    if name not in ("clamp", "clamp_min", "clip"):
         return True
     bounds = [*rest, kwargs.get("min"), kwargs.get("max")]
     return any(isinstance(b, (int, float)) and b == 0 for b in bounds)
+
+
+def whole_call(func: Function, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a function was called with: torch's ``l1_loss`` keeps its ``weight`` from any mode.
+
+    So it would be left out of the loss.
+    """
+    if func is not F.l1_loss or "weight" in kwargs:
+        return kwargs
+    code = cast(types.FunctionType, F.l1_loss).__code__
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    weight = None if frame is None else frame.f_locals.get("weight")
+    return kwargs if weight is None else {**kwargs, "weight": weight}
 
 
 def softmax_dim(name: str, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

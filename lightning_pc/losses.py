@@ -26,6 +26,8 @@ _BY_ELEMENT = (
     *(F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.gaussian_nll_loss),
     *(F.soft_margin_loss, F.hinge_embedding_loss, F.margin_ranking_loss),
 )
+#: Of these, those that divide a weighted mean by the sum of the weights.
+_BY_WEIGHT = (F.mse_loss, F.l1_loss)
 _BY_ROW = (  # one term for each row of the last axis
     *(F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss),
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
@@ -98,6 +100,8 @@ def read_loss_call(
         reduction, divisor = "mean", float(tensors[0].shape[0])
     elif reduction == "mean" and func in _BY_CLASS:
         divisor = _class_divisor(call)
+    elif reduction == "mean" and func in _BY_WEIGHT and call.get("weight") is not None:
+        divisor = float(call["weight"].sum())
     elif reduction == "mean" and func in _BY_ELEMENT:
         shapes = [v.shape for v in tensors if v is not call.get("weight")]
         divisor = float(math.prod(np.broadcast_shapes(*shapes)))

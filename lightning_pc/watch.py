@@ -30,6 +30,7 @@ from lightning_pc.functions import (
     out_of_place,
     rectifies,
     softmax_dim,
+    whole_call,
 )
 from lightning_pc.nodes import Gate, overwrite
 from lightning_pc.placement import Placement
@@ -131,7 +132,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = {} if kwargs is None else kwargs
+        kwargs = whole_call(func, {} if kwargs is None else kwargs)
         if self._calls and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
             for call in self._calls:
                 call.nonlinear = True

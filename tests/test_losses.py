@@ -75,6 +75,21 @@ LOSSES = {  # name -> loss of (outputs, rows), its number of terms
     "mse": (lambda o, i: F.mse_loss(o, SOFT[i]), lambda i: C * len(i)),
     "mse module": (lambda o, i: nn.MSELoss()(o, SOFT[i]), lambda i: C * len(i)),
     "l1": (lambda o, i: F.l1_loss(o, SOFT[i]), lambda i: C * len(i)),
+    **{
+        f"{f.__name__}, weights": (
+            lambda o, i, f=f: f(o, SOFT[i], weight=SOFT[i] * HARD[i]),
+            lambda i: (SOFT[i] * HARD[i]).sum().item(),
+        )
+        for f in (F.mse_loss, F.l1_loss)  # these alone divide by them
+    },
+    "huber, weights": (
+        lambda o, i: F.huber_loss(o, SOFT[i], weight=HARD[i]),
+        lambda i: C * len(i),
+    ),
+    "bce, weights": (
+        lambda o, i: F.binary_cross_entropy(o.sigmoid(), HARD[i], weight=SOFT[i]),
+        lambda i: C * len(i),
+    ),
     "huber": (lambda o, i: F.huber_loss(o, SOFT[i]), lambda i: C * len(i)),
     "smooth l1": (lambda o, i: F.smooth_l1_loss(input=o, target=SOFT[i]), lambda i: C * len(i)),
     "bce": (lambda o, i: F.binary_cross_entropy(o.sigmoid(), HARD[i]), lambda i: C * len(i)),
@@ -118,6 +133,24 @@ def step(loss, rows, algorithm=PC, **kwargs):
     optimizer.step(lambda: loss(model(x), rows))
     values = [value.detach() for value in optimizer.values.values()]
     return values, model, optimizer.report
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, F.l1_loss, F.huber_loss])
+@pytest.mark.parametrize("how", ["keyword", "place"])
+def test_a_weight_counts_in_every_evaluation(loss, how):
+    """torch's l1_loss hands on its call without it."""
+
+    def weighted(output, target, weight):
+        if how == "place" and loss is not F.huber_loss:  # size_average, reduce, reduction
+            return loss(output, target, None, None, "mean", weight)
+        return loss(output, target, weight=weight)
+
+    model, x = MLP((6, 5, 5, C)).double(), torch.randn(N, 6).double()
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.0), model, gamma=1e-3)
+    optimizer.step(lambda: weighted(model(x), SOFT, SOFT * HARD))
+    right = weighted(model(x), SOFT, SOFT * HARD)
+    assert float(optimizer.report.loss[0]) == float(right.detach())
+    assert float(optimizer.report.loss[-1]) == pytest.approx(float(right.detach()), rel=0.02)
 
 
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")

@@ -269,6 +269,8 @@ ACTS = {
     "sigmoid_": lambda: lambda h: h.sigmoid_(),
     "clamp_": lambda: lambda h: h.clamp_(min=0),
     "clamp_(0)": lambda: lambda h: h.clamp_(0),
+    "clip_": lambda: lambda h: h.clip_(min=0),
+    "torch.clip": lambda: lambda h: torch.clip(h, 0.0),
     "threshold_": lambda: lambda h: F.threshold_(h, 0.1, 0.0),
     "on a view": lambda: lambda h: (h[:, :4].relu_(), h)[1],
     "on a whole view": lambda: lambda h: h.view(-1).relu_().view_as(h),
