@@ -8,6 +8,7 @@ seen at once.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,7 +177,10 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
     for node, read in reads.items():
         node.parents, node.parameters = split(read)
     loss_parents, loss_parameters = split(bits[order[0]])
-    depths = _depths(loss_parents, loss_parameters)
+    inferred = sum(1 << 2 * place for place in range(len(node_bits)))
+    penalised = set(loss_parameters) - set(split(_read_at_size(order[0], bits, inferred))[1])
+    depths = _depths(loss_parents, [p for p in loss_parameters if p not in penalised])
+    depths = dict.fromkeys(loss_parameters, 0) | depths
     arrivals = _set_arrivals([node for node in reads if node.depth], depths, incremental)
     for site in found.sites:
         if site.node is None:
@@ -200,6 +204,34 @@ def _drop_outputs(order: list[Any], weighted: set[object]) -> None:
             node.passes = OUTPUT
         if has_weight or function in weighted or _is_fused_layer(function):
             below.update(_above(function))
+
+
+def _read_at_size(loss: Any, bits: dict[Any, int], inferred: int) -> int:
+    """What the loss reads but for penalties: numbers that owe nothing to the nodes.
+
+    Errors reach a penalised weight when they reach its stage, not at once. Else a T at which they
+    never do would go unnoticed, and iPC would take steps along the penalty's gradient alone.
+
+    Args:
+        loss: The loss's autograd function.
+        bits: What each function reads.
+        inferred: The nodes among these bits.
+    """
+    read, pending, seen = 0, [loss], {loss}
+    while pending:
+        function = pending.pop()
+        if not _is_number(function):
+            read |= bits[function]
+        elif bits[function] & inferred:
+            following = [f for f in _above(function) if f not in seen]
+            seen.update(following)
+            pending += following
+    return read
+
+
+def _is_number(function: Any) -> bool:
+    outputs = getattr(function, "_input_metadata", ())  # of its forward
+    return len(outputs) == 1 and math.prod(outputs[0].shape) == 1
 
 
 def _is_fused_layer(function: Any) -> bool:

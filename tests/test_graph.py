@@ -256,3 +256,68 @@ def test_forwards_and_backwards_outside_of_a_step_are_ordinary():
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0)
     assert far(model, other)[0] == 0
+
+
+PENALTIES = {
+    "squares": lambda model: 1e-2 * sum(p.pow(2).sum() for p in model.parameters()),
+    "norms": lambda model: torch.stack([p.norm() for p in model.parameters()]).mean(),
+    "l1 of one": lambda model: -(1e-2 * model[0].weight).abs().sum() / 3,
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_a_penalised_weight_is_reached_when_its_error_is(algorithm, penalty):
+    """Its gradient is that of the penalty, too, from then on."""
+    start, (x, y) = MLP((6, 7, 5, 4)).double(), vectors(8)
+    x = x.double()
+    found = {}
+    for weight in (0.0, 1.0):
+        model = twin(start)
+        optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.0), model, T=5, gamma=0.3)
+
+        def loss(model=model, weight=weight):
+            return ce(model, x, y) + weight * PENALTIES[penalty](model)
+
+        def plain(model=model):
+            return ce(model, x, y)
+
+        optimizer.step(loss if weight else plain)
+        found[weight] = (optimizer.report.learned, [p.grad for p in model.parameters()])
+    assert found[1.0][0] == found[0.0][0]
+    assert found[0.0][0]["0.weight"] == (1 if algorithm is PC else 3)
+    model = twin(start)
+    PENALTIES[penalty](model).backward()
+    for (_, grads), sign in ((found[0.0], 1.0), (found[1.0], -1.0)):
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            parameter.grad = sign * grad + (0.0 if parameter.grad is None else parameter.grad)
+    assert all(p.grad.abs().max() < 1e-12 for p in model.parameters())
+
+
+def test_a_penalty_hides_no_weight_that_never_learns():
+    model, (x, y) = MLP((6, 7, 6, 5, 4)), vectors(8)
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, T=2)
+    with pytest.warns(UserWarning, match=r"never reach 4 parameters.*'?0\.weight"):
+        optimizer.step(lambda: ce(model, x, y) + PENALTIES["squares"](model))
+    assert optimizer.report.learned["0.weight"] == 0
+
+
+def test_what_only_a_penalty_reads_learns_at_once():
+    """The logarithm of a variance, which weighs the loss and is penalised."""
+    model, (x, y) = MLP((6, 7, 5, 4)), vectors(8)
+    model.register_parameter("log_var", nn.Parameter(torch.zeros(())))
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, T=5)
+    optimizer.step(lambda: ce(model, x, y) * torch.exp(-model.log_var) + model.log_var)
+    assert optimizer.report.learned["log_var"] == 5
+
+
+def test_zil_with_a_penalty_is_backprop():
+    model, (x, y) = MLP((6, 7, 5, 4)).double(), vectors(8)
+    other, x = twin(model), x.double()
+    ZIL(torch.optim.SGD(model.parameters(), 0.1), model).step(
+        lambda: ce(model, x, y) + PENALTIES["squares"](model)
+    )
+    sgd = torch.optim.SGD(other.parameters(), 0.1)
+    (ce(other, x, y) + PENALTIES["squares"](other)).backward()
+    sgd.step()
+    assert far(model, other)[0] < 1e-12
