@@ -230,7 +230,7 @@ def _read_at_size(loss: Any, bits: dict[Any, int], inferred: int) -> int:
 
 
 def _is_number(function: Any) -> bool:
-    outputs = getattr(function, "_input_metadata", ())  # of its forward
+    outputs: Any = getattr(function, "_input_metadata", ())  # of its forward
     return len(outputs) == 1 and math.prod(outputs[0].shape) == 1
 
 

@@ -99,6 +99,7 @@ class Purity:
         shadows: Methods that do something else in replays.
         draws: An earlier batch, whose random draws every forward sees again; the generators are
             then left alone.
+        held: As of `Snapshot`.
     """
 
     def __init__(
@@ -108,9 +109,11 @@ class Purity:
         written: set[Any] | None,
         shadows: Shadows,
         draws: Purity | None = None,
+        held: set[nn.Parameter] | None = None,
     ) -> None:
-        self._modules, self._batch, self._shadows = modules, batch, shadows
-        self._start = Snapshot(modules, batch, written)
+        self._modules, self._batch, self._shadows, self._held = modules, batch, shadows, held
+        self._start = Snapshot(modules, batch, written, held)
+        self._sizes = self._start.sizes()
         self._records = _Records(modules)
         self._draws = draws
         self._end: Snapshot | None = None
@@ -129,8 +132,8 @@ class Purity:
 
     def ready(self) -> None:
         """The first forward and the hooks behind it have run; replays come now."""
-        self.written |= self._start.written()
-        self._end = Snapshot(self._modules, self._batch, self.written)
+        self.written |= self._start.written(self._sizes)
+        self._end = Snapshot(self._modules, self._batch, self.written, self._held)
         self._restless = [c for c in self._start.containers if c.changed()]
         if self._draws is not None:  # replays draw as that batch did, then all is as it was
             start, drawn = self._start, self._draws._start
@@ -155,7 +158,7 @@ class Purity:
             return
         for container in self._end.containers:
             container.restore()
-        self._end.restore_tensors(self._end.written())
+        self._end.restore_tensors(self._end.written() | (self.written & self._end.tensors.keys()))
         self._end.restore_arrays()
         self._end.restore_random(*self._drawn)
 

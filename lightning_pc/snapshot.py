@@ -6,19 +6,23 @@ import operator
 import random
 import sys
 import sysconfig
-from collections import UserDict, deque
+from argparse import Namespace
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from typing_extensions import override
 
 # Of a module's __dict__: parameters move by the optimizer alone, the rest is torch's bookkeeping.
 _SKIPPED = frozenset(vars(nn.Module())) - {"_buffers", "training"} | {"_current_fx_name"}
 _CONTAINERS = (dict, list, set, deque)
+_NAMESPACES = (SimpleNamespace, Namespace)
 _MISSING = object()
 # Longer containers and larger arrays [bytes] hold data, not counts: their items are left alone.
 _LONG, _LARGE = 1000, 1 << 20
@@ -136,6 +140,30 @@ class Container:
                 self.live[key] = value
 
 
+class Slots(Container):
+    """An object with slots and what was in them."""
+
+    @override
+    def _content(self) -> dict[str, Any]:
+        slots = [getattr(kind, "__slots__", ()) for kind in type(self.live).__mro__]
+        names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
+        found = {name: getattr(self.live, name, _MISSING) for name in names if name[:2] != "__"}
+        return {name: value for name, value in found.items() if value is not _MISSING}
+
+    @override
+    def children(self) -> Iterator[tuple[Any, Any]]:
+        yield from self.saved.items()
+
+    @override
+    def restore(self) -> None:
+        now = self._content()
+        for name in now.keys() - self.saved.keys():
+            object.__delattr__(self.live, name)
+        for name, value in self.saved.items():
+            if now.get(name, _MISSING) is not value:
+                object.__setattr__(self.live, name, value)
+
+
 class Snapshot:
     """What modules and a batch held at one moment.
 
@@ -143,9 +171,18 @@ class Snapshot:
         modules: Their attributes, buffers and the containers in them are taken.
         batch: The arguments of the forward.
         copied: Says of a tensor's path whether its data is taken as well, or None for all.
+        held: What the optimizer moves, of what wants a gradient; None for all of that.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], batch: Any, copied: set[Any] | None) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        batch: Any,
+        copied: set[Any] | None,
+        held: set[nn.Parameter] | None = None,
+    ) -> None:
+        self.held = held
+        self.still: dict[Any, Tensor] = {}  # parameters that no optimizer moves
         self.containers: list[Container] = []
         self.tensors: dict[Any, tuple[Tensor, int, Tensor | None]] = {}
         self.compares = copied is None
@@ -171,7 +208,7 @@ class Snapshot:
                 copies = copies or path in self.unversioned
                 data = value.detach().clone() if copies else None
                 self.tensors[path] = (value, value._version, data)
-        elif isinstance(value, UserDict):
+        elif isinstance(value, (UserDict, UserList)):
             self._take(path, value.data, seen, pending, copied)
         elif isinstance(value, _CONTAINERS):
             if id(value) not in seen:
@@ -190,8 +227,15 @@ class Snapshot:
         elif isinstance(value, nn.Module):  # one that is no submodule
             for module in value.modules():
                 self._take_attributes((id(module),), module, seen, pending, copied)
-        elif hasattr(value, "__dict__") and (path[0] == "batch" or _own(type(value).__module__)):
-            self._take_attributes(path, value, seen, pending, copied)
+        elif isinstance(value, _NAMESPACES) or path[0] == "batch" or _own(type(value).__module__):
+            if hasattr(value, "__dict__"):
+                self._take_attributes(path, value, seen, pending, copied)
+            slotted = hasattr(value, "__slots__") and not isinstance(value, type)
+            if slotted and id(value) not in seen:
+                seen.add(id(value))
+                container = Slots(value)
+                self.containers.append(container)
+                pending.append((path, container))
 
     def _take_attributes(
         self, path: Any, value: Any, seen: set[int], pending: list[Any], copied: set[Any] | None
@@ -206,15 +250,35 @@ class Snapshot:
         pending.append((path, container))
         if isinstance(value, _NormBase) and value.training:
             self.unversioned |= {(*path, "_buffers", name) for name in value._buffers}
-        # Frozen parameters move too: a teacher's, averaged within training_step.
+        # What no optimizer holds moves too: a teacher, averaged within training_step.
         for name, parameter in value._parameters.items() if is_module else ():
-            if parameter is not None and not parameter.requires_grad:
+            if parameter is not None and not self._moves(parameter):
                 key = (*path, name)
                 data = parameter.detach().clone() if key in (copied or ()) else None
                 self.tensors[key] = (parameter, parameter._version, data)
+                if parameter.layout == torch.strided and parameter.is_floating_point():
+                    self.still[key] = parameter
 
-    def written(self) -> set[Any]:
+    def _moves(self, parameter: nn.Parameter) -> bool:
+        held = self.held is None or parameter in self.held
+        return held and parameter.requires_grad
+
+    @torch.no_grad()
+    def sizes(self) -> Tensor | None:
+        """Of the parameters that no optimizer moves, [n]; None where there are none.
+
+        Writing to a parameter's ``.data`` makes no new version of it.
+        """
+        if not self.still:
+            return None
+        norms = torch._foreach_norm(list(self.still.values()))
+        return torch.stack([norm.double().to(norms[0].device) for norm in norms])
+
+    def written(self, sizes: Tensor | None = None) -> set[Any]:
         """Paths of the tensors that were written to since.
+
+        Args:
+            sizes: `sizes` of then, to find what was written to behind its version.
 
         `torch.batch_norm` moves its statistics without a new version: what norm modules hold
         counts as written, and the first batch of all compares everything.
@@ -226,6 +290,10 @@ class Snapshot:
                 for path, (x, _, data) in self.tensors.items()
                 if data is not None and x.layout == torch.strided and not torch.equal(x, data)
             }
+        now = None if sizes is None else self.sizes()
+        if sizes is not None and now is not None:
+            changed = (sizes != now).tolist()
+            written |= {path for path, one in zip(self.still, changed, strict=True) if one}
         return written | (self.unversioned & self.tensors.keys())
 
     @torch.no_grad()

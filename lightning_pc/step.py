@@ -136,7 +136,8 @@ class Learner:
         self._batch, self.report, self.values = None, None, {}
         settings, view = self.settings, self._view
         placement = view.look()
-        purity = Purity(view.modules, batch, self._written, shadows or {}, self._draws)
+        held = self._held()
+        purity = Purity(view.modules, batch, self._written, shadows or {}, self._draws, held)
         kept = (self._kept, self._kept_scale)
         kind, softmax = self.schedule.node, self._softmax
         found = Discovery(placement, view.verdicts, self._gate, softmax, view.names, kind, *kept)
@@ -153,7 +154,6 @@ class Learner:
             found.number_calls()
             graph = discover(checked_loss(loss), found, self.schedule.incremental)
             check_nodes(placement, graph, self.model)
-            held = self._held()
             if held is not None:
                 check_held(graph, held)
             if self.schedule.stagewise:

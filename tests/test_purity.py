@@ -9,8 +9,10 @@ import copy
 import random
 import signal
 import warnings
-from collections import Counter, OrderedDict, UserDict, defaultdict, deque
-from dataclasses import dataclass
+from argparse import Namespace
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -36,6 +38,7 @@ from lightning_problems import (
     weights,
 )
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchmetrics.classification import (
     BinaryAccuracy,
     MulticlassAccuracy,
@@ -79,10 +82,13 @@ def plain(value: Any, path: str = "", seen: tuple[int, ...] = ()) -> dict[str, A
         return {path: value.getstate()}
     if isinstance(value, (set, frozenset)):
         return {path: sorted(map(repr, value))}
-    if isinstance(value, UserDict):
+    if isinstance(value, (UserDict, UserList)):
         value = value.data
-    if isinstance(value, (nn.Module, Meter, Sample)):
+    if isinstance(value, (nn.Module, Meter, Sample, SimpleNamespace, Namespace)):
         value = vars(value)
+    if isinstance(value, (Slotted, Frozen)):
+        slots = ("counts", "last", "total", "seen")
+        value = {name: getattr(value, name, "empty") for name in slots}
     if isinstance(value, dict):
         items = [(str(k), v) for k, v in value.items() if k not in SKIPPED and not function(v)]
         flat = {f"{path}{{}}": (type(value), [k for k, _ in items])}
@@ -347,6 +353,51 @@ class Objects(Module):
         return loss
 
 
+class Slotted:
+    """Of two classes, one with a slot that is empty at first."""
+
+    __slots__ = ("counts", "last")
+
+    def __init__(self):
+        self.counts = [0]
+
+
+class SlottedMore(Slotted):
+    __slots__ = "total"
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def update(self, loss):
+        self.counts.append(self.counts[-1] + 1)
+        self.total, self.last = self.total + 1, loss
+
+
+@dataclass(slots=True, frozen=True)
+class Frozen:
+    seen: list[int] = field(default_factory=list)
+
+
+class Holders(Module):
+    """Counts in namespaces, slots and a list in disguise."""
+
+    def __init__(self):
+        super().__init__()
+        self.spaces = [SimpleNamespace(n=0), Namespace(n=0)]
+        self.slotted, self.frozen, self.list = SlottedMore(), Frozen(), UserList()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        loss = F.cross_entropy(self(x * (1 + self.slotted.total)), y)
+        for space in self.spaces:
+            space.n += 1
+        self.slotted.update(loss.item())
+        self.frozen.seen.append(batch_idx)
+        self.list.append(batch_idx)
+        return loss
+
+
 class Accumulates(Module):
     """A counter decides what is computed."""
 
@@ -380,6 +431,40 @@ class Teacher(Module):
         loss = F.cross_entropy(scores, y) + F.cross_entropy(scores, target)
         self.log("loss", loss)
         return loss
+
+
+class TeacherData(Teacher):
+    """MoCo's idiom, in every second step: what is written to ``.data`` has no new version."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if batch_idx % 2:
+            for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                slow.data = slow.data * 0.9 + fast.data * 0.1
+                slow.data.add_(0.01)
+        return F.cross_entropy(self(x), y) + F.mse_loss(self(x), self.teacher(x))
+
+
+class Averaged(Module):
+    """torch's own average of a model, whose parameters want gradients and get none."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        self.average.n_averaged += 1  # the first would be a copy
+        with torch.no_grad():
+            for p in self.average.parameters():
+                p.add_(1.0)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.average.update_parameters(self.net)
+        with torch.no_grad():
+            target = self.average(x).softmax(-1)
+        return F.cross_entropy(self(x), y) + F.cross_entropy(self(x), target)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), self.lr)
 
 
 class Queue(Module):
@@ -518,7 +603,8 @@ ROWS: dict[type[Module], Any] = {
     **dict.fromkeys(
         [Logs, LogsByHand, Metrics, MetricDecides, Norms, Spectral, Draws, Attributes], data
     ),
-    **dict.fromkeys([Objects, Accumulates, Teacher, Queue, WritesBatch, WritesBatchLater], data),
+    **dict.fromkeys([Objects, Accumulates, Queue, WritesBatch, WritesBatchLater], data),
+    **dict.fromkeys([Teacher, TeacherData, Averaged, Holders], data),
     **dict.fromkeys([Modes, Dicts, SkipsSome, Schedulers, OwnHooks], data),
     PopsLabels: dicts,
     TakesSample: lambda: [Sample(x, y) for x, y in data()],
