@@ -61,6 +61,25 @@ def checked_loss(loss: object) -> Tensor:
     return loss
 
 
+def check_whole(graph: Graph, model: nn.Module) -> None:
+    """All of the loss was computed by the forward that replays will repeat.
+
+    Raises:
+        ClosureError: Naming the parameters that it depends on otherwise, and what to do.
+    """
+    if not graph.early:
+        return
+    early = set(graph.early)
+    names = [name for name, p in model.named_parameters() if p in early] or ["another model"]
+    some = ", ".join(map(repr, names[:5]))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    raise ClosureError(
+        f"The loss depends on {some}{more} by what was computed before the forward began, where "
+        "no value node stands: compute all of it from the batch on within the closure (under the "
+        "Trainer within training_step), and detach what is carried over from an earlier batch."
+    )
+
+
 def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
     """Every entry that the user wrote out has a node, and there is one at all.
 

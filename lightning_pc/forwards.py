@@ -40,6 +40,7 @@ class Discovery(Watch):
         sites: Every place in call order.
         losses: The calls of loss functions.
         weighted: Autograd functions that mix a weight, trainable or frozen, into an activation.
+        begun: Number of this thread's next autograd function when the forward began.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Discovery(Watch):
         self.sites: list[Site] = []
         self.losses: list[LossCall] = []
         self.weighted: set[object] = set()
+        self.begun: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         buffers = [b for module in names for b in module._buffers.values() if b is not None]
         self._origins = {id(b): (b, Origin.CONSTANT) for b in buffers}  # of the rest: data
 

@@ -39,6 +39,7 @@ class Graph:
         arrivals: Trainable parameter -> first inference step at which an error reaches it: the
             smallest arrival of a stage that holds it; the loss's own stage has 0.
         depth: The deepest node's depth.
+        early: Parameters that the loss depends on by what was computed before the forward.
     """
 
     nodes: list[Node]
@@ -48,6 +49,7 @@ class Graph:
     losses: list[LossCall]
     arrivals: dict[nn.Parameter, int]
     depth: int
+    early: list[nn.Parameter]
 
     @property
     def even(self) -> bool:
@@ -137,10 +139,13 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
         return 1 << (2 * index[thing] + (things is parameter_bits))
 
     reads: dict[Node, int] = {}
+    early = 0
     for function in reversed(order):
         read = 0
         for above in _above(function):
             read |= bits[above]
+        if function._sequence_nr() < found.begun:
+            early |= read
         node = stand_of(function)
         variable = getattr(function, "variable", None)
         if node is not None and not node.passes:
@@ -191,7 +196,10 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
     nodes = [site.node for site in found.sites if site.node is not None]
     depth = max((node.depth for node in nodes), default=0)
     losses = [call for call in found.losses if call.function in bits]
-    return Graph(nodes, found.sites, loss_parents, loss_parameters, losses, arrivals, depth)
+    outside = split(early)[1]
+    return Graph(
+        nodes, found.sites, loss_parents, loss_parameters, losses, arrivals, depth, outside
+    )
 
 
 def _drop_outputs(order: list[Any], weighted: set[object]) -> None:

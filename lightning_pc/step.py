@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.advisor import Advisor
-from lightning_pc.checks import check_held, check_nodes, checked_loss, shortcut, unreached
+from lightning_pc.checks import (
+    check_held,
+    check_nodes,
+    check_whole,
+    checked_loss,
+    shortcut,
+    unreached,
+)
 from lightning_pc.conjugate import conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
@@ -153,6 +160,7 @@ class Learner:
                 return output
             found.number_calls()
             graph = discover(checked_loss(loss), found, self.schedule.incremental)
+            check_whole(graph, self.model)
             check_nodes(placement, graph, self.model)
             if held is not None:
                 check_held(graph, held)

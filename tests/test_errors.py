@@ -844,3 +844,42 @@ def test_errors_can_be_caught_by_their_usual_types():
     assert issubclass(DivergenceError, FloatingPointError)
     for error in (ReplayError, ClosureError, UnsupportedError):
         assert issubclass(error, RuntimeError)
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC, ZIL, EPC, IEPC])
+def test_what_was_computed_before_the_closure_is_refused(algorithm):
+    """Its nonlinearities hold no node: in it this would be plain backprop."""
+    model, x, y = mlp(), torch.randn(4, D), torch.randint(C, (4,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.1), model)
+    features = model[:2](x)
+    with pytest.raises(ClosureError, match=r"'0\.weight', '0\.bias' by .* before the forward"):
+        optimizer.step(lambda: F.cross_entropy(model[2:](features), y))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    inputs = 2 * x.requires_grad_()  # of no parameter: a saliency map, say
+    optimizer.step(lambda: F.cross_entropy(model(inputs), y))
+    assert len(optimizer.report.nodes) == 2
+
+
+def test_a_state_that_is_carried_over_must_be_detached():
+    class Carries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.head = nn.Linear(2 * D, D), nn.Linear(D, C)
+            self.state, self.detaches = torch.zeros(4, D), False
+
+        def forward(self, x):
+            self.state = torch.tanh(self.cell(torch.cat([x, self.state], 1)))
+            output = self.head(self.state)
+            if self.detaches:
+                self.state = self.state.detach()
+            return output
+
+    model, x, y = Carries(), torch.randn(4, D), torch.randint(C, (4,))
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    with pytest.raises(ClosureError, match=r"'cell\.weight'.*detach what is carried over"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    model.state, model.detaches = model.state.detach(), True
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
