@@ -203,7 +203,8 @@ class Snapshot:
         self, path: Any, value: Any, seen: set[int], pending: list[Any], copied: set[Any] | None
     ) -> None:
         if isinstance(value, Tensor):
-            if not (isinstance(value, nn.Parameter) or value.is_inference()):
+            bare = value.is_nested or value.is_meta  # nothing to copy or compare
+            if not (isinstance(value, nn.Parameter) or value.is_inference() or bare):
                 copies = copied is None or path[0] == "batch" or path in copied
                 copies = copies or path in self.unversioned
                 data = value.detach().clone() if copies else None

@@ -135,7 +135,6 @@ class PCStrategy(SingleDeviceStrategy):
                 nudging=nudging,
                 beta=beta,
             )
-        self._parallel_devices: list[torch.device] | None = None
         self._learner: Learner | None = None
 
     @property
@@ -155,8 +154,8 @@ class PCStrategy(SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The devices that the Trainer chose; the Trainer sets them."""
-        return self._parallel_devices
+        """For the Trainer to set; None to read, since one that is set fits no second Trainer."""
+        return None
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
@@ -165,7 +164,6 @@ class PCStrategy(SingleDeviceStrategy):
                 f"PCStrategy trains on one device, the Trainer was given {len(devices)}: set "
                 "devices=1."
             )
-        self._parallel_devices = devices
         if devices:
             self._root_device = devices[0]
 

@@ -854,3 +854,20 @@ def test_nothing_is_drawn_or_kept_over_epochs():
         trainer(strategy, max_epochs=3).fit(Sees(net=mlp(nn.Dropout(0.3))), batches)
         orders.append(seen)
     assert orders[0] == orders[1]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: torch.nested.nested_tensor([torch.ones(3, D), torch.ones(2, D)]),
+        lambda: torch.ones(3, device="meta"),
+        lambda: torch.ones(2, D).to_sparse(),
+    ],
+    ids=["nested", "meta", "sparse"],
+)
+def test_tensors_that_cannot_be_compared_are_let_be(odd):
+    module = Module()
+    module.odd = odd()
+    trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(2)))
+    assert module.odd.size(0) in (2, 3)

@@ -541,3 +541,13 @@ def test_a_scheduler_stepped_in_training_step_steps_once(algorithm):
         trainer.fit(StepsItsScheduler(), torch.utils.data.DataLoader(torch.randn(8, 3), 4))
         ends.append(trainer.lr_scheduler_configs[0].scheduler.last_epoch)
     assert ends[0] == ends[1]
+
+
+def test_one_strategy_serves_one_trainer_after_the_other():
+    """As SingleDeviceStrategy does, where the accelerator is left open."""
+    strategy, reports = lightning_pc.PCStrategy("pc", T=4), []
+    for _ in range(2):
+        seed_all()
+        trainer(strategy, accelerator="auto").fit(Module(), loader(data()))
+        reports.append(strategy.report.loss)
+    assert torch.equal(*reports)
