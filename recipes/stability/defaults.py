@@ -36,6 +36,7 @@ LARGE: dict[str, Job] = {"MNIST, inputs x 30": DIGITS["inputs x 30"] | {"epochs"
 TASKS = DIGITS | LARGE
 HELD_OUT = 10_000  # the last of MNIST's training images, for validation
 LONGER = (16, 32)  # than T's default
+FIXED: tuple[tuple[str, Job], ...] = tuple(("ipc", {"gamma": g}) for g in (1.0, 0.5, 0.1, 0.01))
 #: Algorithm and what is not at its default.
 ROWS: tuple[tuple[str, Job], ...] = (
     ("bp", {}),
@@ -46,13 +47,13 @@ ROWS: tuple[tuple[str, Job], ...] = (
     ("pc", {"momentum": 0}),
     ("ipc", {"momentum": 0}),
     ("ipc", {"precisions": "spiking"}),
-    *(("ipc", {"gamma": gamma}) for gamma in (1.0, 0.5, 0.1, 0.01)),
+    *FIXED,
     *(("ipc", {"T": T}) for T in (3, 4)),
     *(("pc", {"T": T}) for T in LONGER),
     ("pc", {"T": "auto"}),
 )
 #: Of which MNIST has these.
-BRIEF = (("bp", {}), ("pc", {}), ("ipc", {}), ("ipc", {"precisions": "spiking"}))
+BRIEF = (("bp", {}), ("pc", {}), ("ipc", {}), ("ipc", {"precisions": "spiking"}), *FIXED)
 #: A batch of iPC or iePC takes T steps of its own; with spiking precisions one counts in full.
 RATES = {
     "bp": (2e-4, 1e-3, 5e-3),
