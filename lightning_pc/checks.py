@@ -61,16 +61,21 @@ def checked_loss(loss: object) -> Tensor:
     return loss
 
 
-def check_whole(graph: Graph, model: nn.Module) -> None:
-    """All of the loss was computed by the forward that replays will repeat.
+def check_whole(graph: Graph, model: nn.Module, held: set[nn.Parameter] | None) -> None:
+    """All by which the loss depends on what is trained belongs to the forward that was watched.
+
+    Args:
+        graph: The batch's graph.
+        model: For the names.
+        held: The parameters that the optimizer moves, None for all.
 
     Raises:
         ClosureError: Naming the parameters that it depends on otherwise, and what to do.
     """
-    if not graph.early:
+    early = {p for p in graph.early if held is None or p in held}
+    if not early:
         return
-    early = set(graph.early)
-    names = [name for name, p in model.named_parameters() if p in early] or ["another model"]
+    names = [name for name, p in model.named_parameters() if p in early] or ["?"]
     some = ", ".join(map(repr, names[:5]))
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     raise ClosureError(

@@ -40,6 +40,7 @@ class Discovery(Watch):
         sites: Every place in call order.
         losses: The calls of loss functions.
         weighted: Autograd functions that mix a weight, trainable or frozen, into an activation.
+        dataless: Autograd functions of parameters, buffers and constants alone.
         begun: Number of this thread's next autograd function when the forward began.
     """
 
@@ -59,6 +60,7 @@ class Discovery(Watch):
         self.sites: list[Site] = []
         self.losses: list[LossCall] = []
         self.weighted: set[object] = set()
+        self.dataless: set[object] = set()
         self.begun: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         buffers = [b for module in names for b in module._buffers.values() if b is not None]
         self._origins = {id(b): (b, Origin.CONSTANT) for b in buffers}  # of the rest: data
@@ -166,9 +168,11 @@ class Discovery(Watch):
                 self._origins[id(tensor)] = (tensor, origin)
             if mixes and tensor.grad_fn is not None:
                 self.weighted.add(tensor.grad_fn)
+            if origin is not Origin.DATA and tensor.grad_fn is not None:
+                self.dataless.add(tensor.grad_fn)
 
     def _origin(self, tensor: Tensor) -> Origin:
-        if isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return Origin.WEIGHT
         return self._origins.get(id(tensor), (tensor, Origin.DATA))[1]
 

@@ -2,7 +2,7 @@
 
 A stage is the piece of the module between the nodes it reads and the node (or the loss) it
 predicts. Nothing is asked of the user and nothing is kept: the graph is read anew for each batch,
-in one pass over the autograd functions, so that a changed control flow or an unfrozen layer is
+in a few passes over the autograd functions, so that a changed control flow or an unfrozen layer is
 seen at once.
 """
 
@@ -144,7 +144,8 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
         read = 0
         for above in _above(function):
             read |= bits[above]
-        if function._sequence_nr() < found.begun:
+        # A view of a weight that was made once and for all is as good as the weight.
+        if len(function.next_functions) > 1 and function._sequence_nr() < found.begun:
             early |= read
         node = stand_of(function)
         variable = getattr(function, "variable", None)
@@ -182,8 +183,7 @@ def discover(loss: Tensor, found: Discovery, incremental: bool = False) -> Graph
     for node, read in reads.items():
         node.parents, node.parameters = split(read)
     loss_parents, loss_parameters = split(bits[order[0]])
-    inferred = sum(1 << 2 * place for place in range(len(node_bits)))
-    penalised = set(loss_parameters) - set(split(_read_at_size(order[0], bits, inferred))[1])
+    penalised = _penalised(order[0], loss_parameters, found.dataless)
     depths = _depths(loss_parents, [p for p in loss_parameters if p not in penalised])
     depths = dict.fromkeys(loss_parameters, 0) | depths
     arrivals = _set_arrivals([node for node in reads if node.depth], depths, incremental)
@@ -214,27 +214,31 @@ def _drop_outputs(order: list[Any], weighted: set[object]) -> None:
             below.update(_above(function))
 
 
-def _read_at_size(loss: Any, bits: dict[Any, int], inferred: int) -> int:
-    """What the loss reads but for penalties: numbers that owe nothing to the nodes.
+def _penalised(
+    loss: Any, parameters: list[nn.Parameter], dataless: set[object]
+) -> set[nn.Parameter]:
+    """Those of the loss's parameters that only penalties of weights read there.
 
-    Errors reach a penalised weight when they reach its stage, not at once. Else a T at which they
-    never do would go unnoticed, and iPC would take steps along the penalty's gradient alone.
-
-    Args:
-        loss: The loss's autograd function.
-        bits: What each function reads.
-        inferred: The nodes among these bits.
+    A penalty is a number that owes nothing to data. Errors reach a penalised weight when they reach
+    its stage, not at once. Else a T at which they never do would go unnoticed, and iPC would take
+    steps along the penalty's gradient alone.
     """
-    read, pending, seen = 0, [loss], {loss}
+    if not any(map(_is_number, dataless)):
+        return set()
+    read: set[nn.Parameter] = set()
+    pending, seen = [loss], {loss}
     while pending:
         function = pending.pop()
-        if not _is_number(function):
-            read |= bits[function]
-        elif bits[function] & inferred:
-            following = [f for f in _above(function) if f not in seen]
-            seen.update(following)
-            pending += following
-    return read
+        node, variable = stand_of(function), getattr(function, "variable", None)
+        penalty = function in dataless and _is_number(function)
+        if penalty or (node is not None and not node.passes):
+            continue
+        if isinstance(variable, nn.Parameter):
+            read.add(variable)
+        following = [f for f in _above(function) if f not in seen]
+        seen.update(following)
+        pending += following
+    return {p for p in parameters if p not in read and p.numel() > 1}
 
 
 def _is_number(function: Any) -> bool:

@@ -47,6 +47,7 @@ class Relaxation:
         update: One optimizer step on the gradients so far, but for the last of the batch.
         auto: Chooses gamma, None where it is given.
         curious: Look at the curvature, whoever gave gamma.
+        kept: Values are kept from call to call (``reset="never"``).
         held: Parameters that the optimizer moves, None for all. The others' gradients are those of
             the last evaluation that learns, on top of what they had.
 
@@ -77,6 +78,7 @@ class Relaxation:
     update: Callable[[], None]
     auto: AutoGamma | None
     curious: bool = False
+    kept: bool = False
     held: set[nn.Parameter] | None = None
     seen: tuple[float, Node] | None = None
     T: int = 0
@@ -187,8 +189,11 @@ class Relaxation:
         self.inference.begin()
 
     def _share(self) -> float:
-        """Of the automatic gamma, what this batch's graph leaves."""
-        deep = self.schedule.deep
+        """Of the automatic gamma, what this batch's graph leaves.
+
+        Values that are kept are there to come far: an error counts as what has come of it.
+        """
+        deep = None if self.kept else self.schedule.deep
         return 1.0 if deep is None else min(1.0, (deep / self.graph.longest) ** 2)
 
     def _look(self, seed: int = 0, close: bool = False) -> tuple[float, Node]:

@@ -113,7 +113,7 @@ class Purity:
     ) -> None:
         self._modules, self._batch, self._shadows, self._held = modules, batch, shadows, held
         self._start = Snapshot(modules, batch, written, held)
-        self._sizes = self._start.sizes()
+        self._bits = self._start.bits()
         self._records = _Records(modules)
         self._draws = draws
         self._end: Snapshot | None = None
@@ -132,7 +132,7 @@ class Purity:
 
     def ready(self) -> None:
         """The first forward and the hooks behind it have run; replays come now."""
-        self.written |= self._start.written(self._sizes)
+        self.written |= self._start.written(self._bits)
         self._end = Snapshot(self._modules, self._batch, self.written, self._held)
         self._restless = [c for c in self._start.containers if c.changed()]
         if self._draws is not None:  # replays draw as that batch did, then all is as it was

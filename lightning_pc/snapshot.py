@@ -9,8 +9,9 @@ import sysconfig
 from argparse import Namespace
 from collections import UserDict, UserList, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
-from types import SimpleNamespace
+from types import MemberDescriptorType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from typing_extensions import override
 _SKIPPED = frozenset(vars(nn.Module())) - {"_buffers", "training"} | {"_current_fx_name"}
 _CONTAINERS = (dict, list, set, deque)
 _NAMESPACES = (SimpleNamespace, Namespace)
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MISSING = object()
 # Longer containers and larger arrays [bytes] hold data, not counts: their items are left alone.
 _LONG, _LARGE = 1000, 1 << 20
@@ -79,6 +81,14 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and not isinstance(a[-1], int):
         return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The sum of its bits as integers, []: any change shows, but for one of the order."""
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if tensor.is_floating_point():
+        tensor = tensor.view(_INTEGERS[tensor.itemsize])
+    return tensor.sum(dtype=torch.int64)
 
 
 @cache
@@ -143,25 +153,31 @@ class Container:
 class Slots(Container):
     """An object with slots and what was in them."""
 
+    def __init__(self, live: Any) -> None:
+        members = [m for kind in type(live).__mro__ for m in vars(kind).values()]
+        self._slots = [m for m in members if isinstance(m, MemberDescriptorType)]
+        super().__init__(live)
+
     @override
-    def _content(self) -> dict[str, Any]:
-        slots = [getattr(kind, "__slots__", ()) for kind in type(self.live).__mro__]
-        names = [name for some in slots for name in ((some,) if isinstance(some, str) else some)]
-        found = {name: getattr(self.live, name, _MISSING) for name in names if name[:2] != "__"}
-        return {name: value for name, value in found.items() if value is not _MISSING}
+    def _content(self) -> dict[Any, Any]:
+        found = {}
+        for slot in self._slots:
+            with suppress(AttributeError):  # an empty one
+                found[slot] = slot.__get__(self.live)
+        return found
 
     @override
     def children(self) -> Iterator[tuple[Any, Any]]:
-        yield from self.saved.items()
+        yield from ((slot.__name__, value) for slot, value in self.saved.items())
 
     @override
     def restore(self) -> None:
         now = self._content()
-        for name in now.keys() - self.saved.keys():
-            object.__delattr__(self.live, name)
-        for name, value in self.saved.items():
-            if now.get(name, _MISSING) is not value:
-                object.__setattr__(self.live, name, value)
+        for slot in now.keys() - self.saved.keys():
+            slot.__delete__(self.live)
+        for slot, value in self.saved.items():
+            if now.get(slot, _MISSING) is not value:
+                slot.__set__(self.live, value)
 
 
 class Snapshot:
@@ -257,7 +273,8 @@ class Snapshot:
                 key = (*path, name)
                 data = parameter.detach().clone() if key in (copied or ()) else None
                 self.tensors[key] = (parameter, parameter._version, data)
-                if parameter.layout == torch.strided and parameter.is_floating_point():
+                plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
+                if plain and not parameter.is_meta:
                     self.still[key] = parameter
 
     def _moves(self, parameter: nn.Parameter) -> bool:
@@ -265,21 +282,21 @@ class Snapshot:
         return held and parameter.requires_grad
 
     @torch.no_grad()
-    def sizes(self) -> Tensor | None:
-        """Of the parameters that no optimizer moves, [n]; None where there are none.
+    def bits(self) -> Tensor | None:
+        """A sum of the bits of each parameter that no optimizer moves, [n]; None without any.
 
         Writing to a parameter's ``.data`` makes no new version of it.
         """
         if not self.still:
             return None
-        norms = torch._foreach_norm(list(self.still.values()))
-        return torch.stack([norm.double().to(norms[0].device) for norm in norms])
+        sums = [_bits(parameter) for parameter in self.still.values()]
+        return torch.stack([each.to(sums[0].device) for each in sums])
 
-    def written(self, sizes: Tensor | None = None) -> set[Any]:
+    def written(self, bits: Tensor | None = None) -> set[Any]:
         """Paths of the tensors that were written to since.
 
         Args:
-            sizes: `sizes` of then, to find what was written to behind its version.
+            bits: `bits` of then, to find what was written to behind its version.
 
         `torch.batch_norm` moves its statistics without a new version: what norm modules hold
         counts as written, and the first batch of all compares everything.
@@ -291,9 +308,9 @@ class Snapshot:
                 for path, (x, _, data) in self.tensors.items()
                 if data is not None and x.layout == torch.strided and not torch.equal(x, data)
             }
-        now = None if sizes is None else self.sizes()
-        if sizes is not None and now is not None:
-            changed = (sizes != now).tolist()
+        now = None if bits is None else self.bits()
+        if bits is not None and now is not None:
+            changed = (bits != now).tolist()
             written |= {path for path, one in zip(self.still, changed, strict=True) if one}
         return written | (self.unversioned & self.tensors.keys())
 

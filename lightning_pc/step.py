@@ -160,7 +160,7 @@ class Learner:
                 return output
             found.number_calls()
             graph = discover(checked_loss(loss), found, self.schedule.incremental)
-            check_whole(graph, self.model)
+            check_whole(graph, self.model, held)
             check_nodes(placement, graph, self.model)
             if held is not None:
                 check_held(graph, held)
@@ -255,6 +255,7 @@ class Learner:
             update=update,
             auto=self.auto,
             curious=self._advisor.curious,
+            kept=self.settings.reset == "never",
             held=batch.held,
         )
         relaxation.run()

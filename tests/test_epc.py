@@ -407,6 +407,18 @@ def test_each_batch_has_the_rate_of_its_own_depth():
     assert gammas[2] == gammas[0]
 
 
+def test_kept_errors_count_as_what_has_come_of_them():
+    """They come from many calls, so that no share of their way says what they are worth."""
+    model, (x, y) = chain(16, f=nn.Tanh), regression(8)
+    losses = []
+    optimizer = EPC(torch.optim.SGD(model.parameters(), 0.02), model, T=4, reset="never")
+    for _ in range(120):
+        losses.append(float(optimizer.step(lambda: squared(model, x, y) / 8)))
+    assert optimizer.report.gamma * optimizer.report.curvature > 0.4
+    assert not any(node.whole for node in [s.node for s in optimizer._learner._kept] if node)
+    assert losses[-1] < 0.8 * losses[0]
+
+
 @pytest.mark.parametrize("nudging", ["positive", "centered"])
 def test_in_deep_modules_weights_learn_at_their_learning_rate(nudging):
     """A sixteenth of the stable rate, and a gradient as long as backprop's all the same."""

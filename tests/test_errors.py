@@ -883,3 +883,31 @@ def test_a_state_that_is_carried_over_must_be_detached():
     model.state, model.detaches = model.state.detach(), True
     for _ in range(2):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+
+def test_a_view_of_a_weight_made_at_first_is_the_weight():
+    """A tied decoder."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(D, 3)
+            self.decoder = self.encoder.weight.t()
+
+        def forward(self, x):
+            return F.linear(torch.tanh(self.encoder(x)), self.decoder)
+
+    model, x = Tied(), torch.randn(4, D)
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+    for _ in range(2):
+        optimizer.step(lambda: F.mse_loss(model(x), x))
+    assert optimizer.report.nodes == ["tanh"]
+
+
+def test_another_model_may_have_worked_before():
+    """A critic of what a generator made, which another optimizer trains."""
+    generator, critic = mlp(), nn.Sequential(nn.Linear(C, 5), nn.Tanh(), nn.Linear(5, 1))
+    fake = generator(torch.randn(4, D))
+    optimizer = PC(torch.optim.SGD(critic.parameters(), 0.1), critic)
+    optimizer.step(lambda: F.mse_loss(critic(fake), torch.zeros(4, 1)))
+    assert optimizer.report.nodes == ["1"]

@@ -294,12 +294,37 @@ def test_a_penalised_weight_is_reached_when_its_error_is(algorithm, penalty):
     assert all(p.grad.abs().max() < 1e-12 for p in model.parameters())
 
 
-def test_a_penalty_hides_no_weight_that_never_learns():
+ADDED = {
+    "added": lambda model, x, y, penalty: ce(model, x, y) + penalty,
+    "stacked": lambda model, x, y, penalty: torch.stack([ce(model, x, y), penalty]).sum(),
+    "to each": lambda model, x, y, penalty: (
+        F.cross_entropy(model(x), y, reduction="none") + penalty
+    ).mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Cannot read off")
+@pytest.mark.parametrize("added", ADDED)
+def test_a_penalty_hides_no_weight_that_never_learns(added):
     model, (x, y) = MLP((6, 7, 6, 5, 4)), vectors(8)
-    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, T=2)
-    with pytest.warns(UserWarning, match=r"never reach 4 parameters.*'?0\.weight"):
-        optimizer.step(lambda: ce(model, x, y) + PENALTIES["squares"](model))
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, T=2, loss_terms=8)
+    with pytest.warns(UserWarning, match=r"never reach 4 parameters.*0\.weight"):
+        optimizer.step(lambda: ADDED[added](model, x, y, PENALTIES["squares"](model)))
     assert optimizer.report.learned["0.weight"] == 0
+
+
+def test_a_loss_on_the_way_is_no_penalty():
+    """What the second loss reads comes from the batch, though no node stands above it."""
+    model, (x, y) = MLP((6, 7, 5, 4)), vectors(8)
+
+    def loss():
+        h = model[0](x)
+        return ce(model[1:], h, y) + F.mse_loss(h, torch.ones(8, 7), reduction="sum") / 8
+
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.01), model, T=5)
+    optimizer.step(loss)
+    assert optimizer.report.learned["0.weight"] == 5
+    assert optimizer.report.learned["2.weight"] == 4
 
 
 def test_what_only_a_penalty_reads_learns_at_once():

@@ -87,7 +87,7 @@ def plain(value: Any, path: str = "", seen: tuple[int, ...] = ()) -> dict[str, A
     if isinstance(value, (nn.Module, Meter, Sample, SimpleNamespace, Namespace)):
         value = vars(value)
     if isinstance(value, (Slotted, Frozen)):
-        slots = ("counts", "last", "total", "seen")
+        slots = ("counts", "last", "total", "seen", "hidden")
         value = {name: getattr(value, name, "empty") for name in slots}
     if isinstance(value, dict):
         items = [(str(k), v) for k, v in value.items() if k not in SKIPPED and not function(v)]
@@ -356,10 +356,17 @@ class Objects(Module):
 class Slotted:
     """Of two classes, one with a slot that is empty at first."""
 
-    __slots__ = ("counts", "last")
+    __slots__ = ("__hidden", "counts", "last")
 
     def __init__(self):
-        self.counts = [0]
+        self.counts, self.__hidden = [0], 0
+
+    @property
+    def hidden(self):
+        return self.__hidden
+
+    def hide(self):
+        self.__hidden += 1
 
 
 class SlottedMore(Slotted):
@@ -371,6 +378,7 @@ class SlottedMore(Slotted):
 
     def update(self, loss):
         self.counts.append(self.counts[-1] + 1)
+        self.hide()
         self.total, self.last = self.total + 1, loss
 
 
@@ -871,3 +879,52 @@ def test_tensors_that_cannot_be_compared_are_let_be(odd):
     module.odd = odd()
     trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(2)))
     assert module.odd.size(0) in (2, 3)
+
+
+WRITES = {
+    "sign": lambda p: p.data.neg_(),
+    "little": lambda p: p.data.mul_(1 + 2.0**-7),
+    "anew": lambda p: setattr(p, "data", p.data + 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize("write", WRITES)
+def test_whatever_is_written_behind_a_version_is_seen(write, dtype):
+    values = torch.linspace(1.0, 2.0, 1000).to(dtype)
+    values[1::2] *= -1
+
+    class Writes(Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen = nn.Parameter(values.clone(), requires_grad=False)
+
+        def training_step(self, batch, batch_idx):
+            WRITES[write](self.frozen)
+            return super().training_step(batch, batch_idx)
+
+    module, once = Writes(), nn.Parameter(values.clone(), requires_grad=False)
+    trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(3)))
+    for _ in range(3):
+        WRITES[write](once)
+    assert torch.equal(module.frozen, once)
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        lambda: torch.ones(3).to(torch.float8_e4m3fn),
+        lambda: torch.ones(3, dtype=torch.int8),
+        lambda: torch.ones(3, dtype=torch.bool),
+        lambda: torch.empty(0),
+        lambda: torch.ones(4, 4).t()[::2],
+    ],
+    ids=["float8", "int8", "bool", "empty", "strided"],
+)
+def test_frozen_weights_of_any_kind_are_let_be(frozen):
+    module = Module()
+    module.frozen = nn.Parameter(frozen(), requires_grad=False)
+    module.lazy = nn.LazyLinear(3)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.net.parameters(), 0.1)
+    trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(2)))
+    assert module.frozen.requires_grad is False
