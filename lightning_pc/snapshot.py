@@ -85,6 +85,9 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor:
     """The sum of its bits as integers, []: any change shows, but for one of the order."""
+    ends = tensor.storage_offset() * tensor.itemsize, tensor.nbytes
+    if tensor.is_contiguous() and not any(end % 8 for end in ends):  # by far the fastest
+        return tensor.view(-1).view(torch.int64).sum()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if tensor.is_floating_point():
         tensor = tensor.view(_INTEGERS[tensor.itemsize])

@@ -889,9 +889,10 @@ WRITES = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize("size", [1000, 1001])
 @pytest.mark.parametrize("write", WRITES)
-def test_whatever_is_written_behind_a_version_is_seen(write, dtype):
-    values = torch.linspace(1.0, 2.0, 1000).to(dtype)
+def test_whatever_is_written_behind_a_version_is_seen(write, dtype, size):
+    values = torch.linspace(1.0, 2.0, size).to(dtype)
     values[1::2] *= -1
 
     class Writes(Module):
