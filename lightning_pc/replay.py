@@ -166,7 +166,7 @@ class Purity:
         """Everything stands as before the first forward."""
         for container in self._start.containers:
             container.restore()
-        self._start.restore_tensors(self._start.written())
+        self._start.restore_tensors(self._start.written(self._bits))
         self._start.restore_arrays()
         self._start.restore_random()
 

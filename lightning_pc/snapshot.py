@@ -274,11 +274,13 @@ class Snapshot:
         for name, parameter in value._parameters.items() if is_module else ():
             if parameter is not None and not self._moves(parameter):
                 key = (*path, name)
-                data = parameter.detach().clone() if key in (copied or ()) else None
-                self.tensors[key] = (parameter, parameter._version, data)
                 plain = type(parameter) is nn.Parameter and parameter.layout == torch.strided
                 if plain and not parameter.is_meta:
                     self.still[key] = parameter
+                small = key in self.still and parameter.nbytes <= _LARGE
+                copies = small if copied is None else key in copied
+                data = parameter.detach().clone() if copies else None
+                self.tensors[key] = (parameter, parameter._version, data)
 
     def _moves(self, parameter: nn.Parameter) -> bool:
         held = self.held is None or parameter in self.held
@@ -309,7 +311,8 @@ class Snapshot:
             written |= {
                 path
                 for path, (x, _, data) in self.tensors.items()
-                if data is not None and x.layout == torch.strided and not torch.equal(x, data)
+                if not (data is None or path in self.still or x.layout != torch.strided)
+                and not torch.equal(x, data)
             }
         now = None if bits is None else self.bits()
         if bits is not None and now is not None:

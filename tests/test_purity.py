@@ -929,3 +929,40 @@ def test_frozen_weights_of_any_kind_are_let_be(frozen):
     module.configure_optimizers = lambda: torch.optim.SGD(module.net.parameters(), 0.1)
     trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(2)))
     assert module.frozen.requires_grad is False
+
+
+def test_describe_and_a_failed_first_batch_leave_a_teacher_alone():
+    module, (x, y) = Teacher(), data()[0]
+
+    def loss():
+        with torch.no_grad():
+            for p in module.teacher.parameters():
+                p.mul_(0.5)
+        return F.cross_entropy(module.net(x), y) + F.mse_loss(module.net(x), module.teacher(x))
+
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    lightning_pc.describe(module, loss)
+    optimizer = lightning_pc.optim.PC(torch.optim.SGD(module.net.parameters(), 0.1), module)
+    with pytest.raises(lightning_pc.errors.ClosureError, match="scalar"):
+        optimizer.step(lambda: loss().expand(2))
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_every_evaluation_of_the_first_batch_sees_the_same_teacher():
+    module, (x, y) = Teacher(), data()[0]
+    seen = []
+
+    def loss():
+        with torch.no_grad():
+            for p in module.teacher.parameters():
+                p.data.add_(1.0)
+        seen.append(float(next(module.teacher.parameters()).sum()))
+        return F.cross_entropy(module.net(x), y) + F.mse_loss(module.net(x), module.teacher(x))
+
+    optimizer = lightning_pc.optim.PC(
+        torch.optim.SGD(module.net.parameters(), 0.1), module, loss_terms=4
+    )
+    optimizer.step(loss)
+    assert len(seen) > 8
+    assert set(seen) == {seen[0]}
+    assert float(next(module.teacher.parameters()).sum()) == seen[0]
