@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_pc.snapshot import Container, Snapshot
+from lightning_pc.containers import Container
+from lightning_pc.snapshot import Snapshot
 
 _MISSING = object()
 
