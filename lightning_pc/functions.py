@@ -68,16 +68,16 @@ def rectifies(name: str, rest: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bo
     return any(isinstance(b, (int, float)) and b == 0 for b in bounds)
 
 
-def whole_call(func: Function, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a function was called with: torch's ``l1_loss`` keeps its ``weight`` from any mode.
+L1_LOSS = cast(types.FunctionType, F.l1_loss)
+
+
+def whole_call(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `L1_LOSS` was called with: torch keeps its ``weight`` from any mode.
 
     So it would be left out of the loss.
     """
-    if func is not F.l1_loss or "weight" in kwargs:
-        return kwargs
-    code = cast(types.FunctionType, F.l1_loss).__code__
     frame: types.FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not code:
+    while frame is not None and frame.f_code is not L1_LOSS.__code__:
         frame = frame.f_back
     weight = None if frame is None else frame.f_locals.get("weight")
     return kwargs if weight is None else {**kwargs, "weight": weight}

@@ -21,6 +21,7 @@ from lightning_pc.containers import Container, Slots
 
 # Of a module's __dict__: parameters move by the optimizer alone, the rest is torch's bookkeeping.
 _SKIPPED = frozenset(vars(nn.Module())) - {"_buffers", "training"} | {"_current_fx_name"}
+_PLAIN = {bool, int, float, str}
 _CONTAINERS = (dict, list, set, deque)
 _NAMESPACES = (SimpleNamespace, Namespace)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -140,6 +141,8 @@ class Snapshot:
     def _take(
         self, path: Any, value: Any, seen: set[int], pending: list[Any], copied: set[Any] | None
     ) -> None:
+        if value is None or type(value) in _PLAIN:  # most of them
+            return
         if isinstance(value, Tensor):
             bare = value.is_nested or value.is_meta  # nothing to copy or compare
             if not (isinstance(value, nn.Parameter) or value.is_inference() or bare):

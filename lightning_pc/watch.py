@@ -23,6 +23,7 @@ from lightning_pc.energies import Energy, Gaussian, softmax_energy
 from lightning_pc.errors import PlacementError
 from lightning_pc.functions import (
     COMPOSITES,
+    L1_LOSS,
     NONLINEAR,
     NONLINEARITIES,
     SDPA,
@@ -132,7 +133,9 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = whole_call(func, {} if kwargs is None else kwargs)
+        kwargs = {} if kwargs is None else kwargs
+        if func is L1_LOSS:
+            kwargs = whole_call(kwargs)
         if self._calls and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
             for call in self._calls:
                 call.nonlinear = True
