@@ -75,8 +75,8 @@ def check_whole(graph: Graph, model: nn.Module, held: set[nn.Parameter] | None) 
     early = {p for p in graph.early if held is None or p in held}
     if not early:
         return
-    names = [name for name, p in model.named_parameters() if p in early] or ["?"]
-    some = ", ".join(map(repr, names[:5]))
+    names = [name for name, p in model.named_parameters() if p in early]
+    some = ", ".join(map(repr, names[:5])) or "parameters of another model"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     raise ClosureError(
         f"The loss depends on {some}{more} by what was computed before the forward began, where "

@@ -65,15 +65,18 @@ class Graph:
 
     @property
     def longest(self) -> int:
-        """Most stages in a row that no connection skips: from a node that none is above, on."""
+        """Most stages in a row that no connection skips: the longest of the shortest ways down.
+
+        Those from a node that has none above it, to any other; losses on the way do not shorten it.
+        """
         most = self.depth
         for top in self.nodes:
             if top.parents:
                 continue
-            ways = {top: 1}  # fewest stages from it on; nodes are in call order
+            ways = {top: 1}  # fewest stages from it to each; nodes are in call order
             for node in self.nodes:
                 above = [ways[parent] for parent in node.parents if parent in ways]
-                if above and node is not top:
+                if above:
                     ways[node] = 1 + min(above)
             most = max(most, *ways.values())
         return most

@@ -159,6 +159,7 @@ class Purity:
             return
         for container in self._end.containers:
             container.restore()
+        # What has been written to before may have been so again behind its version.
         self._end.restore_tensors(self._end.written() | (self.written & self._end.tensors.keys()))
         self._end.restore_arrays()
         self._end.restore_random(*self._drawn)

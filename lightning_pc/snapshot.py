@@ -25,7 +25,8 @@ _PLAIN = {bool, int, float, str}
 _CONTAINERS = (dict, list, set, deque)
 _NAMESPACES = (SimpleNamespace, Namespace)
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Larger arrays and weights [bytes] hold data, not counts: they are left alone.
+# Larger arrays [bytes] hold data, not counts, and are left alone; larger weights are copied only
+# once they have been written to.
 _LARGE = 1 << 20
 
 Generators = torch.Generator | np.random.Generator | np.random.RandomState | random.Random

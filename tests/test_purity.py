@@ -877,7 +877,9 @@ def test_nothing_is_drawn_or_kept_over_epochs():
 def test_tensors_that_cannot_be_compared_are_let_be(odd):
     module = Module()
     module.odd = odd()
-    trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(2)))
+    fit = trainer({"algorithm": "pc", "T": 3, "gamma": 0.1})
+    fit.fit(module, loader(data(2)))
+    assert fit.strategy.report.steps == 3
     assert module.odd.size(0) in (2, 3)
 
 
@@ -927,8 +929,11 @@ def test_frozen_weights_of_any_kind_are_let_be(frozen):
     module.frozen = nn.Parameter(frozen(), requires_grad=False)
     module.lazy = nn.LazyLinear(3)
     module.configure_optimizers = lambda: torch.optim.SGD(module.net.parameters(), 0.1)
-    trainer({"algorithm": "pc", "T": 3, "gamma": 0.1}).fit(module, loader(data(2)))
-    assert module.frozen.requires_grad is False
+    fit = trainer({"algorithm": "pc", "T": 3, "gamma": 0.1})
+    fit.fit(module, loader(data(2)))
+    assert fit.strategy.report.steps == 3
+    assert torch.equal(module.frozen.float(), frozen().float())
+    assert module.lazy.has_uninitialized_params()
 
 
 def test_describe_and_a_failed_first_batch_leave_a_teacher_alone():
