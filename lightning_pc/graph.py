@@ -9,15 +9,14 @@ seen at once.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from lightning_pc.errors import ChainError, UnsupportedError
+from lightning_pc.errors import UnsupportedError
 from lightning_pc.forwards import Discovery
 from lightning_pc.losses import LossCall
 from lightning_pc.nodes import FROZEN, Node, Site, overwrites, stand_of
@@ -300,56 +299,3 @@ def _set_arrivals(
             for n in (node, *node.parents):
                 moves[n] = min(moves[n], node.arrival)
     return arrivals
-
-
-def require_chain(graph: Graph, remedy: Callable[[], str]) -> None:
-    """Z-IL equals backprop only where each node is read by exactly one stage.
-
-    Args:
-        graph: The batch's graph.
-        remedy: Called for the placements that would work, for the message.
-
-    Raises:
-        ChainError: Some node is read by several stages: a skip connection runs around a node.
-    """
-    for node in graph.nodes:
-        readers = graph.readers(node)
-        if len(readers) > 1:
-            raise ChainError(
-                f"Z-IL needs value nodes that form a chain, but '{node.name}' is read by "
-                f"{' and '.join(readers[:3])}: a connection runs around the node between them. "
-                f"{remedy()}"
-            )
-
-
-def chain_points(graph: Graph) -> list[Node]:
-    """The nodes that every path from the loss to what lies above them runs through.
-
-    Meant for a graph with a node at the output of every module: Z-IL is exact on any subset of
-    these points.
-    """
-    paths: dict[Node, int] = dict.fromkeys(graph.nodes, 0)  # from the loss
-    for node in graph.loss_parents:
-        paths[node] += 1
-    lower_first = list(reversed(graph.nodes))
-    for node in lower_first:
-        for parent in node.parents:
-            paths[parent] += paths[node]
-    points: list[Node] = []
-    for node in graph.nodes:
-        through = dict.fromkeys(graph.nodes, 0)
-        through[node] = paths[node]
-        for lower in lower_first:
-            for parent in lower.parents:
-                if parent is not node:
-                    through[parent] += through[lower]
-        above = [n for n in graph.nodes if n is not node and through[n]]
-        if all(through[n] == paths[n] for n in above):
-            points.append(node)
-    # A name stands for every call and every output of its module.
-    spoilt = {_module_of(node) for node in graph.nodes if node not in points}
-    return [n for n in points if n.name == _module_of(n) and n.name not in spoilt]
-
-
-def _module_of(node: Node) -> str:
-    return re.split(r"[#\[]", node.name)[0]

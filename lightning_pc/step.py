@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.advisor import Advisor
+from lightning_pc.chain import chain_advice, require_chain
 from lightning_pc.checks import (
     check_held,
     check_nodes,
@@ -23,14 +24,13 @@ from lightning_pc.conjugate import conjugate
 from lightning_pc.curvature import START, AutoGamma
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.forwards import Discovery, Replay
-from lightning_pc.graph import Graph, discover, require_chain
+from lightning_pc.graph import Graph, discover
 from lightning_pc.inference import Inference
 from lightning_pc.losses import count_terms
 from lightning_pc.nodes import Gate, Site
 from lightning_pc.placement import Placement
 from lightning_pc.precisions import precisions
 from lightning_pc.relaxation import Relaxation
-from lightning_pc.remedy import chain_advice
 from lightning_pc.replay import Purity, Shadows
 from lightning_pc.report import StepReport
 from lightning_pc.schedules import Schedule, schedule
