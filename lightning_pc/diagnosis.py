@@ -186,6 +186,8 @@ def _cures(report: StepReport) -> str:
     """What keeps the weights' steps from undoing each other within a batch."""
     cures = "the learning rate, scale down what the modules before it read, "
     if report.algorithm == "ipc":
+        if report.curvature is None:
+            cures += "leave gamma at 'auto', with which values go along, "
         return cures + "use a smaller T, or precisions='spiking' where the nodes form a chain."
     return cures + "or use a smaller T."
 
@@ -301,6 +303,12 @@ def explain(report: StepReport | None) -> str:
         lines.append(
             f"{shares[min(shares)]:.1%} of the energy is next to the loss (depth {min(shares)}), "
             f"{shares[last]:.2g} of it at the top (depth {last})."
+        )
+    if report.along:
+        times = ", ".join(f"'{name}' ({times})" for name, times in list(report.along.items())[:5])
+        lines.append(
+            f"Predictions moved so far that values went along (evaluations): {times}; "
+            f"{len(report.along)} nodes in all."
         )
     silent = [name for name, peak in report.peak_energy.items() if peak == 0]
     if silent:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from typing_extensions import override
 
+from lightning_pc.along import Along
 from lightning_pc.energies import Energy, Slopes
 from lightning_pc.errors import ClosureError
 
@@ -47,6 +48,7 @@ class Node:
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         weight: Of its energy in F, at the coming evaluation.
+        along: When its value goes along with its prediction; None where it stays.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         whole: Parameters learn from its error as if that had come all of its way (`ErrorNode`).
         passes: Why it turned out to be no node, "" where it is one; gradients pass unchanged.
@@ -63,6 +65,7 @@ class Node:
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     weight: float = 1.0
+    along: Along | None = None
     velocity: Tensor | None = None
     whole: bool = False
     passes: str = ""
@@ -86,7 +89,11 @@ class Node:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
-        self.slopes = self.energy.evaluate(self.x, mu.to(self.x.dtype), scale, self.weight)
+        mu = mu.detach().to(self.x.dtype)
+        self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+        total = self.slopes.total
+        if self.along and self.along.moved(self.x, mu, self.energy, self.weight, total):
+            self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
 
     def moved(self, gamma: float, momentum: float) -> None:
         """Takes in that its coordinates have made a step."""

@@ -35,7 +35,9 @@ class PredictiveCodingOptimizer(Optimizer):
             than 1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps
             (epc: 2 to 32; not for iepc).
         gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
-            which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1.
+            which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1. With
+            ``"auto"``, along conjugate gradients, values of ipc go along with predictions that are
+            moved too far (`lightning_pc.along`).
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pc.curvature import AutoGamma, largest_curvature
+from lightning_pc.along import TOO_FAR, Along
+from lightning_pc.curvature import LARGEST, AutoGamma, largest_curvature
 from lightning_pc.diagnosis import divergence
 from lightning_pc.errors import DivergenceError
 from lightning_pc.graph import Graph
@@ -155,6 +156,7 @@ class Relaxation:
                     ]
                 if moves:
                     self._choose_gamma()
+                    self._let_go_along(self._free_energy(total, self.losses[-1]))
             if moves:
                 self._move(total, self.losses[-1])
                 if self.least <= step + 2 < self.T and self._has_converged(step):
@@ -188,6 +190,18 @@ class Relaxation:
         self.inference.chosen_for = self.auto.chosen_for
         self.inference.begin()
 
+    def _let_go_along(self, free: Tensor) -> None:
+        """Says how far predictions may leave values behind, by F at the start of the batch.
+
+        Only where all of how values move is chosen for the user; momentum=0 is the paper's descent.
+        """
+        if self.auto is None or not self.inference.own_rates or not self.schedule.incremental:
+            return
+        for node in self.graph.nodes:
+            share = min(1.0, self.inference.start_gamma * node.weight / LARGEST)
+            start = None if self.start else node.x.detach().clone()
+            node.along = Along(TOO_FAR * free.abs(), share, start)
+
     def _share(self) -> float:
         """Of the automatic gamma, what this batch's graph leaves.
 
@@ -200,9 +214,10 @@ class Relaxation:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes = self.graph.nodes
         t = self.start + max(node.arrival for node in nodes)  # all nodes' energies count
-        weights = [node.weight for node in nodes]
-        if self.precisions.varies and not self.start:
-            for node in nodes:
+        before = [(node.weight, node.along) for node in nodes]
+        for node in nodes:
+            node.along = None
+            if self.precisions.varies and not self.start:
                 node.weight = self.precisions.lasting(node.depth, self._value_steps)
 
         def evaluate() -> None:
@@ -211,8 +226,8 @@ class Relaxation:
         try:
             return largest_curvature(nodes, evaluate, 1.0 / self.scale, seed, close)
         finally:
-            for node, weight in zip(nodes, weights, strict=True):
-                node.weight = weight
+            for node, (weight, along) in zip(nodes, before, strict=True):
+                node.weight, node.along = weight, along
 
     def _has_converged(self, step: int) -> bool:
         """Whether inference may end; asked at every fourth step, since a device has to wait."""

@@ -51,6 +51,7 @@ class StepReport:
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
+    _along: tuple[Tensor | int, ...] = field(repr=False, default=())
 
     @cached_property
     def energy(self) -> Tensor:
@@ -82,6 +83,16 @@ class StepReport:
         """F at each evaluation: beta times the sum of loss terms, and all energies, [t]."""
         loss = self.loss.detach().cpu() * self.loss_terms
         return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
+
+    @cached_property
+    def along(self) -> dict[str, int]:
+        """Node name -> evaluations at which its value went along with its prediction.
+
+        Only in ipc with gamma="auto", along conjugate gradients; nodes whose value always stayed
+        are left out (`lightning_pc.along`).
+        """
+        went = zip(self.nodes, map(int, self._along), strict=bool(self._along))
+        return {name: times for name, times in went if times}
 
     @cached_property
     def learned(self) -> dict[str, int]:

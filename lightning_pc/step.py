@@ -212,6 +212,7 @@ class Learner:
             self._batch = None
             for node in batch.graph.nodes:
                 node.forget()
+                node.along = None
 
     def describe(
         self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
@@ -288,6 +289,7 @@ class Learner:
                 if parameter.requires_grad and parameter in held
             },
             _learned_at=tuple(relaxation.learned_at),
+            _along=tuple(0 if node.along is None else node.along.times for node in graph.nodes),
         )
 
     def _held(self) -> set[nn.Parameter] | None:

@@ -53,7 +53,8 @@ class PCStrategy(SingleDeviceStrategy):
             1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps (epc: 2
             to 32; not for iepc).
         gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
-            which is looked at every 300 evaluations; zil: 1.
+            which is looked at every 300 evaluations; zil: 1. With "auto", along conjugate
+            gradients, values of ipc go along with predictions that are moved too far.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the

@@ -1,0 +1,293 @@
+"""Values of iPC go along with predictions that the weights' own steps have moved too far."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from problems import MLP, classifier, relative, vectors
+from torch import nn
+
+from lightning_pc.along import Along
+from lightning_pc.curvature import LARGEST
+from lightning_pc.diagnosis import explain
+from lightning_pc.energies import Categorical, Gaussian
+from lightning_pc.inference import Inference
+from lightning_pc.optim import IEPC, IPC, PC
+
+
+def trained(net, scale, batches=12, kind=IPC, lr=3e-3, **given):
+    """The reports of some batches of the same images, ``scale`` times as large."""
+    torch.manual_seed(0)
+    x, y = vectors(32)
+    adam = torch.optim.Adam(net.parameters(), lr)
+    optimizer, reports = kind(adam, net, **given), []
+    for _ in range(batches):
+        optimizer.step(classifier(net, scale * x.abs(), y))
+        reports.append(optimizer.report)
+    return reports
+
+
+def net(inplace=False):
+    torch.manual_seed(1)
+    sizes = (vectors(1)[0].shape[1], 16, 16)
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU(inplace))]
+    return nn.Sequential(*layers, nn.Linear(16, 4))
+
+
+class Plain(Inference):
+    """The paper's descent, which takes itself for one that is chosen automatically."""
+
+    own_rates = True
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Values go down the gradient at the gamma that is given here."""
+    monkeypatch.setattr(
+        "lightning_pc.step.conjugate", lambda gamma, decay, *rest: Plain(gamma, decay)
+    )
+    monkeypatch.setattr("lightning_pc.curvature.AutoGamma.due", lambda self: False)
+
+    def optimizer(net, lr, gamma, **given):
+        made = IPC(torch.optim.SGD(net.parameters(), lr), net, gamma_decay=1.0, **given)
+        made._learner.auto.gamma = gamma
+        return made
+
+    return optimizer
+
+
+def by_hand(net, x, y, T, gamma, lr):
+    """iPC of two tanh layers with hand-written gradients; how often each value went along."""
+    (W1, b1), (W2, b2), (W3, b3) = (
+        [p.detach().clone() for p in net[i].parameters()] for i in (0, 2, 4)
+    )
+    B, share, times = len(x), min(1.0, gamma / LARGEST), [0, 0]
+    values, before, most = [None, None], [None, None], None
+
+    def follow(node, mu, t):
+        if t == 0:
+            values[node] = mu.clone()
+        if t < 2 - node:  # the first step at which its error may not be zero
+            return
+        x, was = values[node], before[node]
+        if was is not None:
+            rise = 0.5 * (x - mu).square().sum() - 0.5 * (x - was).square().sum()
+            move = mu - was
+            if rise > most and move.square().sum() <= 0.1 * x.square().sum():
+                values[node] = x + share * move
+                times[node] += 1
+        before[node] = mu
+
+    for t in range(T):
+        mu1 = x @ W1.T + b1
+        follow(0, mu1, t)
+        mu2 = values[0].tanh() @ W2.T + b2
+        follow(1, mu2, t)
+        out = values[1].tanh() @ W3.T + b3
+        if t == 0:
+            most = 0.03 * 0.5 * (out - y).square().sum()
+        (x1, x2), g = values, out - y
+        e1, e2 = x1 - mu1, x2 - mu2
+        d1, d2 = (1 - v.tanh().square() for v in (x1, x2))
+        values[:] = [x1 - gamma * (e1 - d1 * (e2 @ W2)), x2 - gamma * (e2 + d2 * (g @ W3))]
+        for (W, b), delta, a in (
+            ((W3, b3), g, x2.tanh()),
+            ((W2, b2), -e2, x1.tanh()),
+            ((W1, b1), -e1, x),
+        ):
+            W -= lr * delta.T @ a / B
+            b -= lr * delta.sum(0) / B
+    return (W1, b1, W2, b2, W3, b3), times
+
+
+@pytest.mark.filterwarnings("ignore:In batch 1 F rose")
+@pytest.mark.parametrize("gamma", [0.2, 0.5])
+def test_weights_are_those_of_hand_written_gradients(plain, gamma):
+    """At gamma 0.2 values go 0.4 of the way along, at 0.5 all of it."""
+    torch.manual_seed(2)
+    net = MLP((6, 8, 8, 3)).double()
+    x, y = 30 * torch.randn(16, 6).double(), torch.randn(16, 3).double()
+    expected, times = by_hand(net, x, y, T=8, gamma=gamma, lr=0.01)
+    assert all(0 < n < 6 for n in times)  # they went along at some evaluations and stayed at some
+    optimizer = plain(net, 0.01, gamma, T=8, loss_terms=16)
+    optimizer.step(lambda: 0.5 * (net(x) - y).square().sum() / 16)
+    assert list(optimizer.report.along.values()) == times
+    for ours, theirs in zip(net.parameters(), expected, strict=True):
+        assert relative(ours, theirs) < 1e-12
+
+
+def test_f_does_not_leap_with_inputs_thirty_times_as_large(monkeypatch):
+    """Where values stay, the weights' steps raise a node's energy to many times all of F."""
+
+    def leap(reports):
+        return max(float(r.energy.diff(dim=0).amax() / r.free_energy[0]) for r in reports)
+
+    reports = trained(net(), 30.0, batches=30, lr=1e-2)
+    assert all(set(report.along) == {"1", "3"} for report in reports)
+    monkeypatch.setattr("lightning_pc.relaxation.TOO_FAR", math.inf)
+    stayed = trained(net(), 30.0, batches=30, lr=1e-2)
+    assert not any(report.along for report in stayed)
+    assert leap(stayed) > 4 * leap(reports)
+    assert float(reports[-1].loss[0]) < 0.5 * float(stayed[-1].loss[0])
+
+
+def test_values_stay_where_weights_go_their_way(monkeypatch):
+    reports = trained(net(), 1.0, lr=1e-4)
+    assert not any(report.along for report in reports)
+    monkeypatch.setattr("lightning_pc.relaxation.TOO_FAR", math.inf)
+    stayed = trained(net(), 1.0, lr=1e-4)
+    assert torch.equal(reports[-1].energies, stayed[-1].energies)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (IPC, {"gamma": 0.3}),
+        (IPC, {"gamma": 0.3, "momentum": "conjugate"}),
+        (IPC, {"momentum": 0}),
+        (IPC, {"precisions": "spiking"}),
+        (PC, {}),
+        (IEPC, {}),
+    ],
+)
+def test_only_ipc_of_which_all_is_automatic_lets_values_go_along(kind, given, monkeypatch):
+    mine = trained(net(), 30.0, kind=kind, **given)
+    assert not any(report.along for report in mine)
+    monkeypatch.setattr("lightning_pc.relaxation.TOO_FAR", -1.0)  # they'd go along at each chance
+    assert torch.equal(mine[-1].energies, trained(net(), 30.0, kind=kind, **given)[-1].energies)
+
+
+def test_activations_in_place_make_no_difference():
+    """They overwrite the prediction that the next one is compared with."""
+    one, other = net(), net(inplace=True)
+    reports = trained(one, 30.0)
+    assert any(report.along for report in reports)
+    assert [r.along for r in trained(other, 30.0)] == [r.along for r in reports]
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_look_at_the_curvature_leads_no_value_along(monkeypatch):
+    """It moves values to and fro, and its predictions are no weights' doing."""
+    calls, moved = [], Along.moved
+    monkeypatch.setattr(Along, "moved", lambda self, *a: calls.append(self) or moved(self, *a))
+
+    def evaluations(looks):
+        monkeypatch.setattr("lightning_pc.curvature.AutoGamma.due", lambda self: looks)
+        model = net()
+        adam = torch.optim.Adam(model.parameters(), 1e-3)
+        optimizer = IPC(adam, model, reset="never", momentum="conjugate")
+        x, y = vectors(8)
+        for _ in range(3):
+            optimizer.step(classifier(model, x, y))
+        return len(calls), optimizer._learner.auto.looks
+
+    without, looked = evaluations(False), evaluations(True)
+    assert (without[1], looked[1]) == (0, 3)
+    assert looked[0] == 2 * without[0] > 0
+
+
+@pytest.mark.parametrize(("bears", "goes"), [(1.4, True), (1.6, False)])
+def test_what_counts_is_what_the_move_adds(bears, goes):
+    """From an energy of 0.5 to one of 2 is 1.5, weighted."""
+    along, x = Along(torch.tensor(2 * bears), 0.5), torch.full((1, 1), 10.0)
+    for mu in (9.0, 8.0):
+        prediction = torch.full((1, 1), mu)
+        total = 2 * Gaussian().value(x, prediction).sum()
+        along.moved(x, prediction, Gaussian(), 2.0, total)
+    assert float(x) == (9.5 if goes else 10.0)
+    assert int(along.times) == goes
+
+
+def test_masked_logits_go_nowhere():
+    along = Along(torch.tensor(0.0), 1.0)
+    mu = torch.tensor([[100.0, 100.0, -math.inf]])
+    x = mu.clone()
+    for logits in (mu, mu + torch.tensor([0.0, 10.0, 0.0])):
+        total = Categorical().value(x, logits).sum()
+        moved = along.moved(x, logits, Categorical(), 1.0, total)
+    assert moved
+    assert x.tolist() == [[100.0, 110.0, -math.inf]]
+
+
+def test_it_is_explained_and_what_helps_is_named():
+    report = trained(net(), 30.0)[0]
+    said = explain(report)
+    assert "Predictions moved so far that values went along (evaluations): '1' (" in said
+    assert "2 nodes in all." in said
+    assert "values went along" not in explain(trained(net(), 1.0, lr=1e-4)[-1])
+
+
+@pytest.mark.filterwarnings("ignore:In batch")
+@pytest.mark.parametrize("shift", [-1e3, 0.0, 1e3])
+def test_a_loss_is_as_large_as_it_is_far_from_zero(shift):
+    """Three percent of F, whose sign a constant in the loss may change; of none, of nothing."""
+    model = net()
+    x, y = vectors(32)
+    optimizer = IPC(torch.optim.Adam(model.parameters(), 1e-2), model)
+    went = 0
+    for _ in range(10):
+        loss = classifier(model, 30 * x.abs(), y)
+        optimizer.step(lambda loss=loss: loss() + shift)
+        went += sum(optimizer.report.along.values())
+    assert (went > 0) == (shift == 0)
+
+
+def test_a_weight_that_stages_share_has_moved_a_prediction_before_its_error_arrives():
+    """Such a value's prediction at the start is what the first one is compared with."""
+    torch.manual_seed(1)
+
+    class Looped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer, self.head = (nn.Linear(*s) for s in ((6, 8), (8, 8), (8, 4)))
+
+        def forward(self, x):
+            h = self.stem(x)
+            for _ in range(4):
+                h = h + self.layer(torch.tanh(h))
+            return self.head(torch.tanh(h))
+
+    model = Looped()
+    x, y = vectors(16)
+    optimizer = IPC(torch.optim.Adam(model.parameters(), 0.03), model, T=3)
+    optimizer.step(classifier(model, x[:, :6], y))
+    report = optimizer.report
+    later = [name for name, depth in zip(report.nodes, report.depths, strict=True) if depth > 1]
+    assert set(later) & set(report.along)  # at t = 2, their first evaluation and the last of all
+
+
+def test_a_call_with_kept_values_starts_anew():
+    """What moved its predictions may be another batch; what it counts is its own."""
+    model = net()
+    adam = torch.optim.SGD(model.parameters(), 0.0)
+    optimizer = IPC(adam, model, reset="never", momentum="conjugate", T=4)
+    x, y = vectors(8)
+    for scale in (30.0, 31.0, 33.0):
+        optimizer.step(classifier(model, scale * x, y))
+        assert optimizer.report.along == {}
+
+
+def test_energies_that_weigh_more_share_more(monkeypatch):
+    """Of F as a whole ten times as large gamma is a tenth, and values move as before."""
+    made = []
+    monkeypatch.setattr("lightning_pc.relaxation.Along", lambda *a: made.append(Along(*a)))
+    for times in (4.0, 40.0):
+        model = net()
+        sgd = torch.optim.SGD(model.parameters(), 0.0)
+        optimizer = IPC(sgd, model, precisions=times, beta=times)
+        optimizer.step(classifier(model, *vectors(16)))
+    shares = made[0].share, made[-1].share
+    assert shares[1] == pytest.approx(shares[0], rel=1e-3)
+    assert 0 < shares[0] < 1
+
+
+def test_a_logit_that_is_masked_later_takes_nothing_with_it():
+    """On a device, which is not waited for, a move of infinity times no share would be nan."""
+    along = Along(torch.tensor(1e9), 1.0)
+    x = torch.tensor([[0.0, 1.0, 2.0]])
+    for last in (2.0, -math.inf):
+        mu = torch.tensor([[0.0, 1.0, last]])
+        along.moved(x, mu, Categorical(), 1.0, torch.tensor(2e9))
+    assert x.tolist() == [[0.0, 1.0, 2.0]]
