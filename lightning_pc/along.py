@@ -24,6 +24,8 @@ TOO_FAR = 0.03
 #: are large, values that go along pass a move on, larger at each stage: staying is what keeps F
 #: from growing without end.
 RUNAWAY = 0.1
+#: Most axes of a value that may go along. Predictions of images would take too much memory to keep.
+AXES = 3
 
 
 @dataclass(eq=False)

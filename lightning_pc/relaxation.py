@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_pc.along import TOO_FAR, Along
+from lightning_pc.along import AXES, TOO_FAR, Along
 from lightning_pc.curvature import LARGEST, AutoGamma, largest_curvature
 from lightning_pc.diagnosis import divergence
 from lightning_pc.errors import DivergenceError
@@ -198,6 +198,8 @@ class Relaxation:
         if self.auto is None or not self.inference.own_rates or not self.schedule.incremental:
             return
         for node in self.graph.nodes:
+            if node.x.dim() > AXES:
+                continue
             share = min(1.0, self.inference.start_gamma * node.weight / LARGEST)
             start = None if self.start else node.x.detach().clone()
             node.along = Along(TOO_FAR * free.abs(), share, start)

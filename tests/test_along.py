@@ -291,3 +291,16 @@ def test_a_logit_that_is_masked_later_takes_nothing_with_it():
         mu = torch.tensor([[0.0, 1.0, last]])
         along.moved(x, mu, Categorical(), 1.0, torch.tensor(2e9))
     assert x.tolist() == [[0.0, 1.0, 2.0]]
+
+
+def test_values_of_convolutions_stay(monkeypatch):
+    """Their predictions would take too much memory to keep."""
+    kept = []
+    monkeypatch.setattr("lightning_pc.relaxation.Along", lambda *a: kept.append(a) or Along(*a))
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8), nn.ReLU())
+    model.append(nn.Linear(8, 4))
+    optimizer = IPC(torch.optim.Adam(model.parameters(), 1e-3), model)
+    optimizer.step(classifier(model, torch.randn(5, 1, 6, 6), torch.arange(5) % 4))
+    assert optimizer.report.nodes == ["1", "4"]
+    assert [start.shape for _, _, start in kept] == [(5, 8)]
