@@ -32,13 +32,15 @@ AXES = 3
 class Along:
     """Says when a node's value goes along with its prediction, and by how much.
 
-    The prediction's move counts whole, whether weights made it or the values above. An error that
-    goes along is left to inference, which takes 1 / gamma steps. Where these are many it is values
-    that stay which keep weights from running on, so that the share falls with gamma.
+    The prediction's move counts whole, whether weights made it or the values above. Of it the value
+    does not follow what brings the sample's prediction nearer, up to all of the error: so much the
+    weights have learned, and where it is followed they learn it again. An error that goes along is
+    left to inference, which takes 1 / gamma steps. Where these are many it is values that stay
+    which keep weights from running on, so that the share falls with gamma.
 
     Attributes:
         bears: By how much a move of the prediction may raise the node's energy, [].
-        share: Of a move that raises it by more, what the value goes along with, in [0, 1].
+        share: Of a move that raises it by more, what the value follows, in [0, 1].
         mu: The prediction as of the last evaluation, [B, *]; None where there was none.
         times: Evaluations at which it went along, an int or [] on the device.
     """
@@ -76,7 +78,8 @@ class Along:
         goes = (total - was > self.bears) & (move.square().sum() <= RUNAWAY * size)
         if waits and not goes:
             return False
-        x.addcmul_(move, goes.to(x.dtype), value=self.share)
+        error = torch.where((x - before).isfinite(), x - before, 0.0)
+        x.addcmul_(_aside(move, error), goes.to(x.dtype), value=self.share)
         self.times = self.times + goes
         return True
 
@@ -90,3 +93,12 @@ class Along:
         self.mu = mu.clone() if copied else mu
         self._source, self._version = None if self._overwritten else mu, mu._version
         return before
+
+
+def _aside(move: Tensor, error: Tensor) -> Tensor:
+    """Of a move what brings no sample's prediction nearer, and what overshoots; all [B, *]."""
+    rows = len(move) if move.dim() else 1
+    flat, errors = move.reshape(rows, -1), error.reshape(rows, -1)
+    size = errors.square().sum(1, keepdim=True)
+    nearer = ((flat * errors).sum(1, keepdim=True) / size).nan_to_num(0.0).clamp_(0.0, 1.0)
+    return torch.addcmul(flat, nearer, errors, value=-1.0).view_as(move)

@@ -75,7 +75,9 @@ def by_hand(net, x, y, T, gamma, lr):
             rise = 0.5 * (x - mu).square().sum() - 0.5 * (x - was).square().sum()
             move = mu - was
             if rise > most and move.square().sum() <= 0.1 * x.square().sum():
-                values[node] = x + share * move
+                e = x - was
+                nearer = ((move * e).sum(1) / e.square().sum(1).clamp_min(1e-300)).clamp(0, 1)
+                values[node] = x + share * (move - nearer[:, None] * e)
                 times[node] += 1
         before[node] = mu
 
@@ -198,6 +200,27 @@ def test_what_counts_is_what_the_move_adds(bears, goes):
         along.moved(x, prediction, Gaussian(), 2.0, total)
     assert float(x) == (9.5 if goes else 10.0)
     assert int(along.times) == goes
+
+
+@pytest.mark.parametrize(
+    ("mu", "followed"),
+    [
+        ((8.0, 0.0), (0.0, 0.0)),  # the error was 10, the weights have learned 8 of it
+        ((13.0, 0.0), (3.0, 0.0)),  # all of it, and 3 more
+        ((-5.0, 0.0), (-5.0, 0.0)),
+        ((4.0, 12.0), (0.0, 12.0)),
+    ],
+)
+def test_what_brings_a_prediction_nearer_is_not_followed(mu, followed):
+    """Each sample by itself: the other one's error is 4, and its prediction moves away by 9."""
+    along = Along(torch.tensor(0.0), 1.0)
+    start = torch.tensor([[10.0, 0.0], [90.0, 54.0]])
+    x = start.clone()
+    for prediction in ([[0.0, 0.0], [90.0, 50.0]], [[*mu], [90.0, 41.0]]):
+        now = torch.tensor(prediction)
+        along.moved(x, now, Gaussian(), 1.0, Gaussian().value(x, now).sum())
+    assert int(along.times) == 1
+    assert torch.equal(x, start + torch.tensor([followed, (0.0, -9.0)]))
 
 
 def test_masked_logits_go_nowhere():
