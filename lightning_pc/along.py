@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_pc.energies import Energy
+from lightning_pc.energies import Energy, Gaussian
 
 #: Share of F at the start of a batch by which a move of its prediction may raise a node's energy.
 #: On digits and MNIST few exceed it, where inputs are 30 times as large nearly all do. There iPC
@@ -32,11 +32,12 @@ AXES = 3
 class Along:
     """Says when a node's value goes along with its prediction, and by how much.
 
-    The prediction's move counts whole, whether weights made it or the values above. Of it the value
-    does not follow what brings the sample's prediction nearer, up to all of the error: so much the
-    weights have learned, and where it is followed they learn it again. An error that goes along is
-    left to inference, which takes 1 / gamma steps. Where these are many it is values that stay
-    which keep weights from running on, so that the share falls with gamma.
+    The prediction's move counts whole, whether weights made it or the values above. Of a Gaussian
+    node's the value does not follow what brings a row of the prediction (along the last axis)
+    nearer, up to all of the error: so much has been learned, and where it is followed it is
+    learned again. An error that goes along is left to inference, which takes 1 / gamma steps.
+    Where these are many it is values that stay which keep weights from running on, so that the
+    share falls with gamma.
 
     Attributes:
         bears: By how much a move of the prediction may raise the node's energy, [].
@@ -68,18 +69,21 @@ class Along:
             Whether the value has moved; on a device, which is not waited for, it may have.
         """
         before = self._exchange(mu)
-        waits = total.device.type == "cpu"
+        waits = _waits(total)
         if before is None or (waits and not total > self.bears):
             return False
         was = energy.value(x, before).sum() * weight
         move = mu - before
-        move = torch.where(move.isfinite(), move, 0.0)  # masked logits stay at -inf
-        size = torch.where(x.isfinite(), x, 0.0).square().sum()
+        finite = move.isfinite()  # masked logits stay where they are
+        move = torch.where(finite, move, 0.0)
+        size = torch.where(x > torch.finfo(x.dtype).min / 2, x, 0.0).square().sum()
         goes = (total - was > self.bears) & (move.square().sum() <= RUNAWAY * size)
         if waits and not goes:
             return False
-        error = torch.where((x - before).isfinite(), x - before, 0.0)
-        x.addcmul_(_aside(move, error), goes.to(x.dtype), value=self.share)
+        if isinstance(energy, Gaussian):
+            error = torch.where(finite & x.isfinite(), x - before, 0.0)
+            move = _aside(move, error)
+        x.addcmul_(move, goes.to(x.dtype), value=self.share)
         self.times = self.times + goes
         return True
 
@@ -96,9 +100,12 @@ class Along:
 
 
 def _aside(move: Tensor, error: Tensor) -> Tensor:
-    """Of a move what brings no sample's prediction nearer, and what overshoots; all [B, *]."""
-    rows = len(move) if move.dim() else 1
-    flat, errors = move.reshape(rows, -1), error.reshape(rows, -1)
-    size = errors.square().sum(1, keepdim=True)
-    nearer = ((flat * errors).sum(1, keepdim=True) / size).nan_to_num(0.0).clamp_(0.0, 1.0)
-    return torch.addcmul(flat, nearer, errors, value=-1.0).view_as(move)
+    """Of a move what brings no row's prediction nearer, and what overshoots; all [*, D]."""
+    dot, size = ((of * error).sum(-1, keepdim=True) for of in (move, error))
+    nearer = (dot / size).nan_to_num(0.0).clamp_(0.0, 1.0)
+    return torch.addcmul(move, nearer, error, value=-1.0)
+
+
+def _waits(total: Tensor) -> bool:
+    """Whether to look at numbers costs nothing."""
+    return total.device.type == "cpu"

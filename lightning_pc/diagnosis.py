@@ -187,7 +187,7 @@ def _cures(report: StepReport) -> str:
     cures = "the learning rate, scale down what the modules before it read, "
     if report.algorithm == "ipc":
         if report.curvature is None:
-            cures += "leave gamma at 'auto', with which values go along, "
+            cures += "leave gamma at 'auto', with which values but convolutions' go along, "
         return cures + "use a smaller T, or precisions='spiking' where the nodes form a chain."
     return cures + "or use a smaller T."
 

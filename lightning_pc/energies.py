@@ -60,7 +60,7 @@ class Energy(ABC):
 
 
 def _per_sample(energy: Tensor) -> Tensor:
-    return energy.reshape(energy.shape[0] if energy.dim() else 1, -1).sum(1)
+    return energy.flatten(1).sum(1) if energy.dim() > 1 else energy.reshape(-1)
 
 
 class Gaussian(Energy):

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_pc.along import Along
 from lightning_pc.curvature import LARGEST
 from lightning_pc.diagnosis import explain
-from lightning_pc.energies import Categorical, Gaussian
+from lightning_pc.energies import Categorical, Gaussian, MaskedGaussian
 from lightning_pc.inference import Inference
 from lightning_pc.optim import IEPC, IPC, PC
 
@@ -190,6 +190,7 @@ def test_a_look_at_the_curvature_leads_no_value_along(monkeypatch):
     assert looked[0] == 2 * without[0] > 0
 
 
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(("bears", "goes"), [(1.4, True), (1.6, False)])
 def test_what_counts_is_what_the_move_adds(bears, goes):
     """From an energy of 0.5 to one of 2 is 1.5, weighted."""
@@ -202,36 +203,99 @@ def test_what_counts_is_what_the_move_adds(bears, goes):
     assert int(along.times) == goes
 
 
+def went(x, before, mu, energy=None, bears=0.0):
+    """The value after its prediction has moved from ``before`` to ``mu``."""
+    along, energy, x = Along(torch.tensor(bears), 1.0), energy or Gaussian(), x.clone()
+    for prediction in (before, mu):
+        along.moved(x, prediction, energy, 1.0, energy.value(x, prediction).sum())
+    return x
+
+
+@pytest.fixture(params=["cpu", "device"])
+def anywhere(request, monkeypatch):
+    """With and without waiting for numbers, as on a device, where moves happen times zero."""
+    if request.param == "device":
+        monkeypatch.setattr("lightning_pc.along._waits", lambda total: False)
+
+
+def two(row, off=0.0, masked=()):
+    """A row, and one whose prediction is ``off``: 4 before and 13 after makes all go along by 9."""
+    return torch.tensor([[*row, *masked], [90.0, 40.0 - off, *masked]])
+
+
+@pytest.mark.usefixtures("anywhere")
 @pytest.mark.parametrize(
     ("mu", "followed"),
     [
-        ((8.0, 0.0), (0.0, 0.0)),  # the error was 10, the weights have learned 8 of it
+        ((8.0, 0.0), (0.0, 0.0)),  # the error was 10, of which 8 have been learned
         ((13.0, 0.0), (3.0, 0.0)),  # all of it, and 3 more
         ((-5.0, 0.0), (-5.0, 0.0)),
         ((4.0, 12.0), (0.0, 12.0)),
     ],
 )
-def test_what_brings_a_prediction_nearer_is_not_followed(mu, followed):
-    """Each sample by itself: the other one's error is 4, and its prediction moves away by 9."""
-    along = Along(torch.tensor(0.0), 1.0)
-    start = torch.tensor([[10.0, 0.0], [90.0, 54.0]])
-    x = start.clone()
-    for prediction in ([[0.0, 0.0], [90.0, 50.0]], [[*mu], [90.0, 41.0]]):
-        now = torch.tensor(prediction)
-        along.moved(x, now, Gaussian(), 1.0, Gaussian().value(x, now).sum())
-    assert int(along.times) == 1
-    assert torch.equal(x, start + torch.tensor([followed, (0.0, -9.0)]))
+@pytest.mark.parametrize("layout", ["bd", "btd", "tbd"])
+def test_what_brings_a_prediction_nearer_is_not_followed(mu, followed, layout):
+    """Each row by itself, however tokens lie; the last one's error is 4 and grows by 9."""
+    lie = {
+        "bd": lambda v: v,
+        "btd": lambda v: torch.stack([v, v]),
+        "tbd": lambda v: torch.stack([v, v]).transpose(0, 1),
+    }[layout]
+    x, before, after = two((10.0, 0.0)), two((0.0, 0.0), 4.0), two(mu, 13.0)
+    expected = two((10.0 + followed[0], followed[1]), 9.0)
+    assert torch.equal(went(*map(lie, (x, before, after))), lie(expected))
 
 
+@pytest.mark.usefixtures("anywhere")
+def test_a_long_move_is_long_be_it_followed_or_not():
+    """10 of 10 would be learned, but its square is more than a tenth of the value's."""
+    x, before, after = (torch.tensor([v]) for v in ((10.0, 40.0), (0.0, 40.0), (10.0, 51.0)))
+    assert torch.equal(went(x, before, after), x)
+    assert not torch.equal(went(x * 3, before + x * 2, after + x * 2), x * 3)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 0, 3)])
+def test_values_of_any_shape(shape):
+    x = torch.full(shape, 10.0)
+    after = went(x, x, x - 1)
+    assert torch.equal(after, x - 1)
+
+
+@pytest.mark.usefixtures("anywhere")
 def test_masked_logits_go_nowhere():
-    along = Along(torch.tensor(0.0), 1.0)
     mu = torch.tensor([[100.0, 100.0, -math.inf]])
-    x = mu.clone()
-    for logits in (mu, mu + torch.tensor([0.0, 10.0, 0.0])):
-        total = Categorical().value(x, logits).sum()
-        moved = along.moved(x, logits, Categorical(), 1.0, total)
-    assert moved
-    assert x.tolist() == [[100.0, 110.0, -math.inf]]
+    after = went(mu, mu, mu + torch.tensor([0.0, 10.0, 0.0]), Categorical())
+    assert after.tolist() == [[100.0, 110.0, -math.inf]]
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("mask", [-math.inf, torch.finfo(torch.float32).min])
+def test_masked_logits_make_no_value_long(mask):
+    mu = torch.tensor([[1.0, 1.0, mask]])
+    moved = torch.tensor([[1.0, 100.0, mask]])
+    assert torch.equal(went(mu, mu, moved, Categorical()), mu)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_of_logits_all_is_followed():
+    """An offset is no error of theirs."""
+    x, before = torch.tensor([[101.0, 99.0]]), torch.tensor([[91.0, 89.0]])
+    after = torch.tensor([[101.0, 92.0]])
+    assert torch.equal(went(x, before, after, Categorical()), x + after - before)
+
+
+@pytest.mark.usefixtures("anywhere")
+def test_a_logit_that_is_masked_later_takes_nothing_with_it():
+    """A move of infinity times no share would be nan; its error is nobody's."""
+    x, before = two((10.0, 10.0), masked=[4.0]), two((10.0, 6.0), 4.0, masked=[1.0])
+    after = two((10.0, 8.0), 13.0, masked=[-math.inf])
+    assert torch.equal(
+        went(x, before, after, MaskedGaussian()), two((10.0, 10.0), 9.0, masked=[4.0])
+    )
+    x = torch.tensor([[0.0, 1.0, 2.0]])
+    after = torch.tensor([[0.0, 1.0, -math.inf]])
+    assert torch.equal(went(x, x, after, Categorical(), bears=1e9), x)
 
 
 def test_it_is_explained_and_what_helps_is_named():
@@ -304,16 +368,6 @@ def test_energies_that_weigh_more_share_more(monkeypatch):
     shares = made[0].share, made[-1].share
     assert shares[1] == pytest.approx(shares[0], rel=1e-3)
     assert 0 < shares[0] < 1
-
-
-def test_a_logit_that_is_masked_later_takes_nothing_with_it():
-    """On a device, which is not waited for, a move of infinity times no share would be nan."""
-    along = Along(torch.tensor(1e9), 1.0)
-    x = torch.tensor([[0.0, 1.0, 2.0]])
-    for last in (2.0, -math.inf):
-        mu = torch.tensor([[0.0, 1.0, last]])
-        along.moved(x, mu, Categorical(), 1.0, torch.tensor(2e9))
-    assert x.tolist() == [[0.0, 1.0, 2.0]]
 
 
 def test_values_of_convolutions_stay(monkeypatch):
