@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_pc.energies import Energy, Gaussian
 
 #: Share of F at the start of a batch by which a move of its prediction may raise a node's energy.
-#: On digits and MNIST few exceed it, where inputs are 30 times as large nearly all do. A smaller one
-#: does as well there, but where values go along that need not, errors fade in deep plain networks:
-#: in 16 ReLU layers iPC comes to 55 % with 0.03, to 39 % with 0 (RESULTS.md).
+#: On digits and MNIST few exceed it, where inputs are 30 times as large nearly all do. A smaller
+#: share does as well there, but where values go along that need not, errors fade in deep plain
+#: networks: in 16 ReLU layers iPC comes to 55 % with 0.03, to 39 % with 0 (RESULTS.md).
 TOO_FAR = 0.03
 #: Square of a move's length against that of the value, above which the value stays. Where weights
 #: are large, values that go along pass a move on, larger at each stage: staying is what keeps F
