@@ -48,7 +48,6 @@ ROWS: tuple[tuple[str, Job], ...] = (
     ("ipc", {"momentum": 0}),
     ("ipc", {"precisions": "spiking"}),
     *FIXED,
-    *(("ipc", {"T": T}) for T in (3, 4)),
     *(("pc", {"T": T}) for T in LONGER),
     ("pc", {"T": "auto"}),
 )
@@ -66,7 +65,7 @@ RATES = {
 SLOW = {
     "bp": (5e-5, 2e-4, 1e-3),
     "pc": (5e-5, 2e-4, 1e-3),
-    "ipc": (1e-5, 3e-5, 1e-4, 3e-4),
+    "ipc": (3e-5, 1e-4, 3e-4),
 }
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": 2, "epochs": 15, "batch": 64, "width": 64},
