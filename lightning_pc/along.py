@@ -17,14 +17,14 @@ from lightning_pc.energies import Energy, Gaussian
 
 #: Share of F at the start of a batch by which a move of its prediction may raise a node's energy.
 #: On digits and MNIST few exceed it, where inputs are 30 times as large nearly all do. A smaller
-#: share does as well there, but where values go along that need not, errors fade in deep plain
-#: networks: in 16 ReLU layers iPC comes to 55 % with 0.03, to 39 % with 0 (RESULTS.md).
+#: share does as well there, but errors fade in deep plain networks where values go along that need
+#: not: with 16 ReLU layers iPC comes to 55 % with 0.03, to 39 % with 0 (by hand, see RESULTS.md).
 TOO_FAR = 0.03
 #: Square of a move's length against that of the value, above which the value stays. Where weights
 #: are large, values that go along pass a move on, larger at each stage: staying is what keeps F
 #: from growing without end.
 RUNAWAY = 0.1
-#: Most axes of a value that may go along. Predictions of images would take too much memory to keep.
+#: Most axes of a value that may go along: predictions of images would take too much memory to keep.
 AXES = 3
 
 
@@ -34,10 +34,10 @@ class Along:
 
     The prediction's move counts whole, whether weights made it or the values above. Of a Gaussian
     node's the value does not follow what brings a row of the prediction (along the last axis)
-    nearer, up to all of the error: so much has been learned, and where it is followed it is
-    learned again. An error that goes along is left to inference, which takes 1 / gamma steps.
-    Where these are many it is values that stay which keep weights from running on, so that the
-    share falls with gamma.
+    nearer, up to all of the error: if it followed what weights have just learned, they would learn
+    it again. An error that goes along is left to inference, which takes 1 / gamma steps. Where
+    these are many it is values that stay which keep weights from running on, so that the share
+    falls with gamma.
 
     Attributes:
         bears: By how much a move of the prediction may raise the node's energy, [].

@@ -187,7 +187,8 @@ def _cures(report: StepReport) -> str:
     cures = "the learning rate, scale down what the modules before it read, "
     if report.algorithm == "ipc":
         if report.curvature is None:
-            cures += "leave gamma at 'auto', with which values but convolutions' go along, "
+            cures += "leave gamma and momentum at their defaults, with which values of up to three "
+            cures += "axes go along with their predictions, "
         return cures + "use a smaller T, or precisions='spiking' where the nodes form a chain."
     return cures + "or use a smaller T."
 

@@ -269,6 +269,12 @@ def test_an_automatic_gamma_is_not_to_be_given():
     assert "not to blame" in overshot(report, 1.0, 0.5, 1.5, True, 0.0, 1)  # its limit is 3
 
 
+def test_where_gamma_is_given_its_default_is_named():
+    for given in ({}, {"gamma": 0.5}):
+        said = overshot(wide(1.0, **given)[1][0], 0.5, 0.0, 1.0, False, 0.0, 1)
+        assert ("leave gamma and momentum at their defaults" in said) == bool(given)
+
+
 def test_spiking_precisions_are_named_where_ipc_has_them_and_help():
     """They take one step of full weight from each error, which no later one takes back."""
     said = [message for _, message in wide(100.0, momentum=0)[0]]
