@@ -1,13 +1,19 @@
-"""Values that go along with predictions that weights have moved too far.
+"""Values that go along with predictions that weights have moved.
 
 In iPC weights learn at every step and values stay. A step of the weights that moves a prediction
 farther than the error it learns from leaves an error of its own, which the next step takes back:
 the weights learn little else. So it goes with Adam, whose steps are as long where inputs are large
-or errors small.
+or errors small. There a value goes along.
+
+And where connections skip stages, so that the loss reads every node (`Graph.shortcut`), all values
+go along with every move. There the weights of each stage move the predictions of all nodes below,
+whose values, if they stayed, would hold all of them back: the more the deeper the network is. No
+error needs a value that stays to find its way up.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,30 +36,44 @@ AXES = 3
 
 @dataclass(eq=False)
 class Along:
-    """Says when a node's value goes along with its prediction, and by how much.
+    """Takes a node's value along with its prediction, where that has gone too far or always.
 
     The prediction's move counts whole, whether weights made it or the values above. Of a Gaussian
     node's the value does not follow what brings a row of the prediction (along the last axis)
     nearer, up to all of the error: if it followed what weights have just learned, they would learn
-    it again. An error that goes along is left to inference, which takes 1 / gamma steps. Where
-    these are many it is values that stay which keep weights from running on, so that the share
-    falls with gamma.
+    it again. An error that goes along is left to inference, which takes 1 / gamma steps. In a chain
+    of stages, where these are many, it is values that stay which keep weights from running on, so
+    that the share falls with gamma.
 
     Attributes:
         bears: By how much a move of the prediction may raise the node's energy, [].
         share: Of a move that raises it by more, what the value follows, in [0, 1].
         mu: The prediction as of the last evaluation, [B, *]; None where there was none.
+        always: Whatever a move does to the energy.
         times: Evaluations at which it went along, an int or [] on the device.
     """
 
     bears: Tensor
     share: float
     mu: Tensor | None = None
+    always: bool = False
     times: Tensor | int = 0
     # That prediction as the module has it, its version then, and whether the module writes to it.
     _source: Tensor | None = None
     _version: int = 0
     _overwritten: bool = False
+
+    def follow(self, x: Tensor, mu: Tensor, energy: Energy) -> None:
+        """Moves the value with its prediction.
+
+        Args:
+            x: The value, [B, *]; in place.
+            mu: Its prediction, [B, *].
+            energy: The node's.
+        """
+        before = self._exchange(mu)
+        if before is not None:
+            self._go(x, mu, before, energy)
 
     def moved(self, x: Tensor, mu: Tensor, energy: Energy, weight: float, total: Tensor) -> bool:
         """Moves the value with its prediction, where that has gone too far for it to stay.
@@ -69,19 +89,28 @@ class Along:
             Whether the value has moved; on a device, which is not waited for, it may have.
         """
         before = self._exchange(mu)
-        waits = _waits(total)
-        if before is None or (waits and not total > self.bears):
+        if before is None or (_waits(total) and not total > self.bears):
             return False
         was = energy.value(x, before).sum() * weight
-        move = mu - before
-        finite = move.isfinite()  # masked logits stay where they are
-        move = torch.where(finite, move, 0.0)
-        size = torch.where(x > torch.finfo(x.dtype).min / 2, x, 0.0).square().sum()
-        goes = (total - was > self.bears) & (move.square().sum() <= RUNAWAY * size)
-        if waits and not goes:
+        return self._go(x, mu, before, energy, total - was > self.bears)
+
+    def _go(
+        self, x: Tensor, mu: Tensor, before: Tensor, energy: Energy, far: Tensor | None = None
+    ) -> bool:
+        """Unless the move is too long, or not ``far``; whether the value may have moved."""
+        move, error, size = mu - before, x - before, x
+        if energy.masks:  # masked logits stay where they are
+            finite = move.isfinite()
+            move = torch.where(finite, move, 0.0)
+            error = torch.where(finite & x.isfinite(), error, 0.0)
+            size = torch.where(x > torch.finfo(x.dtype).min / 2, x, 0.0)
+        length = torch.linalg.vector_norm
+        goes = length(move) <= math.sqrt(RUNAWAY) * length(size)
+        if far is not None:
+            goes = goes & far
+        if _waits(goes) and not goes:
             return False
         if isinstance(energy, Gaussian):
-            error = torch.where(finite & x.isfinite(), x - before, 0.0)
             move = _aside(move, error)
         x.addcmul_(move, goes.to(x.dtype), value=self.share)
         self.times = self.times + goes

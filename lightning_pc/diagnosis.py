@@ -308,7 +308,7 @@ def explain(report: StepReport | None) -> str:
     if report.along:
         times = ", ".join(f"'{name}' ({times})" for name, times in list(report.along.items())[:5])
         lines.append(
-            f"Predictions moved so far that values went along (evaluations): {times}; "
+            f"Values went along with their predictions (evaluations): {times}; "
             f"{len(report.along)} nodes in all."
         )
     silent = [name for name, peak in report.peak_energy.items() if peak == 0]

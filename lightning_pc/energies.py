@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class Energy(ABC):
     """One kind of node energy E(x, mu); a variant is a subclass."""
 
     name: str
+    #: Entries may be masked: at -inf, or far below all others.
+    masks: ClassVar[bool] = False
 
     @abstractmethod
     def value(self, x: Tensor, mu: Tensor) -> Tensor:
@@ -92,6 +94,7 @@ class MaskedGaussian(Gaussian):
     """The Gaussian energy of attention logits: where both are the mask's -inf there is no error."""
 
     name = "gaussian_logits"
+    masks = True
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return torch.where(x == mu, 0.0, x - mu)
@@ -108,6 +111,7 @@ class Categorical(Energy):
     """
 
     name = "categorical"
+    masks = True
 
     def __init__(self, dim: int = -1) -> None:
         self.dim = dim

@@ -80,6 +80,14 @@ class Graph:
             most = max(most, *ways.values())
         return most
 
+    @property
+    def shortcut(self) -> bool:
+        """Whether the loss reads every node, though one stands above another.
+
+        So it is in residual networks with nothing nonlinear behind the last block.
+        """
+        return self.depth == 1 and any(node.parents for node in self.nodes)
+
     def readers(self, node: Node) -> list[str]:
         """Names of the stages that read ``node``."""
         names = [other.name for other in self.nodes if node in other.parents]

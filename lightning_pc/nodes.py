@@ -90,9 +90,12 @@ class Node:
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
         mu = mu.detach().to(self.x.dtype)
+        along = self.along
+        if along and along.always:
+            along.follow(self.x, mu, self.energy)
         self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
         total = self.slopes.total
-        if self.along and self.along.moved(self.x, mu, self.energy, self.weight, total):
+        if along and not along.always and along.moved(self.x, mu, self.energy, self.weight, total):
             self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
 
     def moved(self, gamma: float, momentum: float) -> None:

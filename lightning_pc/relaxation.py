@@ -191,18 +191,19 @@ class Relaxation:
         self.inference.begin()
 
     def _let_go_along(self, free: Tensor) -> None:
-        """Says how far predictions may leave values behind, by F at the start of the batch.
+        """Lets values go along: always, or with moves that are too far by F as the batch starts.
 
         Only where all of how values move is chosen for the user; momentum=0 is the paper's descent.
         """
         if self.auto is None or not self.inference.own_rates or not self.schedule.incremental:
             return
+        bears, always = TOO_FAR * free.abs(), self.graph.shortcut
         for node in self.graph.nodes:
             if node.x.dim() > AXES:
                 continue
             share = min(1.0, self.inference.start_gamma * node.weight / LARGEST)
             start = None if self.start else node.x.detach().clone()
-            node.along = Along(TOO_FAR * free.abs(), share, start)
+            node.along = Along(bears, 1.0 if always else share, start, always)
 
     def _share(self) -> float:
         """Of the automatic gamma, what this batch's graph leaves.
