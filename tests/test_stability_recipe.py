@@ -224,6 +224,28 @@ def test_depth_table():
     assert isinstance(depth.picture(rows), Figure)
 
 
+def test_architectures_pools_the_seeds_that_all_gammas_have():
+    def row(network, gamma, seed, loss, lr=1e-3):
+        job = {"size": seed, "network": network, "algorithm": "ipc", "gamma": gamma, "seed": seed}
+        return job | {"steps": 50, "lr": lr, "loss": loss}
+
+    rows = [
+        row(network, gamma, seed, (2.0 if gamma == "auto" else 1.0) + seed)
+        for network in architectures.NETWORKS
+        for gamma in (1.0, 0.5, 0.1, 0.01, "auto")
+        for seed in (0, 1)
+    ]
+    rows += [rows[0] | {"seed": 2, "loss": 0.0}]  # which no other gamma has
+    rows += [rows[0] | {"momentum": 0, "gamma": "auto", "loss": 0.0}]
+    rows += [row(network, "auto", seed, 1.0, 3e-3) for network in ("BERT", "T5") for seed in (0, 1)]
+    (table,) = architectures.pooled(rows)
+    assert table.title == "ipc at 0.001, seeds 0, 1: loss"
+    assert ["BERT", *["1.5"] * 4, "2.5", "", "1.67"] in cells(table)
+    assert "gamma 1.0: 12/12, 1; " in table.caption
+    assert table.caption.endswith("gamma auto: 0/12, 1.67")
+    assert architectures.pooled(rows[1:]) == []  # BERT has a seed less
+
+
 def test_architectures_table():
     rows = [
         {"size": 0, "network": network, "algorithm": "ipc", "gamma": gamma, "loss": loss}

@@ -46,6 +46,7 @@ class Study:
             since other processes may call it.
         tables: Tables of the rows of one size.
         picture: Picture of the rows of one size.
+        pooled: Tables of the rows of all sizes together, None for none.
     """
 
     module: str
@@ -54,6 +55,7 @@ class Study:
     run: Callable[[Job, str | None], Figures]
     tables: Callable[[list[Row]], list[Table]]
     picture: Callable[[list[Row]], Figure]
+    pooled: Callable[[list[Row]], list[Table]] | None = None
 
     @property
     def results(self) -> Path:
@@ -251,3 +253,5 @@ def show(study: Study, jobs: Sequence[Job], results: Results, console: Console) 
             console.print(*study.tables(rows))
             if number == 0 or len(rows) == len(of_size):
                 study.picture(rows).savefig(results.path.with_suffix(".png"), dpi=120)
+    if study.pooled:
+        console.print(*study.pooled(results.rows(jobs)))

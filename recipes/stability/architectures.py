@@ -29,12 +29,17 @@ ALGORITHMS = ("ipc", "pc")
 SIZES: tuple[dict[str, Any], ...] = (
     {"seeds": (0,), "steps": 50},
     {"seeds": (1, 2, 3), "steps": 50},
+    {"seeds": (4, 5, 6, 7), "steps": 50},
 )
 DRAWS = 64  # of dropout masks
+WITHIN = (
+    "on how many the loss is within 10 % of the best fixed gamma's, "
+    "and how many times that it is on the worst"
+)
 
 
 def jobs() -> list[Job]:
-    """720 of the smallest size, 2,160 of the next."""
+    """720 of the smallest size, 2,160 of the next, 2,880 of the last."""
     return [
         {"size": size, "network": network, "algorithm": algorithm, **given, "seed": seed}
         | {"steps": settings["steps"], "lr": lr, "weight_decay": 0.01}
@@ -114,9 +119,34 @@ def tables(rows: list[Row]) -> list[Table]:
     return [table for name in ALGORITHMS for kind in kinds if (table := kind(rows, name)).rows]
 
 
-def _losses(rows: Sequence[Row], algorithm: str) -> Table:
+def pooled(rows: list[Row]) -> list[Table]:
+    """The losses by gamma of each learning rate at which all twelve have several seeds."""
+    found = []
+    for algorithm, lr in product(ALGORITHMS, RATES):
+        some = [row for row in rows if (row["algorithm"], row["lr"]) == (algorithm, lr)]
+        common = {network: _common_seeds(some, network) for network in NETWORKS}
+        seeds = set.intersection(*common.values())
+        if len(seeds) > 1:
+            same = [row for row in some if row["seed"] in seeds and "momentum" not in row]
+            title = f"{algorithm} at {lr:g}, seeds {', '.join(map(str, sorted(seeds)))}: loss"
+            found.append(_losses(same, algorithm, title))
+            within = {gamma: _within(same, algorithm, gamma) for gamma in map(rate, GAMMAS)}
+            found[-1].caption = f"{WITHIN}: " + "; ".join(
+                f"gamma {gamma}: {what}" for gamma, what in within.items() if what
+            )
+    return found
+
+
+def _common_seeds(rows: Sequence[Row], network: str) -> set[int]:
+    """Those that a network has at each gamma, plain descent apart."""
+    gammas = [rate(given) for given in GAMMAS if given != PLAIN]
+    mine = [row for row in rows if row["network"] == network]
+    return set.intersection(*({r["seed"] for r in mine if rate(r) == gamma} for gamma in gammas))
+
+
+def _losses(rows: Sequence[Row], algorithm: str, title: str = "") -> Table:
     steps = rows[0]["steps"]
-    title = f"size {rows[0]['size']}: {algorithm}, loss after {steps} steps by gamma"
+    title = title or f"size {rows[0]['size']}: {algorithm}, loss after {steps} steps by gamma"
     table, gammas = _by_gamma(title, "network", "auto / best fixed")
     for network in NETWORKS:
         found = losses(rows, network, algorithm)
@@ -130,10 +160,7 @@ def _losses(rows: Sequence[Row], algorithm: str) -> Table:
 def _against_fixed(rows: Sequence[Row], algorithm: str) -> Table:
     title = f"size {rows[0]['size']}: {algorithm}, networks learned as well, by gamma"
     table, gammas = _by_gamma(title, "learning rate")
-    table.caption = (
-        "on how many the loss is within 10 % of the best fixed gamma's, "
-        "and how many times that it is on the worst"
-    )
+    table.caption = WITHIN
     lrs = sorted({row["lr"] for row in rows if row["algorithm"] == algorithm})
     for name, some in ((f"{lr:g}", [row for row in rows if row["lr"] == lr]) for lr in lrs):
         table.add_row(name, *(_within(some, algorithm, gamma) for gamma in gammas))
@@ -198,7 +225,9 @@ def picture(rows: list[Row]) -> Figure:
     return figure
 
 
-STUDY = Study("recipes.stability.architectures", "one random batch", jobs, run, tables, picture)
+STUDY = Study(
+    "recipes.stability.architectures", "one random batch", jobs, run, tables, picture, pooled
+)
 
 if __name__ == "__main__":
     main(STUDY)
