@@ -47,7 +47,7 @@ class PCStrategy(SingleDeviceStrategy):
         algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
             first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"``
             (pc in error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in
-            error coordinates, for deep residual and pretrained modules).
+            error coordinates, for pretrained modules with value nodes everywhere).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
             precisions: depth + 1; epc, iepc: 8. "auto" ends inference when F moves by less than
             1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps (epc: 2
