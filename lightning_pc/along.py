@@ -5,8 +5,8 @@ farther than the error it learns from leaves an error of its own, which the next
 the weights learn little else. So it goes with Adam, whose steps are as long where inputs are large
 or errors small. There a value goes along.
 
-And where connections skip stages, so that the loss reads every node (`Graph.shortcut`), all values
-go along with every move. There the weights of each stage move the predictions of all nodes below,
+And where connections skip all stages, so that the loss reads every node (`Graph.skips`), values go
+along with every move. There the weights of each stage move the predictions of all nodes below,
 whose values, if they stayed, would hold all of them back: the more the deeper the network is. No
 error needs a value that stays to find its way up.
 """
@@ -47,9 +47,9 @@ class Along:
 
     Attributes:
         bears: By how much a move of the prediction may raise the node's energy, [].
-        share: Of a move that raises it by more, what the value follows, in [0, 1].
+        share: Of a move that it goes along with, what the value follows, in [0, 1].
         mu: The prediction as of the last evaluation, [B, *]; None where there was none.
-        always: Whatever a move does to the energy.
+        always: It goes along whatever a move does to the energy.
         times: Evaluations at which it went along, an int or [] on the device.
     """
 

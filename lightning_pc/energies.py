@@ -37,8 +37,8 @@ class Energy(ABC):
     """One kind of node energy E(x, mu); a variant is a subclass."""
 
     name: str
-    #: Entries may be masked: at -inf, or far below all others.
-    masks: ClassVar[bool] = False
+    #: Whether entries may be masked: at -inf, or far below all others.
+    masks: ClassVar[bool] = True
 
     @abstractmethod
     def value(self, x: Tensor, mu: Tensor) -> Tensor:
@@ -69,6 +69,7 @@ class Gaussian(Energy):
     """``0.5 * ||x - mu||^2``: Eq. 5 of Salvatori et al. 2024 with the usual factor 1/2."""
 
     name = "gaussian"
+    masks = False
 
     @override
     def value(self, x: Tensor, mu: Tensor) -> Tensor:
@@ -111,7 +112,6 @@ class Categorical(Energy):
     """
 
     name = "categorical"
-    masks = True
 
     def __init__(self, dim: int = -1) -> None:
         self.dim = dim

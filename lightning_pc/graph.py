@@ -81,12 +81,13 @@ class Graph:
         return most
 
     @property
-    def shortcut(self) -> bool:
-        """Whether the loss reads every node, though one stands above another.
+    def skips(self) -> bool:
+        """Whether connections skip all stages, so that the loss reads every node.
 
-        So it is in residual networks with nothing nonlinear behind the last block.
+        So it is in residual networks with nothing nonlinear behind the last block; not in a chain
+        whose loss reads every layer.
         """
-        return self.depth == 1 and any(node.parents for node in self.nodes)
+        return self.depth == 1 and self.longest == 2
 
     def readers(self, node: Node) -> list[str]:
         """Names of the stages that read ``node``."""

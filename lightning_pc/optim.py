@@ -37,7 +37,7 @@ class PredictiveCodingOptimizer(Optimizer):
         gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
             which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1. With
             ``"auto"``, along conjugate gradients, values of ipc go along with predictions that are
-            moved too far, and with all of a residual network (`lightning_pc.along`).
+            moved too far, with all where connections skip all stages (`lightning_pc.along`).
         gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
             within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the

@@ -197,7 +197,7 @@ class Relaxation:
         """
         if self.auto is None or not self.inference.own_rates or not self.schedule.incremental:
             return
-        bears, always = TOO_FAR * free.abs(), self.graph.shortcut
+        bears, always = TOO_FAR * free.abs(), self.graph.skips
         for node in self.graph.nodes:
             if node.x.dim() > AXES:
                 continue

@@ -148,8 +148,8 @@ class EPC(PC):
 class IEPC(IPC):
     """iPC in error coordinates: what moves beside the weights is e, and the values go along.
 
-    iPC's values stay where they are while the weights move, so an entry that the loss does not
-    read pulls its prediction back to where it was. An error that stays lets it go.
+    iPC's values mostly stay where they are while the weights move, so an entry that the loss does
+    not read pulls its prediction back to where it was. An error that stays lets it go.
     """
 
     name, paper = "iepc", "Salvatori et al. 2024, Algorithm 1, in the coordinates of ePC"

@@ -54,8 +54,8 @@ class PCStrategy(SingleDeviceStrategy):
             to 32; not for iepc).
         gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
             which is looked at every 300 evaluations; zil: 1. With "auto", along conjugate
-            gradients, values of ipc go along with predictions that are moved too far, and with
-            all of a residual network.
+            gradients, values of ipc go along with predictions that are moved too far, with all
+            where connections skip all stages.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the

@@ -470,23 +470,63 @@ class Behind(Residual):
         return self.head(torch.tanh(super().forward(x)))
 
 
+class Watched(nn.Module):
+    """A chain whose loss reads every layer."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = (6, 8, 8, 8, 3)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+
+    def forward(self, x):
+        penalty = 0.0
+        for layer in self.layers[:-1]:
+            x = torch.tanh(layer(x))
+            penalty = penalty + x.square().mean(1, keepdim=True)
+        return self.layers[-1](x) + penalty
+
+
+class Words(Residual):
+    """Values of three axes."""
+
+    def forward(self, x):
+        return super().forward(torch.stack([x, -x], 1)).mean(1)
+
+
+class Images(nn.Module):
+    """Values of four axes, and behind them, of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 1)
+        self.branch, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.stem(x[:, None, :, None])
+        x = (x + self.conv(torch.tanh(x))).mean((2, 3))
+        return self.head(x + self.branch(torch.tanh(x)))
+
+
 @pytest.mark.parametrize(
     ("make", "always"),
     [
-        (lambda: Residual(3), True),
-        (lambda: Residual(1), False),  # there is nothing to skip
-        (lambda: Behind(3, outputs=8), False),
-        (net, False),
+        (lambda: Residual(3), ["tanh", "tanh#2", "tanh#3"]),
+        (lambda: Residual(1), []),  # there is nothing to skip
+        (lambda: Behind(3, outputs=8), []),
+        (Watched, []),
+        (net, []),
+        (lambda: Words(2), ["tanh", "tanh#2"]),
+        (Images, ["tanh#2"]),
     ],
 )
-def test_values_always_go_along_where_the_loss_reads_nodes_above_others(make, always):
+def test_values_always_go_along_where_connections_skip_all_stages(make, always):
     model = make()
     x, y = vectors(16)
     adam = torch.optim.Adam(model.parameters(), 1e-5)
     optimizer = IPC(adam, model)
     optimizer.step(classifier(model, x, y % 3))
     report = optimizer.report
-    assert report.along == (dict.fromkeys(report.nodes, 7) if always else {})
+    assert report.along == dict.fromkeys(always, 7)
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -513,7 +553,7 @@ def test_deep_residual_networks_learn(monkeypatch):
         return [float(optimizer.step(classifier(model, x, y))) for _ in range(25)]
 
     along = losses()
-    monkeypatch.setattr("lightning_pc.graph.Graph.shortcut", False)
+    monkeypatch.setattr("lightning_pc.graph.Graph.skips", False)
     stayed = losses()
     assert along[0] == stayed[0]
     assert along[0] - along[-1] > 1.3 * (stayed[0] - stayed[-1])

@@ -283,7 +283,7 @@ class Norm(nn.Module):
 def test_a_look_leaves_no_trace(algorithm, autocast, monkeypatch):
     """A batch with a look equals, to the bit, one whose gamma was given as that which it chose."""
     # With a gamma that is given values stay.
-    monkeypatch.setattr("lightning_pc.graph.Graph.shortcut", False)
+    monkeypatch.setattr("lightning_pc.graph.Graph.skips", False)
     start, (x, y) = Norm(), vectors(12)
     found = {}
     gamma = "auto"
