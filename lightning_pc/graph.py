@@ -85,7 +85,7 @@ class Graph:
         """Whether connections skip all stages, so that the loss reads every node.
 
         So it is in residual networks with nothing nonlinear behind the last block; not in a chain
-        whose loss reads every layer.
+        whose loss reads every layer, unless there are two of them alone.
         """
         return self.depth == 1 and self.longest == 2
 

@@ -277,8 +277,8 @@ class IEPC(PredictiveCodingOptimizer):
     """`IPC` in error coordinates: errors and weights move at every inference step.
 
     As in `EPC` the signal crosses any depth at once, and the values go along with the weights. For
-    pretrained modules with value nodes everywhere. ``step`` takes T steps of the
-    wrapped optimizer, as in `IPC`. Arguments as in `PredictiveCodingOptimizer`.
+    pretrained modules with value nodes everywhere. ``step`` takes T steps of the wrapped optimizer,
+    as in `IPC`. Arguments as in `PredictiveCodingOptimizer`.
     """
 
     algorithm = "iepc"

@@ -89,8 +89,8 @@ class StepReport:
         """Node name -> evaluations at which its value went along with its prediction.
 
         Only in ipc with gamma="auto", along conjugate gradients: where that moved too far, and at
-        each evaluation but the first where connections skip all stages; nodes whose value always
-        stayed are left out (`lightning_pc.along`).
+        each evaluation but the first where connections skip all stages (unless its move is too
+        long); nodes whose value always stayed are left out (`lightning_pc.along`).
         """
         went = zip(self.nodes, map(int, self._along), strict=bool(self._along))
         return {name: times for name, times in went if times}

@@ -1,8 +1,40 @@
 import pytest
 import torch
 
+from lightning_pc.inference import Inference
+from lightning_pc.optim import IPC
+
 
 @pytest.fixture(autouse=True)
 def _small_and_seeded():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+class Plain(Inference):
+    """The paper's descent, which takes itself for one that is chosen automatically."""
+
+    own_rates = True
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Values go down the gradient at the gamma that is given here."""
+    monkeypatch.setattr(
+        "lightning_pc.step.conjugate", lambda gamma, decay, *rest: Plain(gamma, decay)
+    )
+    monkeypatch.setattr("lightning_pc.curvature.AutoGamma.due", lambda self: False)
+
+    def optimizer(net, lr, gamma, **given):
+        made = IPC(torch.optim.SGD(net.parameters(), lr), net, gamma_decay=1.0, **given)
+        made._learner.auto.gamma = gamma
+        return made
+
+    return optimizer
+
+
+@pytest.fixture(params=["cpu", "device"])
+def anywhere(request, monkeypatch):
+    """With and without waiting for numbers, as on a device, where moves happen times zero."""
+    if request.param == "device":
+        monkeypatch.setattr("lightning_pc.along._waits", lambda total: False)

@@ -88,6 +88,21 @@ class Residual(nn.Module):
         return self.head(x)
 
 
+class Skipping(nn.Module):
+    """Residual, the loss reads every node: ``stem``, so many ``branches``, ``head``."""
+
+    def __init__(self, branches=3, f=torch.tanh, width=8, outputs=4):
+        super().__init__()
+        self.stem, self.head, self.f = nn.Linear(6, width), nn.Linear(width, outputs), f
+        self.branches = nn.ModuleList(nn.Linear(width, width) for _ in range(branches))
+
+    def forward(self, x):
+        h = self.stem(x)
+        for branch in self.branches:
+            h = h + branch(self.f(h)) / len(self.branches) ** 0.5
+        return self.head(h)
+
+
 class Thrice(nn.Module):
     """One Linear used three times in a chain."""
 

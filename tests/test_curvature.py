@@ -18,6 +18,7 @@ from problems import (
     Counted,
     Dropped,
     Residual,
+    Skipping,
     Tied,
     Transformer,
     UNet,
@@ -574,21 +575,6 @@ class Flat(nn.Module):
         return self.b(torch.tanh(self.norm(self.a(x))))
 
 
-class Skips(nn.Module):
-    """The loss reads every node, and in iPC values always go along."""
-
-    def __init__(self, f=torch.tanh):
-        super().__init__()
-        self.stem, self.head, self.f = nn.Linear(6, 8), nn.Linear(8, 4), f
-        self.branches = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x):
-        h = self.stem(x)
-        for branch in self.branches:
-            h = h + branch(self.f(h))
-        return self.head(h)
-
-
 def errors(model, x, y):
     return lambda: F.mse_loss(model(x), F.one_hot(y, 4).to(x.dtype))
 
@@ -614,11 +600,11 @@ ODD = {  # module, change of the inputs, change of the targets, loss, whether va
     "dead relus below": (lambda: plain(nn.ReLU, -100.0), None, None, classifier, True),
     "all relus dead": (lambda: plain(nn.ReLU, last=0), None, None, classifier, False),
     "no loss": (plain, None, None, no_errors, False),
-    "zeros that skip": (Skips, torch.zeros_like, None, classifier, True),
-    "one sample that skips": (Skips, lambda x: x[:1], lambda y: y[:1], classifier, True),
-    "1e4 that skip": (partial(Skips, torch.relu), lambda x: 1e4 * x, None, classifier, True),
-    "1e-6 that skip": (partial(Skips, torch.relu), lambda x: 1e-6 * x, None, classifier, True),
-    "no loss that skips": (Skips, None, None, no_errors, False),
+    "zeros that skip": (Skipping, torch.zeros_like, None, classifier, True),
+    "one sample that skips": (Skipping, lambda x: x[:1], lambda y: y[:1], classifier, True),
+    "1e4 that skip": (partial(Skipping, f=torch.relu), lambda x: 1e4 * x, None, classifier, True),
+    "1e-6 that skip": (partial(Skipping, f=torch.relu), lambda x: 1e-6 * x, None, classifier, True),
+    "no loss that skips": (Skipping, None, None, no_errors, False),
 }
 
 
