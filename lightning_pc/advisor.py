@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
-from lightning_pc.curvature import AutoGamma
+from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.diagnosis import (
     LEAP,
     LONG_PATIENCE,
@@ -17,9 +18,12 @@ from lightning_pc.diagnosis import (
     unseen,
     unstable,
 )
-from lightning_pc.relaxation import Relaxation
+from lightning_pc.inference.begin import Beginning
+from lightning_pc.inference.movers import Mover
+from lightning_pc.inference.relax import Trace
+from lightning_pc.nodes.node import Node
 from lightning_pc.report import StepReport
-from lightning_pc.schedules import Schedule
+from lightning_pc.inference.schedules import Schedule
 
 #: Batches from a look that has found nothing to blame to the next.
 SECOND_LOOK = 500
@@ -68,36 +72,43 @@ class Advisor:
             self._told.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
 
-    def after(self, relaxation: Relaxation, report: StepReport) -> None:
+    def after(
+        self,
+        nodes: Sequence[Node],
+        age: int,
+        trace: Trace,
+        inference: Mover,
+        beginning: Beginning,
+        report: StepReport,
+    ) -> None:
         """Takes in a batch that has been inferred."""
         self._batches += 1
-        inference, steps = relaxation.inference, len(relaxation.losses)
+        steps = report.steps
         ends = None if self._varies else inference.ends
         first, last = (0.0, 0.0) if ends is None else ends.tolist()
         rose = last > first
         self._largest = max(self._largest, abs(first))
         incremental = self._schedule.incremental
         # Weights that lower a loss which values push up raise F by what they learn.
-        self._overshot.take_in(rose and incremental and relaxation.beta > 0)
+        self._overshot.take_in(rose and incremental and trace.pulls[0] > 0)
         if self._auto is not None:
             self._auto.after(steps, rose)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))
-        elif relaxation.seen is None and not self._schedule.fixed_gamma:
+        elif beginning.seen is None and not self._schedule.fixed_gamma:
             self._raised.take_in(rose)
-        if relaxation.seen is not None:
-            self._judge(relaxation, report)
+        if beginning.seen is not None:
+            self._judge(*beginning.seen, inference, report)
         if incremental and self._auto is not None and last - first > LEAP * self._largest > 0:
             self.say("leapt", leapt(report, self._batches))
         if self._batches == 1:  # once: reading the energies waits for the device
-            end = relaxation.start + steps
-            nodes = relaxation.graph.nodes
-            self.say("silent", silenced(report, nodes, inference.start_gamma, end))
+            end, through = age + steps, self._schedule.through
+            self.say("silent", silenced(report, [] if through else nodes, inference, end))
             self._first = float(report.free_energy[0])
 
-    def _judge(self, relaxation: Relaxation, report: StepReport) -> None:
+    def _judge(
+        self, curvature: float, node: Node, inference: Mover, report: StepReport
+    ) -> None:
         """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""
-        assert relaxation.seen is not None
-        (curvature, node), inference = relaxation.seen, relaxation.inference
         gamma, momentum = inference.start_gamma, inference.momentum
         if self._auto is None:
             bearable = self._schedule.bearable

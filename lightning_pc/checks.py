@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from lightning_pc.errors import ClosureError, PlacementError, UnsupportedError
-from lightning_pc.graph import Graph
-from lightning_pc.nodes import Site
-from lightning_pc.placement import Placement
+from lightning_pc.nodes.placement import Placement
+from lightning_pc.recording.watch import Site
+from lightning_pc.stages.graph import Graph
 
 _SHARDED = {
     "FullyShardedDataParallel": "FSDP",
@@ -26,7 +25,7 @@ def check_model(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         where = f"'{name}'" if name else f"the model ({type(module).__name__})"
-        if isinstance(module, OptimizedModule) or module._compiled_call_impl is not None:
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise UnsupportedError(
                 f"{where} is compiled by torch.compile, which hides its nonlinearities from value "
                 "nodes: train the module uncompiled and compile it for inference."
@@ -61,24 +60,17 @@ def checked_loss(loss: object) -> Tensor:
     return loss
 
 
-def check_whole(graph: Graph, model: nn.Module, held: set[nn.Parameter] | None) -> None:
-    """All by which the loss depends on what is trained belongs to the forward that was watched.
+def early_message(parameters: set[Tensor], model: nn.Module) -> str:
+    """What to say of parameters on which the loss depends by what was computed before the forward.
 
     Args:
-        graph: The batch's graph.
+        parameters: Those that the optimizer moves.
         model: For the names.
-        held: The parameters that the optimizer moves, None for all.
-
-    Raises:
-        ClosureError: Naming the parameters that it depends on otherwise, and what to do.
     """
-    early = {p for p in graph.early if held is None or p in held}
-    if not early:
-        return
-    names = [name for name, p in model.named_parameters() if p in early]
+    names = [name for name, p in model.named_parameters() if p in parameters]
     some = ", ".join(map(repr, names[:5])) or "parameters of another model"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    raise ClosureError(
+    return (
         f"The loss depends on {some}{more} by what was computed before the forward began, where "
         "no value node stands: compute all of it from the batch on within the closure (under the "
         "Trainer within training_step), and detach what is carried over from an earlier batch."
@@ -97,7 +89,7 @@ def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
         by_module.setdefault(key, []).append(site)
     for entry, modules in placement.entries:
         sites = [site for module in modules for site in by_module.get(module, ())]
-        if any(site.node is not None for site in sites):
+        if any(not site.why for site in sites):
             continue
         if sites:
             why = "no node can stand there: " + "; ".join(

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_pc.errors import DivergenceError
-from lightning_pc.nodes import Node
+from lightning_pc.inference.movers import Mover
+from lightning_pc.inference.schedules import SCHEDULES
+from lightning_pc.nodes.node import Node
 from lightning_pc.report import StepReport
-from lightning_pc.schedules import SCHEDULES
 
 #: What is seen this often on end is no accident: batches in which inference raises the energy, or
 #: looks at the curvature that fail.
@@ -236,7 +237,7 @@ def unseen(failures: int, gamma: float) -> str:
     )
 
 
-def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) -> str:
+def silenced(report: StepReport, nodes: Sequence[Node], mover: Mover, end: int) -> str:
     """Says where errors faded out on their way up, "" where none did.
 
     Enough steps on paper may not be enough: down the gradient an error shrinks by about gamma per
@@ -244,16 +245,16 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) 
 
     Args:
         report: Of the batch.
-        nodes: Its nodes.
-        gamma: Inference rate at the start of the batch.
+        nodes: Its nodes; none in error coordinates, where errors do not fade.
+        mover: How values moved.
         end: Inference steps taken.
     """
-    peaks = report.peak_energy
+    peaks, gamma = report.peak_energy, mover.start_gamma
     if not any(peaks.values()):
         if end < 2 or not float(report.loss[0]):
             return ""
         return (
-            f"In the first batch no value moved: all {len(nodes)} value nodes have energy zero "
+            f"In the first batch no value moved: all {len(report.nodes)} value nodes have energy zero "
             f"after {end} inference steps at gamma = {gamma:.3g}, so that only the stage of the "
             "loss learns. Either gamma is too small, or no gradient of the loss reaches the nodes "
             "(dead units, a constant loss)."
@@ -261,7 +262,7 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float, end: int) 
     far = [
         node.name
         for node in nodes
-        if not node.through and node.arrival < end and gamma**node.arrival < 1e-4
+        if node.arrival < end and gamma**node.arrival < 1e-4
     ]
     silent = [name for name in far if peaks[name] == 0]
     if not silent:

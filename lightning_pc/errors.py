@@ -19,8 +19,8 @@ class ChainError(PCError, ValueError):
     """Z-IL was asked of a graph in which a value node is read by more than one stage."""
 
 
-class ReplayError(PCError, RuntimeError):
-    """Re-running the batch did not meet the same value nodes with the same shapes."""
+class RecordingError(PCError, RuntimeError):
+    """A forward does something that its recording cannot see or repeat."""
 
 
 class ClosureError(PCError, RuntimeError):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,12 +13,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_pc.errors import ClosureError
-from lightning_pc.placement import ValueNodes
-from lightning_pc.precisions import Precisions
-from lightning_pc.replay import LOGGING, nothing, shadowed
-from lightning_pc.settings import Settings
-from lightning_pc.step import Learner
+from lightning_pc.errors import ClosureError, ConfigError
+from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -106,12 +103,10 @@ def _ranges(numbers: list[int]) -> str:
 def describe(
     model: nn.Module,
     batch_or_closure: Any,
+    how: Any = None,
     *,
-    value_nodes: ValueNodes = "auto",
-    algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc",
-    T: int | None = None,
-    precisions: float | str | Precisions | Callable[[int, int], float] = "constant",
     print_table: bool = True,
+    **settings: Any,
 ) -> Description:
     """Prints the value nodes that a module gets on a batch; nothing is trained or changed.
 
@@ -120,11 +115,9 @@ def describe(
         batch_or_closure: A batch (for a LightningModule what ``training_step`` takes; for another
             module its input: a tensor, a tuple of arguments or a mapping of keyword arguments),
             or a callable that returns the loss.
-        value_nodes: Where nodes stand, as for `lightning_pc.PCStrategy`.
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
-        T: Inference steps, None for the algorithm's default.
-        precisions: Weights of the energies, on which that default depends.
+        how: The `PCStrategy`, or the optimizer of `lightning_pc.optim`, whose settings count.
         print_table: Print the table; False to get the `Description` alone.
+        settings: Others than of ``how``, by name: ``algorithm``, ``value_nodes`` and so on.
 
     Returns:
         The nodes, and the places that hold none.
@@ -132,10 +125,17 @@ def describe(
     Raises:
         PCError: The nodes cannot stand there.
     """
-    settings = Settings(algorithm=algorithm, T=T, value_nodes=value_nodes, precisions=precisions)
-    learner = Learner(model, settings)
+    given = getattr(how, "settings", None) if how is not None else Settings()
+    if not isinstance(given, Settings):
+        raise ConfigError(
+            f"describe(model, batch, {how!r}): expected a PCStrategy or an optimizer of "
+            "lightning_pc.optim."
+        )
+    refuse_unknown("describe", settings)
+    learner = Learner(model, replace(given, **settings))
     with torch.enable_grad():
-        graph, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
+        batch, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
+    graph = batch.graph
     rows = [
         NodeRow(
             name=node.name,
@@ -147,7 +147,7 @@ def describe(
         )
         for node in graph.nodes
     ]
-    passed = [NodeRow(s.name, s.shape, why=s.why) for s in graph.sites if s.node is None]
+    passed = [NodeRow(s.name, s.shape, why=s.why) for s in graph.sites if s.why]
     own = sum(p.numel() for p in graph.loss_parameters)
     description = Description(rows, passed, graph.depth, steps, own)
     if print_table:
@@ -161,14 +161,8 @@ def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:
         return closure
     step = getattr(model, "training_step", None)
     if callable(step):
-        silent = {(model, name): nothing for name in LOGGING}
         arguments = (given, 0)[: len(inspect.signature(step).parameters)]  # batch_idx is optional
-
-        def silent_step() -> Any:
-            with shadowed(silent):
-                return step(*arguments)
-
-        return silent_step
+        return lambda: step(*arguments)
     if isinstance(given, Mapping):
         return lambda: model(**given)
     if isinstance(given, (tuple, list)):

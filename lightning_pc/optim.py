@@ -5,19 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_pc.errors import ClosureError, ConfigError, PCError
-from lightning_pc.placement import ValueNodes
-from lightning_pc.precisions import Precisions
-from lightning_pc.replay import nothing
 from lightning_pc.report import StepReport
-from lightning_pc.settings import Settings
-from lightning_pc.step import Learner
+from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.learner import Learner
 from lightning_pc.wrapping import STATE, once, with_state, without_state
 
 
@@ -30,40 +27,8 @@ class PredictiveCodingOptimizer(Optimizer):
     Args:
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
-        T: Inference steps per batch, >= 1; None for ``max(8, depth + 1)`` (zil and spiking
-            precisions: depth + 1, epc, iepc: 8); ``"auto"`` ends inference when F moves by less
-            than 1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps
-            (epc: 2 to 32; not for iepc).
-        gamma: Inference rate, > 0; ``"auto"`` takes it from the curvature of F in the values,
-            which is looked at every 300 evaluations (`lightning_pc.curvature`); zil: 1. With
-            ``"auto"``, along conjugate gradients, values of ipc go along with predictions that are
-            moved too far, with all where connections skip all stages (`lightning_pc.along`).
-        gamma_decay: gamma is multiplied by it after a step at which the energy has not fallen,
-            within a batch; in (0, 1], default 0.9 (the paper, D.3); 1 keeps gamma.
-        momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
-            paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
-            et al. 2024, arXiv 2407.01163) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc,
-            ipc, epc) finds rate and momentum of each step, by conjugate gradients; gamma is then
-            the length of the step that is tried, but along a chain of nodes a value's first
-            step may be longer (`lightning_pc.conjugate`). None, the default, is ``"conjugate"`` for
-            pc and ipc where gamma is automatic, precisions do not vary, nudging is positive and
-            values are made anew for each call, else 0.
-        value_nodes: Where value nodes stand: ``"auto"`` (the inputs of nonlinearities),
-            ``"modules"``, ``"linear"``, ``"blocks"``, a module name or regular expression, a
-            module type, a callable ``(name, module) -> bool``, or a list of these.
-        reset: ``"batch"`` makes values anew for each call; ``"never"`` keeps them from call to
-            call, for full-batch training.
-        loss_terms: The number of terms M that the loss is a mean of, or a callable that gives it;
-            None to read it off the loss functions that the closure calls.
-        softmax_energy: Energy at the logits of a softmax: ``"categorical"`` (F_KL) or
-            ``"gaussian"``; zil, epc and iepc are Gaussian throughout.
-        precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"depth"``,
-            ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of
-            `lightning_pc.precisions`, or a callable ``(depth, t) -> weight``.
-        nudging: Sign of the loss in the F = E + beta * loss that values descend: ``"positive"``,
-            ``"negative"``, or ``"centered"``, the mean of both (pc, epc; 2 T - 1 steps).
-        beta: Strength of the nudging, > 0; parameters learn from F / beta (Scellier & Bengio
-            2017). 1 with ``"positive"`` is plain predictive coding.
+        settings: By name, as `lightning_pc.settings.Settings` describes them: ``T``, ``gamma``,
+            ``value_nodes`` and the others.
 
     Raises:
         ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
@@ -71,44 +36,18 @@ class PredictiveCodingOptimizer(Optimizer):
 
     algorithm: str
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        model: nn.Module,
-        *,
-        T: int | Literal["auto"] | None = None,
-        gamma: float | Literal["auto"] = "auto",
-        gamma_decay: float = 0.9,
-        momentum: float | Literal["conjugate"] | None = None,
-        value_nodes: ValueNodes = "auto",
-        reset: Literal["batch", "never"] = "batch",
-        loss_terms: float | Callable[[], float] | None = None,
-        softmax_energy: Literal["categorical", "gaussian"] = "categorical",
-        precisions: float | str | Precisions | Callable[[int, int], float] = "constant",
-        nudging: Literal["positive", "negative", "centered"] = "positive",
-        beta: float = 1.0,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, **settings: Any) -> None:
+        door = type(self).__name__
         if not isinstance(model, nn.Module):
             raise ConfigError(
-                f"{type(self).__name__}(optimizer, model): expected the nn.Module that is trained, "
-                f"got {type(model).__name__}."
+                f"{door}(optimizer, model): expected the nn.Module that is trained, got "
+                f"{type(model).__name__}."
             )
         refuse_optimizer(optimizer, model)
-        settings = Settings(
-            algorithm=self.algorithm,
-            T=T,
-            gamma=gamma,
-            gamma_decay=gamma_decay,
-            momentum=momentum,
-            value_nodes=value_nodes,
-            reset=reset,
-            loss_terms=loss_terms,
-            softmax_energy=softmax_energy,
-            precisions=precisions,
-            nudging=nudging,
-            beta=beta,
-        )
-        self._wrap(optimizer, model, settings)
+        if "algorithm" in settings:
+            raise ConfigError(f"{door} is one algorithm: leave algorithm= out.")
+        refuse_unknown(door, settings)
+        self._wrap(optimizer, model, Settings(algorithm=self.algorithm, **settings))
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
         self._learner = Learner(model, settings, optimizer)
@@ -133,6 +72,11 @@ class PredictiveCodingOptimizer(Optimizer):
         self._learner.load_state_dict(ours)
 
     @property
+    def settings(self) -> Settings:
+        """What was given by name, and the defaults of the rest."""
+        return self._learner.settings
+
+    @property
     def report(self) -> StepReport | None:
         """What the last step did; None before the first."""
         return self._learner.report
@@ -142,51 +86,52 @@ class PredictiveCodingOptimizer(Optimizer):
         """Node name -> value of the last batch, [B, *]."""
         return self._learner.values
 
-    @property
-    def is_replay(self) -> bool:
-        """Whether the closure runs once more for a batch that it has already seen."""
-        return self._learner.is_replay
-
     def step(self, closure: Callable[[], Tensor | None] | None = None) -> Tensor | None:  # type: ignore[override]
         """Trains on one batch.
 
         Args:
-            closure: Computes the scalar loss, from the forward on; it neither calls
-                ``.backward()`` nor ``zero_grad()``. It runs once per inference step,
-                and in looks at the curvature.
+            closure: Computes and returns the scalar loss, from the forward on, without calling
+                ``.backward()``. It runs once.
 
         Returns:
-            The loss of the first, ordinary forward, detached; None where the closure gave None.
+            The loss, detached; None where the closure skipped the batch, before the forward.
 
         Raises:
             ClosureError: No closure, or it differentiated the loss itself.
             DivergenceError: Loss or an energy is not finite.
             PCError: The module or its nodes cannot be trained.
         """
+        door = type(self).__name__
         if closure is None:
             raise ClosureError(
-                f"{type(self).__name__}.step needs a closure that returns the loss: "
-                "optimizer.step(lambda: loss_fn(model(x), y)). (Precision plugins with a gradient "
-                "scaler call step without one: use bf16 instead.)"
+                f"{door}.step needs a closure that returns the loss: "
+                "optimizer.step(lambda: loss_fn(model(x), y)). Loops that call loss.backward() and "
+                "step() themselves (transformers.Trainer, gradient scalers) cannot train with "
+                "predictive coding: write the loop, or use Lightning's Trainer with PCStrategy."
             )
-        model = self._learner.model
+        _refuse_accumulation()
         with torch.enable_grad():
             try:
-                silent = {(o, "zero_grad"): nothing for o in (self, self.optimizer, model)}
-                self._learner.begin(closure, lambda loss: loss, shadows=silent)
+                loss = self._learner.begin(closure, lambda loss: loss)
+                if loss is None and self._learner.ran:
+                    raise ClosureError(
+                        f"The closure given to {door}.step ran the model and returned nothing: "
+                        "end it with 'return loss'. To skip a batch, return before the forward."
+                    )
             except PCError:
                 self.zero_grad()  # a closure that ran backward itself has left gradients
                 raise
+            if loss is None:
+                return None
+            first = loss.detach()
             self.zero_grad()
             with _fabric_agrees():
-                loss = self._learner.infer(1.0, self._update)
-        if loss is not None:
-            self._update()
-        return loss
+                self._learner.infer(1.0, lambda: self._update(first))
+            self._update(first)
+        return first
 
-    def _update(self) -> None:
-        self.optimizer.step(once(lambda: None, self.optimizer))
-        torch.clear_autocast_cache()  # or the next forward sees the old weights' bf16 copies
+    def _update(self, loss: Tensor) -> None:
+        self.optimizer.step(once(lambda: loss, self.optimizer))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's."""
@@ -229,6 +174,12 @@ class PredictiveCodingOptimizer(Optimizer):
     def state(self, state: Any) -> None:
         if not self._adopting:
             self.optimizer.state = state
+
+    def __getattr__(self, name: str) -> Any:
+        """What else the wrapped optimizer has (``train()`` and ``eval()`` of schedule-free ones)."""
+        if name == "optimizer":  # not wrapped yet
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.optimizer!r})"
@@ -282,6 +233,20 @@ class IEPC(PredictiveCodingOptimizer):
     """
 
     algorithm = "iepc"
+
+
+def _refuse_accumulation() -> None:
+    """Accelerate runs the closure of the last of several batches alone, and never says so."""
+    module = sys.modules.get("accelerate.state")
+    if module is None or not module.GradientState._shared_state:
+        return
+    batches = module.GradientState().num_steps
+    if batches > 1:
+        raise ConfigError(
+            f"Accelerate is to accumulate gradients over {batches} batches, and would run the "
+            "closure of the last of them alone: set gradient_accumulation_steps=1, and take "
+            "larger batches."
+        )
 
 
 @contextmanager

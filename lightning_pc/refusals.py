@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_pc.errors import PCError
 from lightning_pc.optim import refuse_optimizer
-from lightning_pc.schedules import SCHEDULES
+from lightning_pc.inference.schedules import SCHEDULES
 
 
 @contextmanager

@@ -14,17 +14,15 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.errors import ConfigError
-from lightning_pc.hooks import HookWatch
-from lightning_pc.precisions import Precisions
+from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.refusals import (
     at_the_door,
     refuse_accumulation,
@@ -32,11 +30,10 @@ from lightning_pc.refusals import (
     refuse_optimizers,
     refuse_precision,
 )
-from lightning_pc.replay import LOGGING, nothing
 from lightning_pc.report import StepReport
-from lightning_pc.schedules import SCHEDULES
-from lightning_pc.settings import Settings
-from lightning_pc.step import Learner
+from lightning_pc.inference.schedules import SCHEDULES
+from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.learner import Learner
 from lightning_pc.wrapping import once, with_state, without_state
 
 
@@ -44,47 +41,13 @@ class PCStrategy(SingleDeviceStrategy):
     """Trains a LightningModule with predictive coding on one device.
 
     Args:
-        algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
-            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"``
-            (pc in error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in
-            error coordinates, for pretrained modules with value nodes everywhere).
-        T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
-            precisions: depth + 1; epc, iepc: 8. "auto" ends inference when F moves by less than
-            1 % of what it has moved so far, after depth + 1 to max(32, 4 (depth + 1)) steps (epc: 2
-            to 32; not for iepc).
-        gamma: Inference rate, positive. "auto" takes it from the curvature of F in the values,
-            which is looked at every 300 evaluations; zil: 1. With "auto", along conjugate
-            gradients, values of ipc go along with predictions that are moved too far, with all
-            where connections skip all stages.
-        gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
-            within a batch, in (0, 1]; 1 keeps gamma (Salvatori et al. 2024, D.3).
-        momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
-            paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
-            et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. "conjugate" (pc, ipc, epc) finds rate
-            and momentum of each step, by conjugate gradients; gamma is then the length of the
-            step that is tried, but along a chain of nodes a value's first step may be longer. None
-            is "conjugate" for pc and ipc where gamma is automatic, precisions do not vary, nudging
-            is positive and values are made anew for each batch, else 0.
-        value_nodes: Where value nodes stand: "auto" (inputs of nonlinearities), "modules",
-            "linear", "blocks", a module name or regular expression, or a list of these; in
-            Python also a module type or a callable (name, module) -> bool.
-        reset: "batch" makes values anew for each batch, "never" keeps them for full-batch
-            training.
-        loss_terms: Number of terms that the loss is a mean of, or in Python a callable of
-            the batch. Default: read off the loss functions that are called.
-        softmax_energy: Energy at softmax logits: "categorical" (F_KL, Pinchetti et al. 2022)
-            or "gaussian"; zil, epc and iepc are Gaussian throughout.
-        precisions: Weight of each node's energy in F: "constant" (1), a number, "depth",
-            "spiking" or "decaying" (Qi et al. 2025), an object of lightning_pc.precisions, or in
-            Python a callable (depth, t) -> weight.
-        nudging: Sign of the loss in the F = E + beta * loss that values descend: "positive",
-            "negative", or "centered", the mean of both (pc, epc; 2 T - 1 steps).
-        beta: Strength of the nudging, positive; parameters learn from F / beta (Scellier &
-            Bengio 2017). 1 with "positive" is plain predictive coding.
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
         checkpoint_io: How checkpoints are written.
         precision_plugin: Filled in by the Trainer.
+        settings: By name, as `lightning_pc.settings.Settings` describes them: ``T``, ``gamma``,
+            ``value_nodes`` and the others.
 
     Raises:
         MisconfigurationException: An argument, or later the model or the Trainer, does not fit.
@@ -96,48 +59,29 @@ class PCStrategy(SingleDeviceStrategy):
         self,
         algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc",
         *,
-        T: int | Literal["auto"] | None = None,
-        gamma: float | Literal["auto"] = "auto",
-        gamma_decay: float = 0.9,
-        momentum: float | Literal["conjugate"] | None = None,
-        # The list before the function: jsonargparse saves a value as the first that it may be.
-        value_nodes: str
-        | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]]
-        | type[nn.Module]
-        | Callable[[str, nn.Module], bool] = "auto",
-        reset: Literal["batch", "never"] = "batch",
-        loss_terms: float | Callable[..., float] | None = None,
-        softmax_energy: Literal["categorical", "gaussian"] = "categorical",
-        precisions: float | str | Precisions | Callable[[int, int], float] = "constant",
-        nudging: Literal["positive", "negative", "centered"] = "positive",
-        beta: float = 1.0,
         device: str | torch.device = "cpu",
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(
-            device=device,
+            device=_device(device),
             accelerator=accelerator,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
         )
         with at_the_door():
-            self.settings = Settings(
-                algorithm=algorithm,
-                T=T,
-                gamma=gamma,
-                gamma_decay=gamma_decay,
-                momentum=momentum,
-                value_nodes=value_nodes,
-                reset=reset,
-                loss_terms=loss_terms,
-                softmax_energy=softmax_energy,
-                precisions=precisions,
-                nudging=nudging,
-                beta=beta,
-            )
+            refuse_unknown("PCStrategy", settings)
+            self.settings = Settings(algorithm=algorithm, **settings)
         self._learner: Learner | None = None
+
+    def __repr__(self) -> str:
+        # Stands in the error of a Trainer that is of another package.
+        return (
+            f"PCStrategy({self.settings.algorithm!r}), which is for lightning.pytorch: write "
+            "'import lightning.pytorch as pl' instead of 'import pytorch_lightning as pl'"
+        )
 
     @property
     def report(self) -> StepReport | None:
@@ -148,11 +92,6 @@ class PCStrategy(SingleDeviceStrategy):
     def values(self) -> dict[str, Tensor]:
         """Node name -> value of the last batch, [B, *]."""
         return {} if self._learner is None else self._learner.values
-
-    @property
-    def is_replay(self) -> bool:
-        """Whether training_step runs once more for a batch that it has already seen."""
-        return self._learner is not None and self._learner.is_replay
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
@@ -181,7 +120,6 @@ class PCStrategy(SingleDeviceStrategy):
         with at_the_door():
             self._learner = Learner(self._module, self.settings)
             self._learner.check()
-        self._hooks = HookWatch(self.settings.algorithm)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The user's training_step, with the value nodes in place (t = 0)."""
@@ -193,13 +131,9 @@ class PCStrategy(SingleDeviceStrategy):
             except (MisconfigurationException, IndexError):
                 return None
 
-        trainer = self._module.trainer
-        silent: dict[tuple[Any, str], Any] = {(self._module, name): nothing for name in LOGGING}
-        silent.update({(c.scheduler, "step"): nothing for c in self.lr_scheduler_configs})
-        silent[trainer, "_loggers"] = [_SilentLogger(logger) for logger in trainer.loggers]
         learner = self._require_learner()
         learner.optimizer = self.optimizers[0]  # a callback may have replaced it
-        output = learner.begin(lambda: step(*args, **kwargs), _loss_of, args, silent, batch_size)
+        output = learner.begin(lambda: step(*args, **kwargs), _loss_of, args, batch_size)
         return _without_graph(output)
 
     def backward(
@@ -221,8 +155,13 @@ class PCStrategy(SingleDeviceStrategy):
             )
             optimizer.step(once(lambda: closure_loss, optimizer))
 
-        self._require_learner().infer(1.0 / accumulated, update)
-        self._hooks.begin(optimizer)
+        try:
+            self._require_learner().infer(1.0 / accumulated, update)
+        except DivergenceError:
+            if not _finds_a_rate(trainer):
+                raise
+            trainer.should_stop = True  # the curve of a learning rate finder ends here
+            self._module.zero_grad()
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -236,10 +175,7 @@ class PCStrategy(SingleDeviceStrategy):
     ) -> Any:
         """The last optimizer step of the batch, around the closure that infers."""
         try:
-            with self._hooks.watching(self._module.trainer, optimizer):
-                result = super().optimizer_step(
-                    optimizer, once(closure, optimizer), model, **kwargs
-                )
+            result = super().optimizer_step(optimizer, once(closure, optimizer), model, **kwargs)
         except ConfigError as error:
             raise MisconfigurationException(str(error)) from error
         torch.clear_autocast_cache()
@@ -278,35 +214,26 @@ class PCStrategy(SingleDeviceStrategy):
         return self._learner
 
 
+def _finds_a_rate(trainer: pl.Trainer) -> bool:
+    """Whether Lightning drives the learning rate up until the loss diverges."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(isinstance(callback, _LRCallback) for callback in callbacks)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise MisconfigurationException(
+            f"PCStrategy(device={device!r}): {str(error).splitlines()[0]} Leave device= out, and "
+            "give the Trainer accelerator= and devices=."
+        ) from error
+
+
 def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         return output.get("loss")
     return output if isinstance(output, Tensor) else None
-
-
-class _SilentLogger(DummyLogger):
-    """Stands in place of a logger in replays: knows its folders, and logs nothing."""
-
-    def __init__(self, logger: Logger) -> None:
-        super().__init__()
-        self._logger = logger
-        for name in ("root_dir", "log_dir"):
-            self.__dict__[name] = getattr(logger, name, None)
-
-    @property
-    def save_dir(self) -> str | None:
-        """The logger's."""
-        return self._logger.save_dir
-
-    @property
-    def name(self) -> str:
-        """The logger's."""
-        return self._logger.name or ""
-
-    @property
-    def version(self) -> str:
-        """The logger's."""
-        return str(self._logger.version)
 
 
 def _without_graph(output: Any) -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_pc.checks import check_model
-from lightning_pc.placement import Placement, ValueNodes, resolve
-from lightning_pc.watch import Verdicts
+from lightning_pc.nodes.placement import Placement, ValueNodes, resolve
 
 
 class View:
@@ -19,14 +18,14 @@ class View:
     Attributes:
         modules: The module and all in it.
         names: Their dotted names.
-        verdicts: What was found of each place.
+        own: Ids of its buffers and of the parameters that are not trained.
     """
 
     def __init__(self, model: nn.Module, value_nodes: ValueNodes) -> None:
         self.model, self._value_nodes = model, value_nodes
         self.modules: tuple[nn.Module, ...] = ()
         self.names: dict[nn.Module, str] = {}
-        self.verdicts = Verdicts()
+        self.own: frozenset[int] = frozenset()
         self._placement: Placement | None = None
 
     def look(self) -> Placement:
@@ -42,4 +41,8 @@ class View:
             self._placement = resolve(self._value_nodes, self.model)
             self.modules = modules
             self.names = {module: name for name, module in self.model.named_modules()}
+        # A buffer may have been replaced since the last batch.
+        buffers = [b for module in modules for b in module._buffers.values() if b is not None]
+        still = [p for module in modules for p in module._parameters.values() if p is not None]
+        self.own = frozenset(map(id, [*buffers, *(p for p in still if not p.requires_grad)]))
         return self._placement

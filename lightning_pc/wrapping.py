@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.step import Learner
+from lightning_pc.learner import Learner
 
 #: Where an optimizer's state dict holds the learner's.
 STATE = "lightning_pc"
@@ -26,17 +26,26 @@ def without_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
-    """``closure``, for an optimizer that needs one; its second call is an error."""
+    """``closure``, for an optimizer that reads its loss; it computes no gradient anew.
+
+    Raises:
+        ConfigError: When called: the optimizer wants gradients at other weights, or once more.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     called = False
 
     def first() -> Any:
         nonlocal called
-        if called:
+        moved = [p for p, version in zip(parameters, versions, strict=True) if p._version != version]
+        if called or moved or (learning and all(p.grad is None for p in parameters)):
             raise ConfigError(
-                f"{type(optimizer).__name__} evaluates its closure more than once a step, each of "
-                "which would be a whole inference: use an optimizer of one gradient a step."
+                f"{type(optimizer).__name__} evaluates its closure more than once a step, or at "
+                "other weights, each of which would be a whole inference: use an optimizer of one "
+                "gradient a step."
             )
         called = True
         return closure()
 
+    learning = any(p.grad is not None for p in parameters)
+    versions = [p._version for p in parameters]
     return first

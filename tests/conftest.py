@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_pc.inference import Inference
+from lightning_pc.inference.movers import Descent
 from lightning_pc.optim import IPC
 
 
@@ -11,7 +11,7 @@ def _small_and_seeded():
     torch.manual_seed(0)
 
 
-class Plain(Inference):
+class Plain(Descent):
     """The paper's descent, which takes itself for one that is chosen automatically."""
 
     own_rates = True
@@ -21,9 +21,9 @@ class Plain(Inference):
 def plain(monkeypatch):
     """Values go down the gradient at the gamma that is given here."""
     monkeypatch.setattr(
-        "lightning_pc.step.conjugate", lambda gamma, decay, *rest: Plain(gamma, decay)
+        "lightning_pc.learner.conjugate", lambda gamma, decay, *rest: Plain(gamma, decay)
     )
-    monkeypatch.setattr("lightning_pc.curvature.AutoGamma.due", lambda self: False)
+    monkeypatch.setattr("lightning_pc.inference.curvature.AutoGamma.due", lambda self: False)
 
     def optimizer(net, lr, gamma, **given):
         made = IPC(torch.optim.SGD(net.parameters(), lr), net, gamma_decay=1.0, **given)
@@ -37,4 +37,4 @@ def plain(monkeypatch):
 def anywhere(request, monkeypatch):
     """With and without waiting for numbers, as on a device, where moves happen times zero."""
     if request.param == "device":
-        monkeypatch.setattr("lightning_pc.along._waits", lambda total: False)
+        monkeypatch.setattr("lightning_pc.nodes.following._waits", lambda total: False)

@@ -8,10 +8,10 @@ import torch
 from problems import MLP, classifier, relative, vectors
 from torch import nn
 
-from lightning_pc.along import Along
-from lightning_pc.curvature import LARGEST
+from lightning_pc.nodes.following import Along
+from lightning_pc.inference.curvature import LARGEST
 from lightning_pc.diagnosis import explain
-from lightning_pc.energies import Categorical, Gaussian, MaskedGaussian
+from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
 from lightning_pc.optim import IEPC, IPC, PC
 
 
@@ -97,14 +97,17 @@ def test_weights_are_those_of_hand_written_gradients(plain, gamma):
 
 
 def test_f_does_not_leap_with_inputs_thirty_times_as_large(monkeypatch):
-    """Where values stay, the weights' steps raise a node's energy to many times all of F."""
+    """Where values stay, the weights' steps raise a node's energy to many times all of F.
+
+    In the first batches: from then on rounding decides in which one F leaps.
+    """
 
     def leap(reports):
-        return max(float(r.energy.diff(dim=0).amax() / r.free_energy[0]) for r in reports)
+        return max(float(r.energy.diff(dim=0).amax() / r.free_energy[0]) for r in reports[:3])
 
     reports = trained(net(), 30.0, batches=30, lr=1e-2)
     assert all(set(report.along) == {"1", "3"} for report in reports)
-    monkeypatch.setattr("lightning_pc.relaxation.TOO_FAR", math.inf)
+    monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", math.inf)
     stayed = trained(net(), 30.0, batches=30, lr=1e-2)
     assert not any(report.along for report in stayed)
     assert leap(stayed) > 4 * leap(reports)
@@ -114,7 +117,7 @@ def test_f_does_not_leap_with_inputs_thirty_times_as_large(monkeypatch):
 def test_values_stay_where_weights_go_their_way(monkeypatch):
     reports = trained(net(), 1.0, lr=1e-4)
     assert not any(report.along for report in reports)
-    monkeypatch.setattr("lightning_pc.relaxation.TOO_FAR", math.inf)
+    monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", math.inf)
     stayed = trained(net(), 1.0, lr=1e-4)
     assert torch.equal(reports[-1].energies, stayed[-1].energies)
 
@@ -133,7 +136,7 @@ def test_values_stay_where_weights_go_their_way(monkeypatch):
 def test_only_ipc_of_which_all_is_automatic_lets_values_go_along(kind, given, monkeypatch):
     mine = trained(net(), 30.0, kind=kind, **given)
     assert not any(report.along for report in mine)
-    monkeypatch.setattr("lightning_pc.relaxation.TOO_FAR", -1.0)  # they'd go along at each chance
+    monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", -1.0)  # they'd go along at each chance
     assert torch.equal(mine[-1].energies, trained(net(), 30.0, kind=kind, **given)[-1].energies)
 
 
@@ -153,7 +156,7 @@ def test_a_look_at_the_curvature_leads_no_value_along(monkeypatch):
     monkeypatch.setattr(Along, "moved", lambda self, *a: calls.append(self) or moved(self, *a))
 
     def evaluations(looks):
-        monkeypatch.setattr("lightning_pc.curvature.AutoGamma.due", lambda self: looks)
+        monkeypatch.setattr("lightning_pc.inference.curvature.AutoGamma.due", lambda self: looks)
         model = net()
         adam = torch.optim.Adam(model.parameters(), 1e-3)
         optimizer = IPC(adam, model, reset="never", momentum="conjugate")
@@ -329,7 +332,7 @@ def test_a_call_with_kept_values_starts_anew():
 def test_energies_that_weigh_more_share_more(monkeypatch):
     """Of F as a whole ten times as large gamma is a tenth, and values move as before."""
     made = []
-    monkeypatch.setattr("lightning_pc.relaxation.Along", lambda *a: made.append(Along(*a)))
+    monkeypatch.setattr("lightning_pc.inference.begin.Along", lambda *a: made.append(Along(*a)))
     for times in (4.0, 40.0):
         model = net()
         sgd = torch.optim.SGD(model.parameters(), 0.0)
@@ -343,7 +346,7 @@ def test_energies_that_weigh_more_share_more(monkeypatch):
 def test_values_of_convolutions_stay(monkeypatch):
     """Their predictions would take too much memory to keep."""
     kept = []
-    monkeypatch.setattr("lightning_pc.relaxation.Along", lambda *a: kept.append(a) or Along(*a))
+    monkeypatch.setattr("lightning_pc.inference.begin.Along", lambda *a: kept.append(a) or Along(*a))
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8), nn.ReLU())
     model.append(nn.Linear(8, 4))

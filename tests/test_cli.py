@@ -14,7 +14,7 @@ from lightning_problems import ALGORITHMS, Module, data, loader
 
 from lightning_pc import PCStrategy
 from lightning_pc.cli import main
-from lightning_pc.precisions import Spiking
+from lightning_pc.inference.precisions import Spiking
 
 
 class Net(Module):
@@ -99,7 +99,7 @@ def test_registered_names(algorithm, tmp_path):
         (
             [
                 "--trainer.strategy.init_args.algorithm=pc",
-                "--trainer.strategy.init_args.nudging=centered",
+                "--trainer.strategy.init_args.beta=-0.5",
                 "--trainer.strategy.init_args.beta=0.5",
             ],
             lambda s: s.settings.betas == (0.5, -0.5) and s.report.steps == 15,
@@ -121,7 +121,6 @@ def test_overrides(overrides, check, tmp_path):
         ({"T": 2.5}, "2.5"),
         ({"algorithm": "backprop"}, "backprop"),
         ({"reset": "sometimes"}, "sometimes"),
-        ({"nudging": "both"}, "both"),
         ({"precisions": "spikes"}, "'spikes': expected one of 'constant'"),
         ({"beta": -1.0}, "beta=-1.0: expected a positive"),
         ({"T": 0}, "T=0: expected a whole number"),
@@ -143,7 +142,7 @@ def test_help(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for argument in ("algorithm", "T", "gamma", "gamma_decay", "value_nodes", "reset"):
         assert f"--trainer.strategy.{argument} " in text
-    for argument in ("momentum", "loss_terms", "softmax_energy", "precisions", "nudging", "beta"):
+    for argument in ("momentum", "loss_terms", "softmax_energy", "precisions", "beta", "inference"):
         assert f"--trainer.strategy.{argument} " in text
     assert "Trains a LightningModule with predictive coding" in text
     assert "values and weights move at every inference step" in text

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_pc.curvature import AutoGamma
+from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.optim import IPC, PC
 
 

@@ -33,8 +33,8 @@ from sklearn.datasets import load_digits
 from test_oracle import Attends, ConvNorm, Skips, Towers, tokens
 from torch import nn
 
-from lightning_pc import curvature
-from lightning_pc.curvature import EVERY, LARGEST, PRODUCTS, SOONEST, START, AutoGamma
+from lightning_pc.inference import curvature
+from lightning_pc.inference.curvature import EVERY, LARGEST, PRODUCTS, SOONEST, START, AutoGamma
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
@@ -284,7 +284,7 @@ class Norm(nn.Module):
 def test_a_look_leaves_no_trace(algorithm, autocast, monkeypatch):
     """A batch with a look equals, to the bit, one whose gamma was given as that which it chose."""
     # With a gamma that is given values stay.
-    monkeypatch.setattr("lightning_pc.graph.Graph.skips", False)
+    monkeypatch.setattr("lightning_pc.stages.graph.Graph.skips", False)
     start, (x, y) = Norm(), vectors(12)
     found = {}
     gamma = "auto"

@@ -64,7 +64,11 @@ def check(model, loss, ffn, count, lr=1e-3, value_nodes="auto"):
         plain.step()
     assert optimizer.report.steps >= 8
     assert optimizer.report.nodes == names
+    parameters = dict(model.named_parameters())
     for name, energy in optimizer.report.peak_energy.items():
+        weight = name.removesuffix("softmax") + "weight"
+        if weight in parameters and weight not in reached:
+            continue  # a gate whose one expert counts in full: its logits have no slope
         # F_KL of attention logits falls to the rounding of a sum over zero: of all batches, then.
         assert (kl[name] if "softmax" in name else energy) > 0, name
     assert losses[-1] < losses[0]

@@ -10,7 +10,7 @@ from problems import far, relative, twin
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.energies import Categorical, Gaussian, MaskedGaussian
+from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
 from lightning_pc.optim import IPC, PC
 
 LOWEST = torch.finfo(torch.float64).min

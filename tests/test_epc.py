@@ -24,9 +24,9 @@ from problems import (
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.curvature import AutoGamma
+from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.optim import EPC, IEPC, IPC, PC
-from lightning_pc.schedules import IEPC as IEPCSchedule
+from lightning_pc.inference.schedules import IEPC as IEPCSchedule
 
 CHAIN = "linear"  # nodes at the outputs of the linear modules
 
@@ -419,14 +419,14 @@ def test_kept_errors_count_as_what_has_come_of_them():
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("nudging", ["positive", "centered"])
-def test_in_deep_modules_weights_learn_at_their_learning_rate(nudging):
+@pytest.mark.parametrize("beta", [1.0, (1.0, -1.0)])
+def test_in_deep_modules_weights_learn_at_their_learning_rate(beta):
     """A sixteenth of the stable rate, and a gradient as long as backprop's all the same."""
     model, (x, y) = chain(16, f=nn.Tanh), regression(8)
     y = 0.01 * y + model(x).detach()  # near the target nothing bends
     exact = backprop(model, lambda: squared(model, x, y))
     for gamma, longest in (("auto", 1.05), (0.001, 0.02)):
-        settle(EPC, model, lambda: squared(model, x, y), gamma=gamma, nudging=nudging)
+        settle(EPC, model, lambda: squared(model, x, y), gamma=gamma, beta=beta)
         for parameter, right in list(zip(model.parameters(), exact, strict=True))[:-2]:
             assert parameter.grad.norm() < longest * right.norm()
             if gamma == "auto":

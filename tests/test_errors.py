@@ -39,11 +39,11 @@ from lightning_pc.errors import (
     DivergenceError,
     PCError,
     PlacementError,
-    ReplayError,
+    RecordingError,
     UnsupportedError,
 )
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
-from lightning_pc.precisions import Decaying, Depth, Spiking
+from lightning_pc.inference.precisions import Decaying, Depth, Spiking
 
 WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
     "ipc": IPC,
@@ -107,19 +107,21 @@ ARGUMENTS = [
     ({"algorithm": "zil", "precisions": "spiking"}, "zil is exact for plain"),
     ({"precisions": "spiking", "reset": "never"}, "one wave through a batch"),
     ({"algorithm": "zil", "precisions": 2.0}, "zil is exact for plain"),
-    ({"nudging": "both"}, "'both': expected one of 'positive', 'negative', 'centered'"),
-    ({"nudging": None}, "nudging=None"),
-    ({"beta": 0}, "beta=0: expected a positive strength"),
-    ({"beta": -0.1}, "beta=-0.1: expected a positive strength; nudging= gives the sign"),
+    ({"nudging": "both"}, r"nudging= is gone, write beta=0.3 .*\(0.3, -0.3\)"),
+    ({"beta": "centered"}, "beta='centered': expected the loss's factor in F"),
+    ({"beta": (1.0, 0.0)}, r"beta=\(1.0, 0.0\): expected"),
+    ({"gama": 0.1}, r"no argument gama=. Did you mean gamma=\?"),
+    ({"steps": 8}, r"no argument steps=. It takes algorithm, T, gamma"),
+    ({"beta": 0}, "beta=0: expected the loss's factor"),
     ({"beta": math.inf}, "beta=inf"),
     ({"beta": "1"}, "beta='1'"),
-    ({"algorithm": "ipc", "nudging": "centered"}, "centered.*: ipc moves the weights.*'pc'"),
-    ({"algorithm": "iepc", "nudging": "centered"}, "centered.*: iepc moves the.*'pc'"),
+    ({"algorithm": "ipc", "beta": (1.0, -1.0)}, "beta=.*: ipc moves the weights.*'pc'"),
+    ({"algorithm": "iepc", "beta": (1.0, -1.0)}, "beta=.*: iepc moves the.*'pc'"),
     ({"algorithm": "iepc", "momentum": "conjugate"}, "iepc stays near its start .* use 'ipc'"),
-    ({"algorithm": "pc", "nudging": "centered", "T": 1}, "T=1 leaves the values no step"),
-    ({"algorithm": "pc", "nudging": "centered", "reset": "never"}, "use reset='batch'"),
-    ({"algorithm": "zil", "nudging": "negative"}, "zil is exact for plain"),
-    ({"algorithm": "zil", "nudging": "centered"}, "zil is exact for plain"),
+    ({"algorithm": "pc", "beta": (1.0, -1.0), "T": 1}, "T=1 leaves the values no step"),
+    ({"algorithm": "pc", "beta": (1.0, -1.0), "reset": "never"}, "use reset='batch'"),
+    ({"algorithm": "zil", "beta": -1.0}, "zil is exact for plain"),
+    ({"algorithm": "zil", "beta": (1.0, -1.0)}, "zil is exact for plain"),
     ({"algorithm": "zil", "beta": 0.5}, "zil is exact for plain"),
 ]
 
@@ -488,7 +490,7 @@ def test_a_node_whose_shape_changes(algorithm, make, named, works):
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer = WRAPPERS[algorithm](sgd, model, gamma=5.0, gamma_decay=1.0, T=16)
     before = traces(model)
-    with pytest.raises(ReplayError, match=named) as caught:
+    with pytest.raises(RecordingError, match=named) as caught:
         train(optimizer, lambda: cross_entropy(model, x, y))
     assert "value_nodes=[" in str(caught.value)
     assert traces(model) == before
@@ -507,7 +509,7 @@ def test_the_placement_in_that_message_works():
     x, y = data(1, 16)[0]
     sgd = torch.optim.SGD(model.parameters(), lr=0.5)
     optimizer = IPC(sgd, model, gamma=5.0, gamma_decay=1.0, T=16)
-    with pytest.raises(ReplayError) as caught:
+    with pytest.raises(RecordingError) as caught:
         train(optimizer, lambda: cross_entropy(model, x, y))
     advised = str(caught.value).split("value_nodes=['")[1].split("']")[0]
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -842,7 +844,7 @@ def test_errors_can_be_caught_by_their_usual_types():
     assert issubclass(ConfigError, ValueError)
     assert issubclass(PlacementError, ValueError)
     assert issubclass(DivergenceError, FloatingPointError)
-    for error in (ReplayError, ClosureError, UnsupportedError):
+    for error in (RecordingError, ClosureError, UnsupportedError):
         assert issubclass(error, RuntimeError)
 
 

@@ -5,9 +5,9 @@ import torch
 from problems import Thrice, classifier, sgd
 from torch import nn
 
-from lightning_pc.conjugate import MENDING, Conjugate
-from lightning_pc.energies import Gaussian
-from lightning_pc.nodes import Node
+from lightning_pc.inference.conjugate import MENDING, Conjugate
+from lightning_pc.nodes.energies import Gaussian
+from lightning_pc.nodes.node import Node
 from lightning_pc.optim import IPC, PC, ZIL
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lightning_pc.energies import Categorical, Gaussian
-from lightning_pc.inference import Inference
-from lightning_pc.nodes import Node
+from lightning_pc.nodes.energies import Categorical, Gaussian
+from lightning_pc.inference.movers import Descent
+from lightning_pc.nodes.node import Node
 
 
 def nodes():
@@ -34,7 +34,7 @@ def test_a_move_is_a_step_down_the_gradient_of_f(momentum, gamma):
         if node.below is not None:
             slope = slope + 4.0 * node.below
         expected.append(node.x.detach() - 0.3 * (2 + momentum) * slope)
-    inference = Inference(0.3, 1.0, momentum)
+    inference = Descent(0.3, 1.0, momentum)
     inference.gamma = gamma
     for _ in range(2):  # the gradients stay
         inference.move(moved, 4.0)
@@ -45,7 +45,7 @@ def test_a_move_is_a_step_down_the_gradient_of_f(momentum, gamma):
 @pytest.mark.parametrize(("momentum", "end"), [(0.0, 2), (0.5, 8)])  # 50 / 2**7 < 1 % of 50.1
 def test_where_f_stands_still_a_velocity_goes_on(momentum, end):
     """A step that moves F by nothing ends inference, but at the turn of one with momentum."""
-    inference, seen = Inference(1.0, 1.0, momentum), []
+    inference, seen = Descent(1.0, 1.0, momentum), []
     for energy in (100.0, 50.0, 50.0, *[49.9] * 8):
         inference.observe(torch.tensor(energy))
         seen.append(inference.converged is not None and bool(inference.converged))
@@ -60,7 +60,7 @@ class Elsewhere(torch.Tensor):
 
 @pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
 def test_gamma_decays_when_the_energy_has_not_fallen(kind):
-    inference = Inference(1.0, 0.5)
+    inference = Descent(1.0, 0.5)
     seen = []
     for energy in (3.0, 2.0, 2.0, 5.0, 4.0):
         inference.observe(torch.tensor(energy).as_subclass(kind))

@@ -10,7 +10,7 @@ from problems import MLP, relative
 from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError
-from lightning_pc.losses import LossCall
+from lightning_pc.recording.losses import LossCall
 from lightning_pc.optim import IPC, PC
 
 N, C = 6, 4

@@ -100,7 +100,6 @@ def test_returns_the_loss_of_the_ordinary_forward(wrapper):
     assert report.energy.shape == (report.steps, 2)
     assert report.loss[0] == expected
     assert min(report.learned.values()) >= 1
-    assert optimizer.is_replay is False
 
 
 @every
@@ -299,7 +298,7 @@ def test_the_closure_may_do_all_that_a_closure_does(wrapper):
 
     first = optimizer.step(closure)
     assert seen[0] == float(first)
-    assert len(seen) == optimizer.report.steps
+    assert len(seen) == 1
 
 
 @every

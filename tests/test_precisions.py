@@ -11,7 +11,7 @@ from torch import nn
 from lightning_pc import describe, explain
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import IPC, PC
-from lightning_pc.precisions import (
+from lightning_pc.inference.precisions import (
     PRECISIONS,
     Constant,
     Custom,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from problems import MLP, far, relative, twin, vectors
 from torch import nn
 
-from lightning_pc.errors import ConfigError, DivergenceError, ReplayError
+from lightning_pc.errors import ConfigError, DivergenceError, RecordingError
 from lightning_pc.optim import IPC, ZIL
 
 
@@ -90,7 +90,7 @@ def test_another_shape_is_an_error_that_names_reset(rows):
     optimizer.step(lambda: ce(model, x.double(), y))
     before = twin(model)
     a, b = vectors(rows)
-    with pytest.raises(ReplayError, match="reset="):
+    with pytest.raises(RecordingError, match="reset="):
         optimizer.step(lambda: ce(model, a.double(), b))
     assert far(model, before)[0] == 0
     optimizer.step(lambda: ce(model, x.double(), y))

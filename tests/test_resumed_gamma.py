@@ -31,7 +31,7 @@ def train(model, optimizer, batches, start, end):
 )
 def test_a_saved_run_goes_on_to_the_bit(algorithm, how, monkeypatch):
     """Stopped between two looks; without the state the run would be another."""
-    monkeypatch.setattr("lightning_pc.curvature.LARGEST", math.inf)  # or gamma is that throughout
+    monkeypatch.setattr("lightning_pc.inference.curvature.LARGEST", math.inf)  # or gamma is that throughout
     batches = [vectors(12) for _ in range(4)]
 
     def made():
@@ -97,7 +97,7 @@ class Masks(Module):
 @pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
 @pytest.mark.parametrize("then", ["automatic", "state lost", "gamma given"])
 def test_a_resumed_trainer_goes_on_to_the_bit(algorithm, then, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_pc.curvature.LARGEST", math.inf)  # or gamma is that throughout
+    monkeypatch.setattr("lightning_pc.inference.curvature.LARGEST", math.inf)  # or gamma is that throughout
 
     def fitted(epochs, gamma="auto", ckpt=None):
         seed_all(1 if ckpt is None else 99)

@@ -7,8 +7,8 @@ import torch
 from problems import MLP, Skipping, classifier, relative, vectors
 from torch import nn
 
-from lightning_pc.along import Along
-from lightning_pc.energies import Gaussian
+from lightning_pc.nodes.following import Along
+from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.optim import IPC
 
 
@@ -164,7 +164,7 @@ def test_deep_residual_networks_learn(monkeypatch):
         return [float(optimizer.step(classifier(model, x, y))) for _ in range(25)]
 
     along = losses()
-    monkeypatch.setattr("lightning_pc.graph.Graph.skips", False)
+    monkeypatch.setattr("lightning_pc.stages.graph.Graph.skips", False)
     stayed = losses()
     assert along[0] == stayed[0]
     assert along[0] - along[-1] > 1.3 * (stayed[0] - stayed[-1])

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
-from lightning_pc.precisions import Decaying, Depth, Spiking
+from lightning_pc.inference.precisions import Decaying, Depth, Spiking
 
 T = 7
 STEPS = {PC: T - 1, IPC: T}  # at which values move
@@ -116,7 +116,7 @@ def test_weighted_energies_equal_f_written_out(weights, graph, algorithm):
 def test_nudging_equals_f_written_out(nudging, graph, algorithm):
     if (nudging, algorithm) != ("centered", IPC):
         betas = NUDGINGS[nudging]
-        compare(graph, algorithm, lambda d, t: 1.0, betas, nudging=nudging, beta=0.3)
+        compare(graph, algorithm, lambda d, t: 1.0, betas, beta=betas)
 
 
 @pytest.mark.parametrize("graph", ["mlp", "residual"])
@@ -135,8 +135,7 @@ def test_error_coordinates_take_all(weights, momentum, algorithm, nudging, graph
         torch.optim.SGD(model.parameters(), 0.05),
         model,
         **{"T": T, "gamma": 0.2, "gamma_decay": 1, "precisions": given},
-        **{"momentum": momentum, "nudging": nudging},
-        beta=0.3,
+        **{"momentum": momentum, "beta": NUDGINGS[nudging]},
     )
     for n in (8, 5):
         x, y = draw(n)
@@ -157,7 +156,7 @@ def test_no_wave_runs_through_error_coordinates(algorithm, weights):
 @pytest.mark.parametrize("weights", ["depth 2", "spiking", "decaying"])
 def test_both_at_once(weights):
     given, weigh = WEIGHTS[weights]
-    arguments = {"precisions": given, "nudging": "centered", "beta": 0.3}
+    arguments = {"precisions": given, "beta": (0.3, -0.3)}
     compare("mlp", PC, lambda d, t: weigh(d, t, T - 1), (0.3, -0.3), **arguments)
 
 
@@ -169,7 +168,7 @@ def test_momentum_under_every_variant(graph, algorithm, weights):
     """Each phase of a centered batch starts at rest."""
     given, weigh = WEIGHTS[weights]
     betas = NUDGINGS["centered"] if algorithm is PC else (1.0,)
-    nudged = {"nudging": "centered", "beta": 0.3} if algorithm is PC else {}
+    nudged = {"beta": (0.3, -0.3)} if algorithm is PC else {}
     compare(
         graph,
         algorithm,
@@ -187,7 +186,8 @@ def test_momentum_under_every_variant(graph, algorithm, weights):
 def gradients(model, loss, nudging, beta, given="constant", T=200):
     sgd = torch.optim.SGD(model.parameters(), 0.0)
     arguments = {"T": T, "gamma": 0.3, "gamma_decay": 1, "precisions": given}
-    PC(sgd, model, nudging=nudging, beta=beta, **arguments).step(loss)
+    betas = tuple(beta * sign / 0.3 for sign in NUDGINGS[nudging])
+    PC(sgd, model, beta=betas, **arguments).step(loss)
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
@@ -223,7 +223,7 @@ def test_negative_nudging_climbs_the_loss_and_learns_to_lower_it():
     """A saddle may rise or run away: no false alarm, no warning."""
     model = MLP((6, 7, 5, 4))
     sgd = torch.optim.SGD(model.parameters(), 0.1)
-    optimizer = PC(sgd, model, T=8, gamma=0.1, nudging="negative", beta=0.5)
+    optimizer = PC(sgd, model, T=8, gamma=0.1, beta=-0.5)
     x, y = torch.randn(8, 6), torch.randint(0, 4, (8,))
     first = []
     with warnings.catch_warnings():
@@ -237,7 +237,7 @@ def test_negative_nudging_climbs_the_loss_and_learns_to_lower_it():
         assert first[-1] < 0.7 * first[0]
         for p in model.parameters():  # far beyond what is stable
             p.data.mul_(3)
-        loud = PC(sgd, model, T=30, gamma=1.2, nudging="negative", beta=3.0)
+        loud = PC(sgd, model, T=30, gamma=1.2, gamma_decay=0.9, beta=-3.0)
         loud.step(lambda: F.cross_entropy(model(x), y))
     assert (loud.report.free_energy.diff() > 0).any()
     assert loud.report.gamma < 1.2
@@ -261,7 +261,7 @@ def test_nudging_costs_nothing_but_centered_a_second_phase():
     for nudging in NUDGINGS:
         net, seen = chain(), []
         sgd = torch.optim.SGD(net.parameters(), 0.1)
-        optimizer = PC(sgd, net, T=9, gamma=0.1, nudging=nudging, beta=0.5)
+        optimizer = PC(sgd, net, T=9, gamma=0.1, beta=NUDGINGS[nudging])
 
         def loss(net=net, seen=seen):
             seen.append(0)

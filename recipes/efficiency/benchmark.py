@@ -35,7 +35,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pc import PCStrategy, curvature
+from lightning_pc import PCStrategy
+from lightning_pc.inference import curvature
 from recipes.common.machine import machine
 
 T = 8

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_pc.energies import Energy, Gaussian
+from lightning_pc.nodes.energies import Energy, Gaussian
 
 #: Share of F at the start of a batch by which a move of its prediction may raise a node's energy.
 #: On digits and MNIST few exceed it, where inputs are 30 times as large nearly all do. A smaller

@@ -108,10 +108,10 @@ class Spiking(Precisions):
     itself.
 
     Args:
-        rest: Weight before and after, >= 0; theirs is 0.001.
+        rest: Weight before and after, >= 0; 0 lets each stage run once, theirs is 0.001.
     """
 
-    rest: float = 0.001
+    rest: float = 0.0
     name = "spiking"
     wave = True
 
@@ -125,6 +125,18 @@ class Spiking(Precisions):
     @override
     def lasting(self, depth: int, steps: int) -> float:
         return self.rest
+
+
+@dataclass(frozen=True)
+class Wave(Precisions):
+    """1 at t = depth and 0 else: Z-IL, in which each stage counts once."""
+
+    name = "wave"
+    wave = True
+
+    @override
+    def weight(self, depth: int, t: int, steps: int) -> float:
+        return float(t == depth)
 
 
 @dataclass(frozen=True)

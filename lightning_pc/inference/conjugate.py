@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pc.inference import Inference, descend
-from lightning_pc.nodes import Node
-from lightning_pc.schedules import Schedule
+from lightning_pc.inference.movers import Descent, descend, reached
+from lightning_pc.inference.schedules import Schedule
+from lightning_pc.nodes.node import Node
 
 #: The longest step, in units of gamma. With 8 inference comes little further (0.53 for 0.51 of the
 #: way in a tiny ResNet), and where F is steeper further off (activations x * x) it ends higher.
@@ -56,7 +56,7 @@ def following(first: Tensor, before: Tensor, now: Tensor, steps: int) -> Tensor:
     return before - now <= least * (first - now).clamp(min=0.0)
 
 
-class Conjugate(Inference):
+class Conjugate(Descent):
     """The values' conjugate gradients over one batch, of an F that changes by the weights at most.
 
     With r = -dF/dx at x, and s the step's direction (first r): the next gradients are those at
@@ -87,22 +87,14 @@ class Conjugate(Inference):
         settled: Rule = stalled,
         front: int = 0,
     ) -> None:
-        self._rule, self._front = settled, front
         super().__init__(gamma, gamma_decay)
-
-    @override
-    def begin(self) -> None:
-        super().begin()
+        self._rule, self._front = settled, front
         self._settled: Tensor | None = None
-        self._steps, self._longer = 0, -MENDING
+        self._steps = 0
         self._directions: list[Tensor] = []
         self._slopes: list[Tensor] = []  # dF/dx at the end of the step of the right length
+        self._moving: list[bool] = []  # nodes that an error has reached
         self._tried: float | Tensor = 0.0
-
-    @property
-    @override
-    def converged(self) -> Tensor | None:
-        return None if self._steps - self._longer < MENDING else super().converged
 
     @override
     @torch.no_grad()
@@ -118,6 +110,8 @@ class Conjugate(Inference):
     @torch.no_grad()
     def move(self, nodes: Sequence[Node], scale: float) -> None:
         values = [node.coordinates for node in nodes]
+        before = self._moving or [False] * len(nodes)
+        self._moving = [was or reached(node) for was, node in zip(before, nodes, strict=True)]
         slopes = [torch.zeros_like(value, requires_grad=False) for value in values]
         descend(slopes, nodes, scale, -1.0)
         if not self._directions:
@@ -128,7 +122,19 @@ class Conjugate(Inference):
             if self._steps < self._front:
                 self._carry_on(nodes)
         self._tried = self.gamma
-        _go(values, self._directions, self._tried)
+        self._go(values, self._directions, self._tried)
+
+    def _go(
+        self, values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor
+    ) -> None:
+        """Moves values along directions, by a length that may be on the device."""
+        for value, direction, moves in zip(values, directions, self._moving, strict=True):
+            if not moves:
+                continue
+            if isinstance(length, Tensor):
+                value.addcmul_(direction, length)
+            else:
+                value.add_(direction, alpha=length)
 
     def _correct(self, values: list[Tensor], slopes: list[Tensor]) -> None:
         """From the tried step's end to the right one's, and the next direction.
@@ -143,7 +149,7 @@ class Conjugate(Inference):
         length = length.nan_to_num(1.0).clamp(0.0, LONGEST)
         if self._settled is not None:
             length = torch.where(self._settled, length.clamp(max=1.0), length)
-        _go(values, directions, (length - 1.0) * self._tried)
+        self._go(values, directions, (length - 1.0) * self._tried)
         was = _dot(before, before)
         torch._foreach_mul_(slopes, length)
         torch._foreach_add_(before, slopes)
@@ -161,7 +167,6 @@ class Conjugate(Inference):
             if node.depth == self._steps + 1 and node.weight:
                 step = taking_up(curvature / largest) / node.weight
                 direction.mul_(max(step, self.start_gamma) / self.gamma)
-                self._longer = self._steps
 
 
 def taking_up(curvature: float) -> float:
@@ -190,15 +195,6 @@ def conjugate(
     """
     settled, front = (following, T) if incremental else (stalled, T - 1 - MENDING)
     return Conjugate(gamma, gamma_decay, settled, front if arrive else 0)
-
-
-def _go(values: Sequence[Tensor], directions: Sequence[Tensor], length: float | Tensor) -> None:
-    """Moves values along directions, by a length that may be on the device."""
-    for value, direction in zip(values, directions, strict=True):
-        if isinstance(length, Tensor):
-            value.addcmul_(direction, length)
-        else:
-            value.add_(direction, alpha=length)
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_pc.nodes import Node
+from lightning_pc.inference.movers import slope as _gradient
+from lightning_pc.nodes.node import Node
 
 #: Products of a look, one value-only evaluation each (about 0.75 of an ordinary one).
 PRODUCTS = 4
@@ -214,15 +215,6 @@ def largest_curvature(
 def _length(direction: Sequence[Tensor]) -> float:
     """Of all nodes' entries together; a device is waited for once."""
     return math.sqrt(sum(torch.linalg.vector_norm(v).square() for v in direction))
-
-
-def _gradient(node: Node, scale: float) -> Tensor | None:
-    """dF/dx of a node, None where there is none yet."""
-    total = None if node.slopes is None else node.slopes.dx * node.slopes.factor
-    if node.below is not None:
-        below = node.below * scale
-        total = below if total is None else total.add_(below)
-    return total
 
 
 def _size(values: Sequence[Tensor]) -> float:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 from typing_extensions import override
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.nodes import ErrorNode, Node, WholeErrorNode
 
 
 class Schedule(ABC):
@@ -31,30 +29,27 @@ class Schedule(ABC):
     bearable = 2.0
     #: Weights move while values do.
     incremental = False
-    #: At t, parameters learn from the errors of depth t alone (else from all that are reached).
-    stagewise = False
+    #: One wave of weights, 1 at t = depth and 0 else: each stage counts once.
+    wave = False
     #: Values move along conjugate gradients unless told otherwise.
     conjugate = False
-    #: What stands in the module: the value itself, or the error in whose coordinates it moves.
-    node: type[Node] = Node
+    #: Values are held in error coordinates, x = mu + e.
+    through = False
+    #: Weights learn from an error as if it had come all of its way, and it is not meant to.
+    whole = False
     #: Every node energy is Gaussian, that of a softmax's logits too.
     gaussian = False
 
-    def steps(
-        self, depth: int, T: int | Literal["auto"] | None, wave: bool = False
-    ) -> tuple[int, int]:
-        """Least and most evaluations per batch; the default is ``max(8, depth + 1)``.
+    def steps(self, depth: int, T: int | None, wave: bool = False) -> int:
+        """Evaluations per batch; the default is ``max(8, depth + 1)``.
 
-        Where a ``wave`` of precisions passes the module once, it is depth + 1. "auto" takes
-        depth + 1 at least, to reach every node, and at most four times as many (32 in shallow
-        modules). Error coordinates know no depth, which counts as 1.
+        Where a ``wave`` of precisions passes the module once, it is depth + 1. Error coordinates
+        know no depth, which counts as 1.
         """
-        depth = 1 if self.node.through else depth
-        if T == "auto":
-            return depth + 1, max(32, 4 * (depth + 1))
+        depth = 1 if self.through else depth
         if T is None:
             T = depth + 1 if wave else max(8, depth + 1)
-        return T, T
+        return T
 
     def moves(self, t: int, T: int) -> bool:
         """Whether values move at t."""
@@ -101,20 +96,21 @@ class PC(Schedule):
 
 
 class ZIL(Schedule):
-    """Values move by their whole gradient; stage d adds its gradient at t = d, once."""
+    """iPC with one wave of weights, the gradients of which add up to one optimizer step.
+
+    At t = d the errors of depth d are those that backprop propagates, and count alone.
+    """
 
     name, paper = "zil", "Salvatori et al. 2024, Algorithm 3; Song et al. 2020"
     fixed_gamma = 1.0
-    stagewise = True
+    wave = True
     gaussian = True
 
     @override
-    def steps(
-        self, depth: int, T: int | Literal["auto"] | None, wave: bool = False
-    ) -> tuple[int, int]:
+    def steps(self, depth: int, T: int | None, wave: bool = False) -> int:
         if T is not None:
             raise ConfigError(f"T={T!r}: zil always takes depth + 1 evaluations, leave T at None.")
-        return depth + 1, depth + 1
+        return depth + 1
 
     @override
     def moves(self, t: int, T: int) -> bool:
@@ -141,7 +137,7 @@ class EPC(PC):
     # 64 layers learned next to nothing.
     deep = 4
     conjugate = False
-    node = ErrorNode
+    through = True
     gaussian = True
 
 
@@ -157,7 +153,7 @@ class IEPC(IPC):
     # made a masked BERT's curvature grow from 1 to 10 within 115 batches.
     aim, band = 0.01, (0.005, 0.02)
     conjugate = False
-    node = WholeErrorNode
+    through = whole = True
     gaussian = True
 
 

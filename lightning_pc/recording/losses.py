@@ -47,6 +47,7 @@ class LossCall:
         batch: Size of dimension 0 of its target (or input, where there is none).
         divisor: What a mean was divided by; None for the other reductions.
         seen: d loss / d output, [], once the first backward has met it; else empty.
+        slot: Of its output in the recording.
     """
 
     output: Tensor
@@ -56,6 +57,7 @@ class LossCall:
     batch: int
     divisor: float | None = None
     seen: list[Tensor] = field(default_factory=list)
+    slot: int = -1
 
     @property
     def gradient(self) -> Tensor | None:
@@ -73,6 +75,11 @@ def _class_divisor(call: dict[str, Any]) -> float:
     if weight is None:
         return float(counted.sum())
     return float(weight[target[counted]].sum())
+
+
+def is_loss(func: Callable[..., Any]) -> bool:
+    """Whether it is a loss function of torch's."""
+    return func in _SIGNATURES
 
 
 def read_loss_call(

@@ -135,7 +135,8 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
     """Finds the modules that ``value_nodes`` names.
 
     Args:
-        value_nodes: A preset, a module name or regular expression (which must match the whole
+        value_nodes: A preset (also where a module has that name; ``"(blocks)"`` is the module), a
+            module name or regular expression (which must match the whole
             name), a module type, a callable ``(name, module) -> bool``, or a list of these.
         model: The module that is trained.
 
@@ -156,11 +157,6 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
     written: list[tuple[str, list[nn.Module]]] = []
     for entry in entries:
         if isinstance(entry, str) and entry in PRESETS:
-            if entry in named:
-                raise ConfigError(
-                    f"value_nodes entry {entry!r} is a preset and the name of a module: write "
-                    f"'({entry})' for the module."
-                )
             found = list(PRESETS[entry](model))
             if not found and entry not in ("auto", "nonlinearities"):
                 raise PlacementError(

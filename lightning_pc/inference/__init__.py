@@ -1,0 +1,1 @@
+"""Inference: how values are relaxed, and when weights learn."""

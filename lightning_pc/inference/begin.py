@@ -1,0 +1,115 @@
+"""What happens before the first move of a batch's values: the rate, and which values follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from lightning_pc.inference.curvature import LARGEST, AutoGamma, largest_curvature
+from lightning_pc.inference.movers import Mover
+from lightning_pc.inference.precisions import Precisions
+from lightning_pc.inference.schedules import Schedule
+from lightning_pc.nodes.following import AXES, TOO_FAR, Along
+from lightning_pc.nodes.node import ErrorNode, Node
+from lightning_pc.stages.evaluator import Asked, Evaluator
+
+
+@dataclass
+class Beginning:
+    """Looks at the curvature where due, and chooses by it.
+
+    Args:
+        schedule: Who moves when.
+        auto: Chooses gamma, None where it is given.
+        precisions: Each energy's weight in F.
+        curious: Look at the curvature, whoever gave gamma.
+
+    Attributes:
+        seen: What ``curious`` saw: the largest curvature and the node where it is largest.
+    """
+
+    schedule: Schedule
+    auto: AutoGamma | None
+    precisions: Precisions
+    curious: bool
+    seen: tuple[float, Node] | None = None
+
+    def begin(
+        self,
+        evaluator: Evaluator,
+        mover: Mover,
+        scale: float,
+        root: float,
+        free: Tensor,
+        age: int,
+        steps: int,
+        kept: bool,
+    ) -> None:
+        """The gradients of the first evaluation stand in the nodes; they do so after.
+
+        Args:
+            evaluator: Of the batch.
+            mover: Gets the rate.
+            scale: Factor from an energy's gradient to the parameters'.
+            root: Factor of the loss in parameter gradients.
+            free: F, [].
+            age: Inference steps that the values have behind them.
+            steps: How many follow.
+            kept: Values are kept from call to call.
+        """
+        nodes, auto = evaluator.nodes, self.auto
+
+        def look(seed: int, close: bool) -> tuple[float, Node]:
+            return self._look(evaluator, Asked(age, True, False, False, root, scale), steps, seed, close)
+
+        for node in nodes:
+            if isinstance(node, ErrorNode):
+                node.whole = self.schedule.whole
+        if self.curious:
+            self.seen = look(0, True)
+        if auto is None:
+            return
+        if auto.due():
+            curvature, _ = look(auto.looks, auto.close)
+            auto.take_in(curvature)
+        share = 1.0
+        if self.schedule.deep is not None and not kept:
+            share = min(1.0, (self.schedule.deep / evaluator.graph.longest) ** 2)
+        for node in nodes:
+            if isinstance(node, ErrorNode) and share < 1.0:
+                node.whole = True
+        mover.choose(auto.gamma * share, auto.chosen_for)
+        if mover.own_rates and self.schedule.incremental:
+            self._follow(evaluator, mover, free, age)
+
+    def _follow(self, evaluator: Evaluator, mover: Mover, free: Tensor, age: int) -> None:
+        """Lets values go along: always, or with moves that are too far by F as the batch starts."""
+        bears, always = TOO_FAR * free.abs(), evaluator.graph.skips
+        for node in evaluator.nodes:
+            if node.x.dim() > AXES:
+                continue
+            share = min(1.0, mover.start_gamma * node.weight / LARGEST)
+            start = None if age else node.x.detach().clone()
+            node.along = Along(bears, 1.0 if always else share, start, always)
+
+    def _look(
+        self, evaluator: Evaluator, asked: Asked, steps: int, seed: int, close: bool
+    ) -> tuple[float, Node]:
+        """The largest curvature of F at this moment and the node it is largest at."""
+        nodes, age = evaluator.nodes, asked.t
+        # All nodes' energies count.
+        everything = replace(asked, t=age + max(node.arrival for node in nodes))
+        before = [(node.weight, node.along) for node in nodes]
+        for node in nodes:
+            node.along = None
+            if self.precisions.varies and not age:
+                node.weight = self.precisions.lasting(node.depth, steps)
+        evaluator.disturbed()
+        try:
+            return largest_curvature(
+                nodes, lambda: evaluator(everything), 1.0 / asked.scale, seed, close
+            )
+        finally:
+            for node, (weight, along) in zip(nodes, before, strict=True):
+                node.weight, node.along = weight, along

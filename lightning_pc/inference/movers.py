@@ -1,0 +1,200 @@
+"""Movers: how values move along dF/dx, all nodes at once (Jacobi).
+
+A mover is to the values what an optimizer is to the weights, an object with state that lasts one
+batch. `Descent` is the paper's; `OptimizerMover` is any optimizer of torch's; conjugate gradients
+are in `lightning_pc.inference.conjugate`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pc.nodes.node import Node
+
+
+class Mover(ABC):
+    """Moves the values of one batch.
+
+    Args:
+        gamma: Inference rate, > 0.
+
+    Attributes:
+        gamma: The rate at this step, on a device maybe a tensor.
+        start_gamma: The rate at the start of the batch.
+        chosen_for: The largest curvature of F by which gamma was chosen, None where it was given.
+        momentum: Share of a node's velocity that it keeps from step to step.
+    """
+
+    #: Each step has a rate and a momentum of its own, so that F's growth says nothing of gamma.
+    own_rates: ClassVar[bool] = False
+    momentum: float = 0.0
+
+    def __init__(self, gamma: float) -> None:
+        self.start_gamma = gamma
+        self.gamma: float | Tensor = gamma
+        self.chosen_for: float | None = None
+        self._first: Tensor | None = None
+        self._last: Tensor | None = None
+
+    def choose(self, gamma: float, chosen_for: float | None) -> None:
+        """Takes the automatic rate, before the first move."""
+        self.start_gamma = self.gamma = gamma
+        self.chosen_for = chosen_for
+
+    @property
+    def ends(self) -> Tensor | None:
+        """F when the values began to move and now, [2]; None where they never did."""
+        if self._last is None or self._first is None:
+            return None
+        return torch.stack([self._first, self._last])
+
+    def observe(self, energy: Tensor) -> None:
+        """Takes in F of this step, [], before the values move; stays on the device."""
+        if self._first is None:
+            self._first = energy
+        self._last = energy
+
+    def finish(self, energy: Tensor) -> None:
+        """Takes in F of the last evaluation, []."""
+        self._last = energy
+
+    @abstractmethod
+    def move(self, nodes: Sequence[Node], scale: float) -> None:
+        """Moves every node that an error has reached.
+
+        Args:
+            nodes: Nodes with their ``slopes`` and ``below`` (the gradient through the module).
+            scale: Factor that turns ``below`` into the gradient of the sum F.
+        """
+
+
+class Descent(Mover):
+    """x <- x - gamma dF/dx: Eq. 6 and 10 of the paper.
+
+    With momentum m values move by a velocity, v <- m v + dF/dx and x <- x - gamma v (Polyak's heavy
+    ball), as in PCX (Pinchetti et al. 2024). They start at rest.
+
+    Args:
+        gamma: Inference rate, > 0.
+        gamma_decay: Factor of gamma after a step at which the energy has not fallen (the paper,
+            D.3), in (0, 1]; 1 leaves gamma alone.
+        momentum: Share of a node's velocity that it keeps from step to step, in [0, 1).
+    """
+
+    def __init__(self, gamma: float, gamma_decay: float = 1.0, momentum: float = 0.0) -> None:
+        super().__init__(gamma)
+        self.gamma_decay, self.momentum = gamma_decay, momentum
+
+    @override
+    @torch.no_grad()
+    def observe(self, energy: Tensor) -> None:
+        """Takes in F of this step, [], before the values move; stays on the device."""
+        if self.gamma_decay < 1.0 and self._last is not None:
+            if energy.device.type == "cpu":
+                self.gamma *= 1.0 if energy < self._last else self.gamma_decay
+            else:
+                kept = self.gamma
+                if not isinstance(kept, Tensor):  # filled in, since a copy would be waited for
+                    kept = torch.full_like(energy, kept)
+                self.gamma = torch.where(energy < self._last, kept, kept * self.gamma_decay)
+        super().observe(energy)
+
+    @override
+    @torch.no_grad()
+    def move(self, nodes: Sequence[Node], scale: float) -> None:
+        moving = [node for node in nodes if reached(node)]
+        values = [node.coordinates for node in moving]
+        for node in moving:  # a rate on the device is not waited for
+            rate = self.start_gamma if isinstance(self.gamma, Tensor) else self.gamma
+            node.moved(rate, self.momentum)
+        if not self.momentum:
+            descend(values, moving, scale, self.gamma)
+            return
+        for node in moving:
+            if node.velocity is None:
+                node.velocity = torch.zeros_like(node.coordinates, requires_grad=False)
+        velocities = [node.velocity for node in moving if node.velocity is not None]
+        torch._foreach_mul_(velocities, self.momentum)
+        descend(velocities, moving, scale, -1.0)
+        add(values, velocities, 1.0, self.gamma)
+
+
+class OptimizerMover(Mover):
+    """Any optimizer of torch's on the values, made anew for each batch.
+
+    Args:
+        make: Makes the optimizer from the list of values.
+    """
+
+    own_rates = True
+
+    def __init__(self, make: Callable[[list[Tensor]], Optimizer]) -> None:
+        super().__init__(float("nan"))
+        self._make = make
+        self._optimizer: Optimizer | None = None
+
+    @override
+    @torch.no_grad()
+    def move(self, nodes: Sequence[Node], scale: float) -> None:
+        values = [node.coordinates for node in nodes]
+        if self._optimizer is None:
+            self._optimizer = self._make([value.requires_grad_() for value in values])
+            self.start_gamma = self.gamma = float(self._optimizer.param_groups[0].get("lr", "nan"))
+        for node, value in zip(nodes, values, strict=True):
+            value.grad = slope(node, scale)
+        self._optimizer.step()
+        for value in values:
+            value.grad = None
+
+
+def reached(node: Node) -> bool:
+    """Whether an error has moved the node, or does so now."""
+    return any(g is not None for g in (node.slopes, node.below, node.velocity))
+
+
+def slope(node: Node, scale: float) -> Tensor | None:
+    """dF/dx of a node, [B, *]; None where no error has reached it.
+
+    Args:
+        node: With the gradients of this evaluation.
+        scale: Factor from the gradients that come from below to those of F.
+    """
+    total = None if node.slopes is None else node.slopes.dx * node.slopes.factor
+    if node.below is not None:
+        below = node.below * scale
+        total = below if total is None else total.add_(below)
+    return total
+
+
+def descend(
+    targets: Sequence[Tensor], nodes: Sequence[Node], scale: float, gamma: float | Tensor
+) -> None:
+    """Moves targets by -gamma dF/dx, each where an error has reached its node."""
+    pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for target, node in zip(targets, nodes, strict=True):
+        if node.slopes is not None:
+            pulls[node.slopes.factor].append((target, node.slopes.dx))
+        if node.below is not None:
+            pulls[scale].append((target, node.below))
+    for factor, pairs in pulls.items():
+        moved, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
+        add(moved, gradients, factor, gamma)
+
+
+def add(
+    targets: list[Tensor], gradients: list[Tensor], factor: float, gamma: float | Tensor
+) -> None:
+    """Moves targets by -gamma * factor * gradient."""
+    if isinstance(gamma, Tensor):  # a rate on the device has no alpha
+        gradients = list(torch._foreach_mul(gradients, gamma))
+        torch._foreach_add_(targets, gradients, alpha=-factor)
+    else:
+        torch._foreach_add_(targets, gradients, alpha=-factor * gamma)

@@ -1,0 +1,417 @@
+"""One batch: record the forward, infer the values, learn the parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pc.advisor import Advisor
+from lightning_pc.checks import (
+    check_held,
+    check_nodes,
+    checked_loss,
+    early_message,
+    shortcut,
+    unreached,
+)
+from lightning_pc.diagnosis import divergence
+from lightning_pc.errors import ClosureError, DivergenceError, PCError
+from lightning_pc.inference.begin import Beginning
+from lightning_pc.inference.conjugate import conjugate
+from lightning_pc.inference.curvature import START, AutoGamma
+from lightning_pc.inference.movers import Descent, Mover, OptimizerMover
+from lightning_pc.inference.precisions import Wave, checked_weight, precisions
+from lightning_pc.inference.relax import Trace, relax
+from lightning_pc.inference.schedules import Schedule, schedule
+from lightning_pc.nodes.placement import Placement
+from lightning_pc.recording.calls import Draws
+from lightning_pc.recording.draws import RandomStates
+from lightning_pc.recording.losses import count_terms
+from lightning_pc.recording.watch import Learned, Site, Watch, leaves_of
+from lightning_pc.report import StepReport
+from lightning_pc.settings import Settings
+from lightning_pc.stages.chain import require_chain
+from lightning_pc.stages.evaluator import (
+    Asked,
+    Batch,
+    Evaluator,
+    LocalErrors,
+    ThroughErrors,
+    counted_calls,
+)
+from lightning_pc.stages.prepare import Forms
+from lightning_pc.view import View
+
+Output = TypeVar("Output")
+
+
+@dataclass
+class _Waiting:
+    """The batch in hand, between its forward and its inference."""
+
+    batch: Batch
+    T: int
+    count: Callable[[], float]
+
+
+class Learner:
+    """Trains one module batch by batch; both doors, optimizer and strategy, stand before it.
+
+    Args:
+        model: The module, as its user wrote it.
+        settings: The engine's arguments.
+        optimizer: Who moves the parameters. The report speaks of those that it holds; the others
+            keep the gradients that they had, and gain those of the last evaluation.
+
+    Attributes:
+        report: What the last step did.
+        values: Node name -> value of the last batch, [B, *].
+        auto: Chooses gamma, None where it is given.
+        ran: The last forward ran something that can be trained.
+    """
+
+    def __init__(
+        self, model: nn.Module, settings: Settings, optimizer: Optimizer | None = None
+    ) -> None:
+        self.model, self.settings, self.optimizer = model, settings, optimizer
+        self.schedule: Schedule = schedule(settings.algorithm)
+        self.report: StepReport | None = None
+        self.values: dict[str, Tensor] = {}
+        self.auto: AutoGamma | None = None
+        self.ran = False
+        if settings.fixed_gamma is None and settings.inference is None:
+            self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
+        self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
+        self._softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
+        self._view, self._learned = View(model, settings.value_nodes), Learned()
+        self._forms = Forms(self.schedule.incremental, self.schedule.through)
+        self._waiting: _Waiting | None = None
+        self._advisor = Advisor(self.schedule, self.auto, self._precisions.varies)
+        # reset="never": the sites with their values, steps taken, and the draws they saw.
+        self._kept: list[Site] | None = None
+        self._age = 0
+        self._draws: RandomStates | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside model and optimizer: numbers and a name, often none."""
+        if self.auto is None:
+            return {}
+        return {"precisions": self._precisions.name, **self.auto.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of `state_dict`; with a gamma that is given nothing is taken."""
+        if self.auto is not None and state:
+            self.auto.load_state_dict(state)
+            if state.get("precisions", self._precisions.name) != self._precisions.name:
+                self.auto.anew = True  # the curvature was that of another F
+
+    def check(self) -> None:
+        """Refuses models and placements that can never work, before any batch.
+
+        Raises:
+            PCError: Naming the module and what to do.
+        """
+        self._view.look()
+
+    def begin(
+        self,
+        forward: Callable[[], Output],
+        loss_of: Callable[[Output], Tensor | None],
+        batch: Any = (),
+        batch_size: Callable[[], float | None] = lambda: None,
+    ) -> Output:
+        """Runs the user's forward, once, and records it.
+
+        Args:
+            forward: The user's forward, which computes the loss.
+            loss_of: The scalar loss in what ``forward`` returns, None to skip the batch.
+            batch: What ``forward`` is given, for ``loss_terms``.
+            batch_size: Asked where no call of a loss function tells the number of terms.
+
+        Returns:
+            What ``forward`` returned.
+
+        Raises:
+            PCError: The nodes cannot stand there; model and generators are as before.
+        """
+        # The last batch makes room; a skipped one leaves neither values nor report.
+        self._waiting, self.report, self.values = None, None, {}
+        start = RandomStates()
+        if self._draws is not None:
+            self._draws.restore()
+        placement = self._view.look()
+        watch = self._watch(placement)
+        try:
+            with watch.watching():
+                output = forward()
+                loss = loss_of(output)
+            self.ran = bool(watch.calls)
+            if loss is not None:
+                self._waiting = self._prepare(watch, placement, loss, batch, batch_size)
+        except PCError:
+            watch.undo()
+            start.restore()
+            raise
+        if self.settings.reset == "never" and self._draws is None:
+            self._draws = start
+        elif self._draws is not None:
+            start.restore()
+        return output
+
+    def _watch(self, placement: Placement) -> Watch:
+        held = self._held()
+
+        def early(tensor: Tensor) -> str:
+            leaves = {leaf for leaf in leaves_of(tensor) if held is None or leaf in held}
+            return early_message(leaves, self.model) if leaves else ""
+
+        return Watch(
+            placement,
+            self._learned,
+            self._softmax,
+            self._view.names,
+            self._view.own,
+            self._forms.expected,
+            self._kept,
+            early,
+        )
+
+    def _prepare(
+        self,
+        watch: Watch,
+        placement: Placement,
+        loss: Tensor,
+        given: Any,
+        batch_size: Callable[[], float | None],
+    ) -> _Waiting:
+        batch = self._forms.prepare(watch, checked_loss(loss))
+        graph, held = batch.graph, self._held()
+        check_nodes(placement, graph, self.model)
+        if held is not None:
+            check_held(graph, held)
+        if self.schedule.wave:
+            require_chain(batch, self.model)
+        T = self.schedule.steps(graph.depth, self.settings.T, self._precisions.wave)
+        if self.settings.reset == "batch":
+            self._advisor.say("unreached", unreached(graph, T, self.model))
+        if self._precisions.wave and not self.schedule.wave:
+            self._advisor.say("shortcut", shortcut(graph))
+        counted_calls(batch)
+        return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size))
+
+    def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:
+        """Infers and learns: adds the parameter gradients of the last step to ``.grad``.
+
+        Args:
+            seed: Factor of the loss in parameter gradients (1 / accumulated batches).
+            update: One optimizer step on the gradients so far, for every update but the last,
+                which is the caller's.
+
+        Returns:
+            The loss of the forward, None where the batch is skipped.
+
+        Raises:
+            DivergenceError: Loss or an energy is not finite; no weight has moved on it.
+        """
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return None
+        # Calls that draw again move the generators that they drew from.
+        drawn = {d.generator for call in waiting.batch.watch.calls for d in call.draws}
+        after = [Draws(generator, generator.get_state()) for generator in drawn]
+        kind = ThroughErrors if self.schedule.through else LocalErrors
+        evaluator = kind(waiting.batch, self._held(), self.schedule.wave)
+        try:
+            with torch.autocast(waiting.batch.loss.device.type, enabled=False):
+                return self._infer(evaluator, waiting, seed, update)
+        except BaseException as error:
+            if self.auto is not None and isinstance(error, DivergenceError):
+                self.auto.after_divergence()
+            self._kept, self._age, self._draws = None, 0, None
+            raise
+        finally:
+            evaluator.finish()
+            for generator in after:
+                generator.again()
+            for node in evaluator.nodes:
+                node.forget()
+
+    def describe(
+        self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
+    ) -> tuple[Batch, int]:
+        """The batch that a forward gives and the T it would get; what it changed is put back."""
+        start = RandomStates()
+        self.begin(forward, loss_of)
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            raise ClosureError("The forward returned no loss, so there is no graph to describe.")
+        waiting.batch.watch.undo()
+        start.restore()
+        return waiting.batch, waiting.T
+
+    def _infer(
+        self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
+    ) -> Tensor:
+        graph, T, betas = evaluator.graph, waiting.T, self.settings.betas
+        terms, incremental = waiting.count() or math.nan, self.schedule.incremental
+        self.values = {node.name: node.x for node in graph.nodes}
+        if incremental:  # an unreached one takes no step, not one of gradient zero
+            _clear_gradients(evaluator.moving)
+        begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
+        traces: list[Trace] = []
+        beginning = Beginning(self.schedule, self.auto, self._precisions, self._advisor.curious)
+        for beta in betas:
+            if traces:
+                evaluator.disturbed()
+                for node, start in zip(graph.nodes, begun, strict=True):
+                    node.restart(start)
+            mover = self._mover(graph, T)
+            phase = seed / len(betas)
+            scale = phase / (terms * beta)
+
+            def evaluate(
+                t: int,
+                moves: bool,
+                learns: bool,
+                pull: float,
+                scale: float = scale,
+                factor: float = phase / beta,
+            ) -> tuple[Tensor, Tensor]:
+                now, last = self._age + t, t == T - 1
+                loss = evaluator(Asked(now, moves, learns, last, factor * pull, scale))
+                if moves:
+                    evaluator.moved(node for node in graph.nodes if node.arrival <= now + 1)
+                return loss, evaluator.energies()
+
+            def step() -> None:
+                stepped = [p for p in evaluator.moving if p.grad is not None]
+                update()
+                torch.clear_autocast_cache()
+                evaluator.learned(stepped)
+                _clear_gradients(evaluator.moving)
+
+            def begin(free: Tensor, scale: float = scale, mover: Mover = mover) -> None:
+                kept, root = self.settings.reset == "never", phase * self._weigh(graph.nodes, 0, T)
+                steps = T - (not self.schedule.moves(T - 1, T))
+                beginning.begin(evaluator, mover, scale, root, free, self._age, steps, kept)
+
+            def diverged(trace: Trace, mover: Mover = mover) -> DivergenceError:
+                return self._divergence(graph.nodes, trace, mover)
+
+            def weigh(t: int, beta: float = beta) -> float:
+                return beta * self._weigh(graph.nodes, t, T)
+
+            traces.append(
+                relax(
+                    evaluate,
+                    graph.nodes,
+                    self.schedule,
+                    mover,
+                    weigh,
+                    step,
+                    T,
+                    terms,
+                    1.0 / scale,
+                    begin,
+                    diverged,
+                )
+            )
+        self._keep(evaluator, T)
+        self.report = self._report(evaluator, traces, terms, mover)
+        self._advisor.after(graph.nodes, self._age, traces[-1], mover, beginning, self.report)
+        if self.settings.reset == "never":
+            self._age += T
+        return traces[0].losses[0]
+
+    def _mover(self, graph: Any, T: int) -> Mover:
+        settings, incremental = self.settings, self.schedule.incremental
+        if settings.inference is not None:
+            return OptimizerMover(settings.inference)
+        gamma, decay = settings.fixed_gamma or START, settings.chosen_decay
+        momentum = settings.chosen_momentum
+        if momentum == "conjugate":
+            arrive = graph.even and not self._age  # kept values have their errors
+            return conjugate(gamma, decay, incremental, arrive, T)
+        return Descent(gamma, decay, momentum)
+
+    def _weigh(self, nodes: list[Any], t: int, T: int) -> float:
+        """Sets the weights of a step's energies, and gives that of the loss."""
+        steps = T - (not self.schedule.moves(T - 1, T))
+        weights = {
+            d: checked_weight(self._precisions, d, t, steps)
+            for d in (0, *{node.depth for node in nodes})
+        }
+        for node in nodes:
+            node.weight = weights[node.depth]
+        return weights[0]
+
+    def _keep(self, evaluator: Evaluator, T: int) -> None:
+        if self.settings.reset == "never":
+            self._kept = evaluator.batch.watch.sites
+
+    def _divergence(self, nodes: list[Any], trace: Trace, mover: Mover) -> DivergenceError:
+        return divergence(
+            [node.name for node in nodes],
+            trace.losses,
+            trace.energies,
+            [float(free) for free in trace.free],
+            self._age,
+            mover.start_gamma,
+            None if mover.own_rates else mover.momentum,
+            self.auto is not None,
+            self.schedule.incremental,
+        )
+
+    def _report(
+        self, evaluator: Evaluator, traces: list[Trace], terms: float, mover: Mover
+    ) -> StepReport:
+        graph, held = evaluator.graph, self._held() or set()
+        losses = [loss for trace in traces for loss in trace.losses]
+        return StepReport(
+            algorithm=self.settings.algorithm,
+            steps=len(losses),
+            depth=graph.depth,
+            nodes=[node.name for node in graph.nodes],
+            depths=[node.depth for node in graph.nodes],
+            loss=torch.stack(losses),
+            loss_terms=terms,
+            gamma=float(mover.gamma),
+            momentum=self.settings.chosen_momentum,
+            curvature=None if self.auto is None else self.auto.curvature,
+            energies=torch.stack([energy for trace in traces for energy in trace.energies]),
+            pulls=tuple(pull for trace in traces for pull in trace.pulls),
+            _depths={
+                name: graph.arrivals.get(parameter)
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad and parameter in held
+            },
+            _learned_at=tuple(self._age + t for t in traces[-1].learned_at),
+            _along=tuple(0 if node.along is None else node.along.times for node in graph.nodes),
+        )
+
+    def _held(self) -> set[nn.Parameter] | None:
+        """The parameters that the optimizer moves; None where it is not known."""
+        if self.optimizer is None:
+            return None
+        return {p for group in self.optimizer.param_groups for p in group["params"]}
+
+    def _terms(
+        self, batch: Batch, given: Any, batch_size: Callable[[], float | None]
+    ) -> float:
+        first = next((node.x.shape[0] for node in batch.graph.nodes if node.x.dim()), 1)
+        terms, doubt = count_terms(
+            self.settings.loss_terms, batch.graph.losses, given, batch_size, otherwise=first
+        )
+        self._advisor.say("loss_terms", doubt)
+        return terms
+
+
+def _clear_gradients(parameters: list[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = None

@@ -1,0 +1,1 @@
+"""Value nodes: what stands where an activation stood, its energy, and where nodes are put."""

@@ -1,0 +1,148 @@
+"""A value node: the value that stands where an activation stood, and its prediction error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_pc.nodes.energies import Energy, Slopes
+from lightning_pc.nodes.following import Along
+
+
+@dataclass(eq=False)
+class Node:
+    """One value node.
+
+    Attributes:
+        name: Dotted name of its place; a second call of the same place is ``name#2``.
+        x: The value, float32 or wider, [B, *].
+        energy: Its node energy.
+        depth: Fewest stages on any path to the loss; a node that the loss reads has 1.
+        arrival: First inference step at which its error may not be zero: its depth on a chain,
+            sooner where a connection skips stages, or where iPC shares a weight between stages;
+            1 in error coordinates.
+        parents: The nodes from which its prediction is computed.
+        parameters: The trainable parameters of its stage.
+        rounding: Relative, of the arithmetic that computes its prediction.
+        weight: Of its energy in F, at the coming evaluation.
+        along: When its value goes along with its prediction; None where it stays.
+        velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
+        slopes: The energy's gradients at this evaluation; None before an error arrives.
+        below: The gradient that comes from the stages that read it, [B, *], at this evaluation.
+    """
+
+    name: str
+    x: Tensor
+    energy: Energy
+    depth: int = 0
+    arrival: int = 0
+    parents: list[Node] = field(default_factory=list)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    rounding: float = torch.finfo(torch.float32).eps
+    weight: float = 1.0
+    along: Along | None = None
+    velocity: Tensor | None = None
+    slopes: Slopes | None = None
+    below: Tensor | None = None
+
+    @property
+    def coordinates(self) -> Tensor:
+        """What inference moves, [B, *]: the value."""
+        return self.x
+
+    @torch.no_grad()
+    def evaluate(self, mu: Tensor, scale: float) -> None:
+        """Takes in this evaluation's prediction.
+
+        Args:
+            mu: The prediction, [B, *].
+            scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
+        """
+        mu = mu.detach().to(self.x.dtype)
+        along = self.along
+        if along and along.always:
+            along.follow(self.x, mu, self.energy)
+        self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+        total = self.slopes.total
+        if along and not along.always and along.moved(self.x, mu, self.energy, self.weight, total):
+            self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+
+    def stand(self, mu: Tensor) -> Tensor:
+        """Its value, [B, *], where its prediction is ``mu``."""
+        return self.x
+
+    def moved(self, gamma: float, momentum: float) -> None:
+        """Takes in that its coordinates have made a step."""
+
+    def restart(self, start: Tensor) -> None:
+        """Its coordinates are back where they started, at rest."""
+        self.coordinates.data.copy_(start)
+        self.velocity = None
+
+    def forget(self) -> None:
+        """Drops what belongs to one evaluation."""
+        self.slopes = self.below = None
+
+
+@dataclass(eq=False)
+class ErrorNode(Node):
+    """A node in error coordinates: inference moves ``e``, and ``x = mu + e`` follows.
+
+    Goemaere et al. 2025 (ePC, arXiv 2505.20137): F(e) is the loss of the whole network plus
+    ``0.5 * ||e||^2`` of each node, so dF/de is ``e`` plus the gradient that arrives by ordinary
+    backprop through all that is below, undamped at any depth. Its minima are those of F(x).
+    The energy must depend on ``x - mu`` alone, as the Gaussian does.
+
+    Attributes:
+        e: The error ``x - mu``, in the value's dtype, [B, *]; starts at zero.
+        come: How far a lone entry has come that a constant gradient of -1 pulls at; its whole way
+            is 1 / weight. To first order all entries have come the same share of theirs.
+        pace: The velocity of that entry.
+        whole: Parameters learn from its error as if that had come all of its way.
+    """
+
+    e: Tensor = field(init=False)
+    come: float = 0.0
+    pace: float = 0.0
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        self.e = torch.zeros_like(self.x, requires_grad=False)
+
+    @property
+    @override
+    def coordinates(self) -> Tensor:
+        """What inference moves, [B, *]: the error."""
+        return self.e
+
+    @override
+    @torch.no_grad()
+    def stand(self, mu: Tensor) -> Tensor:
+        return self.x.copy_(mu).add_(self.e)
+
+    @override
+    @torch.no_grad()
+    def evaluate(self, mu: Tensor, scale: float) -> None:
+        self.stand(mu)
+        # Not of x and mu, whose difference rounds away an error that is small beside them.
+        zero = self.e.new_zeros(())
+        self.slopes = self.energy.evaluate(self.e, zero, scale * self._gain, self.weight)
+
+    @override
+    def moved(self, gamma: float, momentum: float) -> None:
+        self.pace = momentum * self.pace + 1.0 - self.weight * self.come
+        self.come += gamma * self.pace
+
+    @override
+    def restart(self, start: Tensor) -> None:
+        super().restart(start)
+        self.come = self.pace = 0.0
+
+    @property
+    def _gain(self) -> float:
+        """Factor of the error that parameters learn from."""
+        share = self.weight * self.come if self.whole else 1.0
+        return 1.0 / share if share > 0 else 1.0

@@ -1,0 +1,266 @@
+"""A recorded torch call, and how it runs again.
+
+Tensors of a recording live in *slots*, which are numbered in the order in which they appear. A
+call reads slots and fills slots. A call that writes to a tensor in place fills a new slot with it,
+so that whoever reads it later depends on the write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: The tensors of a batch by slot.
+Environment = dict[int, Tensor]
+
+
+class Ref(NamedTuple):
+    """Stands among a call's arguments for the tensor that it reads there.
+
+    Attributes:
+        index: Into `Call.reads`.
+    """
+
+    index: int
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size))
+_REFS = [Ref(i) for i in range(64)]
+
+
+class Context(NamedTuple):
+    """Under which modes of torch a call ran.
+
+    Attributes:
+        grad: Gradients were on.
+        autocast: (device type, enabled, dtype, caches weights) of each device type asked for.
+    """
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The same modes again."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for device, enabled, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype, enabled))
+            yield
+
+
+def current_context(device: str) -> Context | None:
+    """The modes that are on, None for those of an ordinary forward."""
+    grad = torch.is_grad_enabled()
+    if not torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+        return None if grad else Context(False, ())
+    types = dict.fromkeys(("cpu", device))
+    states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in types]
+    return Context(grad, tuple(states))
+
+
+@dataclass(eq=False)
+class Draws:
+    """The state of a random generator before a call drew from it."""
+
+    generator: torch.Generator
+    state: Tensor
+
+    def again(self) -> None:
+        """The next draw is that one."""
+        self.generator.set_state(self.state)
+
+
+class Call:
+    """One recorded call.
+
+    Attributes:
+        function: The torch function.
+        args: Its arguments, a `Ref` in the place of each tensor.
+        kwargs: Likewise.
+        reads: The slots of these tensors, in the order of the `Ref` indices.
+        fills: The slots of the tensors in its result.
+        rewrites: (index into ``reads``, slot): what it wrote to in place, and the slot from then.
+        context: Modes of torch, None for the ordinary ones.
+        draws: What it drew from.
+        copies: Indices into ``reads`` of tensors from before the forward that it writes to: when
+            it runs again it writes to a copy of its own.
+        hooks: Hooks on its results: (which of them, the hook).
+    """
+
+    __slots__ = (
+        *("function", "args", "kwargs", "reads", "fills", "rewrites", "context"),
+        *("draws", "copies", "hooks", "flat"),
+    )
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        reads: tuple[int, ...],
+        context: Context | None = None,
+    ) -> None:
+        self.function, self.reads, self.context = function, reads, context
+        self.fills: tuple[int, ...] = ()
+        self.rewrites: tuple[tuple[int, int], ...] = ()
+        self.draws: tuple[Draws, ...] = ()
+        self.copies: tuple[int, ...] = ()
+        self.hooks: list[tuple[int, Any]] = []
+        counter = iter(range(len(reads)))
+        self.args = tuple([_with_refs(value, counter) for value in args])
+        self.kwargs: dict[str, Any] = (
+            {key: _with_refs(value, counter) for key, value in kwargs.items()} if kwargs else {}
+        )
+        self.flat = [type(a) for a in self.args].count(Ref) == len(reads)
+
+    def run(self, env: Environment) -> None:
+        """Runs again on the tensors in ``env``, which gains the results."""
+        tensors = [env[slot] for slot in self.reads]
+        for index in self.copies:
+            tensors[index] = tensors[index].clone()
+        for draw in self.draws:
+            draw.again()
+        if self.flat:
+            args = [tensors[a.index] if type(a) is Ref else a for a in self.args]
+            output = self.function(*args, **self.kwargs)
+        else:
+            args = _without_refs(self.args, tensors)
+            output = self.function(*args, **_without_refs(self.kwargs, tensors))
+        fills = self.fills
+        if len(fills) == 1 and isinstance(output, Tensor):
+            env[fills[0]] = output
+        elif fills:
+            env.update(zip(fills, tensors_in(output), strict=True))
+        for index, slot in self.rewrites:
+            env[slot] = tensors[index]
+        for which, hook in self.hooks:
+            result = env[fills[which]]
+            if result.requires_grad:
+                result.register_hook(hook)
+
+
+def _with_refs(value: Any, counter: Iterator[int]) -> Any:
+    if isinstance(value, Tensor):
+        index = next(counter)
+        return _REFS[index] if index < 64 else Ref(index)
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is tuple or kind is list:
+        return kind(_with_refs(v, counter) for v in value)
+    if kind is dict:
+        return {k: _with_refs(v, counter) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(_with_refs(v, counter) for v in value))
+    return value
+
+
+def _without_refs(value: Any, tensors: Sequence[Tensor]) -> Any:
+    kind = type(value)
+    if kind is Ref:
+        return tensors[value.index]
+    if kind is tuple or kind is list:
+        return kind(_without_refs(v, tensors) for v in value)
+    if kind is dict:
+        return {k: _without_refs(v, tensors) for k, v in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return kind(*(_without_refs(v, tensors) for v in value))
+    return value
+
+
+def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call, in order."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, dict)):
+            found += tensors_in(value)
+    return found
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in a value and the containers in it, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in tensors_in(item)]
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
+    return []
+
+
+@dataclass
+class Program:
+    """Calls in order.
+
+    Attributes:
+        calls: Indices of the recording's calls.
+        drops: After each of them, the slots that nobody needs any more.
+        stops: Index of a call that stands for a node -> (the node's number, its prediction's slot).
+    """
+
+    calls: list[int]
+    drops: list[tuple[int, ...]]
+    stops: dict[int, tuple[int, int]]
+
+
+def program(
+    calls: Sequence[Call],
+    chosen: Iterable[int],
+    kept: Iterable[int],
+    stops: Mapping[int, tuple[int, int]],
+) -> Program:
+    """The chosen calls in order.
+
+    Args:
+        calls: Of the recording.
+        chosen: Indices of those that run.
+        kept: Slots that stay to the end.
+        stops: As of `Program`.
+    """
+    order = sorted({*chosen, *stops})
+    stays, last = set(kept), dict[int, int]()
+    drops: list[list[int]] = [[] for _ in order]
+    for place, index in enumerate(order):
+        call = calls[index]
+        for slot in (*call.reads, *call.fills, *(slot for _, slot in call.rewrites)):
+            last[slot] = place
+    for slot, place in last.items():
+        if slot not in stays:
+            drops[place].append(slot)
+    return Program(order, [tuple(slots) for slots in drops], dict(stops))
+
+
+def run(
+    calls: Sequence[Call],
+    steps: Program,
+    env: Environment,
+    meet: Callable[[int, Tensor], Tensor],
+) -> None:
+    """Runs a program on the tensors in ``env``, which gains what it keeps.
+
+    Args:
+        calls: Of the recording.
+        steps: The program.
+        env: Slot -> tensor; loses what nobody needs any more.
+        meet: Called with a node's number and its prediction, as soon as that is there; gives the
+            value that the calls below it read.
+    """
+    for index, dropped in zip(steps.calls, steps.drops, strict=True):
+        call, stop = calls[index], steps.stops.get(index)
+        if stop is not None:
+            env[call.fills[0]] = meet(stop[0], env[stop[1]])
+        elif call.context is None:
+            call.run(env)
+        else:
+            with call.context.entered():
+                call.run(env)
+        for slot in dropped:
+            env.pop(slot, None)

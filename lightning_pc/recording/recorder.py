@@ -1,0 +1,381 @@
+"""The recorder: a mode that sees every torch call of one forward and keeps those that matter.
+
+A call matters where it depends on a value node or a trainable parameter. Everything else is a
+constant of the batch. So are whole numbers and booleans (masks, routing, indices), and whatever
+leaves torch (``.item()``, ``bool(tensor)``, ``.numpy()``): they stay as they were in the forward.
+The forward is an ordinary one, with gradients on. So a tensor with a gradient that no recorded call
+has made gives away a call that was not seen, which is an error.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_pc.errors import ClosureError, RecordingError
+from lightning_pc.recording.calls import Call, Draws, arguments, current_context, tensors_in
+
+Function = Callable[..., Any]
+
+#: Functions that draw from a random generator, by name; others are found out at their first call.
+_DRAWING = frozenset(
+    (
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
+        *("feature_alpha_dropout", "rrelu", "bernoulli", "multinomial", "normal", "poisson"),
+        *("rand_like", "randn_like", "randint_like", "scaled_dot_product_attention", "lstm", "gru"),
+        *("rnn_tanh", "rnn_relu", "uniform", "random", "exponential", "cauchy", "log_normal"),
+        *("geometric", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"),
+    )
+)
+#: Functions that move running statistics without making a new version of them.
+_NORMS = frozenset((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm))
+_WRITING = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"))
+
+
+@dataclass
+class Traits:
+    """What is known of a function.
+
+    Attributes:
+        draws: It may draw from a random generator.
+        writes: It may write to an argument.
+    """
+
+    draws: bool
+    writes: bool
+
+
+def _guess(function: Function) -> Traits:
+    name = getattr(function, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    writes = in_place or name in _WRITING or function in _NORMS
+    return Traits(name.rstrip("_") in _DRAWING, writes)
+
+
+class Entry:
+    """What is known of a tensor that was met.
+
+    Attributes:
+        ref: To the tensor, whose id may be another's later.
+        slot: Where the recording holds it.
+        version: Of the tensor, when it came there.
+        depends: On a value or a trainable parameter.
+    """
+
+    __slots__ = ("depends", "ref", "slot", "version")
+
+    def __init__(self, tensor: Tensor, slot: int, depends: bool) -> None:
+        self.ref, self.slot, self.depends = weakref.ref(tensor), slot, depends
+        self.version = _version(tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # tensors of inference mode have none
+        return -1
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def first(tensor: Tensor, *_: Tensor) -> Tensor:
+    """The first of its arguments: a tensor, seen after writes to its memory by other names."""
+    return tensor
+
+
+class Recorder(TorchFunctionMode):
+    """Records the calls of one forward.
+
+    Args:
+        known: What is known of functions; it is added to.
+        own: Ids of the tensors that the model holds, which are put back if the batch is undone.
+        early: What is wrong with a tensor that was computed before the forward, "" for nothing.
+
+    Attributes:
+        calls: What was recorded, in order.
+        keys: Tells recordings of another form apart: calls, wiring, kinds of what was given.
+        given: Slot -> parameter or constant from before the forward or beside it.
+        parameters: Slot of a trainable parameter, or of a view of one -> the parameter.
+        slots: How many there are.
+        inert: Slots of what depends on something and has no gradient.
+        scalars: Slots of single numbers.
+        still: Slots of constants that are the same for any batch.
+    """
+
+    def __init__(
+        self, known: dict[Any, Traits], own: frozenset[int], early: Callable[[Tensor], str]
+    ) -> None:
+        super().__init__()
+        self.known, self._own, self._early = known, own, early
+        self.calls: list[Call] = []
+        self.keys: list[Any] = []
+        self.given: dict[int, Tensor] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
+        self.slots = 0
+        self.inert: set[int] = set()
+        self.scalars: set[int] = set()
+        self.still: set[int] = set()
+        self._still: dict[int, weakref.ref[Tensor]] = {}
+        self.device = "cpu"
+        self._entries: dict[int, Entry] = {}
+        self._producers: dict[int, Call] = {}  # of each slot
+        self._writes: list[tuple[int, int]] = []  # (memory, slot since)
+        self._undo: list[tuple[Tensor, Tensor]] = []
+        self._begun: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+    # What the tensors are
+
+    def entry(self, tensor: Tensor) -> Entry | None:
+        """What is known of a tensor that may depend on something; None of a constant.
+
+        Raises:
+            RecordingError: It comes from a call that was not seen.
+        """
+        entry = self._entries.get(id(tensor))
+        if entry is not None and entry.ref() is tensor:
+            if entry.depends and _version(tensor) != entry.version:
+                return self._rewritten(tensor, entry)
+            return entry
+        return self._from_outside(tensor) if tensor.requires_grad else None
+
+    def _from_outside(self, tensor: Tensor) -> Entry:
+        root = tensor if tensor.grad_fn is None else tensor._base
+        if root is None or root.grad_fn is not None:
+            function: Any = tensor.grad_fn
+            wrong = self._early(tensor) if function._sequence_nr() < self._begun else ""
+            if wrong:
+                raise ClosureError(wrong)
+            if function._sequence_nr() >= self._begun:
+                self._unseen(tensor)
+        slot = self._new_slot()
+        self.given[slot] = tensor
+        if isinstance(root, nn.Parameter):
+            self.parameters[slot] = root
+        self.keys.append(("trainable", tensor is root))
+        entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
+        return entry
+
+    def _unseen(self, tensor: Tensor) -> None:
+        function: Any = tensor.grad_fn
+        raise RecordingError(
+            f"A tensor of shape {tuple(tensor.shape)} that '{self.where()}' reads was made by a "
+            f"call that a recording cannot see ({function.name()}): a TorchScript function, a C++ "
+            "extension or a function transform. What stands above it would not learn. Use the "
+            "plain PyTorch version of that call while training."
+        )
+
+    def _constant(self, tensor: Tensor, content: Tensor | None) -> int:
+        """The slot of a constant, or of its ``content`` before it was written to."""
+        entry = self._entries.get(id(tensor))
+        if entry is not None and entry.ref() is tensor:
+            if content is not None:
+                self.given[entry.slot] = content
+            return entry.slot
+        slot = self._new_slot()
+        self.given[slot] = tensor if content is None else content
+        if not tensor.requires_grad:
+            self.inert.add(slot)
+        if self._is_still(tensor):
+            self.still.add(slot)
+        self.keys.append("still" if slot in self.still else "constant")
+        self._entries[id(tensor)] = Entry(tensor, slot, False)
+        return slot
+
+    def _rewritten(self, tensor: Tensor, entry: Entry) -> Entry:
+        """It shares memory with something that was written to since."""
+        memory = tensor.untyped_storage()._cdata
+        since = [slot for at, slot in self._writes if at == memory and slot > entry.slot]
+        if not since:
+            raise RecordingError(
+                f"A tensor of shape {tuple(tensor.shape)} that '{self.where()}' reads was written "
+                "to by a call that a recording cannot see (a C++ extension?). Use the plain "
+                "PyTorch version of that call while training."
+            )
+        call = Call(first, (tensor, *(tensor for _ in since)), {}, (entry.slot, *since))
+        return self._bind(tensor, self._append(call))
+
+    def _new_slot(self) -> int:
+        self.slots += 1
+        return self.slots - 1
+
+    def _bind(self, tensor: Tensor, call: Call) -> Entry:
+        """Gives the tensor a new slot, which the call fills."""
+        slot = self._new_slot()
+        call.fills += (slot,)
+        self._producers[slot] = call
+        if not tensor.requires_grad:
+            self.inert.add(slot)
+        if tensor.numel() == 1:
+            self.scalars.add(slot)
+        entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
+        return entry
+
+    def _know(self, tensor: Tensor, slot: int) -> None:
+        """The tensor is what a slot holds."""
+        self._entries[id(tensor)] = Entry(tensor, slot, True)
+
+    def _append(self, call: Call, *key: Any) -> Call:
+        self.calls.append(call)
+        self.keys.append((call.function, call.reads, *key))
+        return call
+
+    def _is_still(self, tensor: Tensor) -> bool:
+        """Whether a constant owes nothing to the batch: a buffer, a mask, fresh noise."""
+        if id(tensor) in self._own:
+            return True
+        ref = self._still.get(id(tensor))
+        return ref is not None and ref() is tensor
+
+    def _keep_still(self, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            self._still[id(output)] = weakref.ref(output)
+        return output
+
+    # Calls
+
+    def record(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Makes a call, and keeps it where it depends on a value or a trainable parameter."""
+        tensors = arguments(args, kwargs)
+        if not tensors:
+            return self._keep_still(function(*args, **kwargs))
+        entries = [self.entry(tensor) for tensor in tensors]
+        traits = self.known.get(function)
+        if not any(entry is not None and entry.depends for entry in entries):
+            if traits is None:
+                traits = _guess(function)
+            if traits.writes or "out" in kwargs:
+                for tensor in tensors:
+                    self._before_write(tensor)
+            output = function(*args, **kwargs)
+            return self._keep_still(output) if all(map(self._is_still, tensors)) else output
+        fresh = traits is None
+        if traits is None:
+            traits = self.known[function] = _guess(function)
+        watched = fresh or traits.writes or "out" in kwargs
+        copies = self._copies(tensors, entries, function) if watched else {}
+        draws = self._states(tensors, kwargs) if fresh or traits.draws else ()
+        versions = [_version(tensor) for tensor in tensors] if watched else None
+        output = function(*args, **kwargs)
+        if draws:
+            draws = tuple(d for d in draws if not torch.equal(d.state, d.generator.get_state()))
+            traits.draws = traits.draws or bool(draws)
+        rewritten = self._rewrites(tensors, entries, versions)
+        if rewritten is None:
+            return output
+        traits.writes = traits.writes or bool(rewritten)
+        results = [output] if isinstance(output, Tensor) else tensors_in(output)
+        if not rewritten and not any(map(_is_continuous, results)):
+            if function is Tensor.register_hook:
+                self._hook(entries[0], args)
+            return output
+        copied = [i for i in copies if i in rewritten or function in _NORMS]
+        reads = tuple(
+            entry.slot
+            if entry is not None and entry.depends
+            else self._constant(tensor, copies[i] if i in copied else None)
+            for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True))
+        )
+        context = current_context(self.device)
+        call = Call(function, args, kwargs, reads, context)
+        call.draws, call.copies = draws, tuple(copied)
+        self._append(call, context, tuple(rewritten), len(results))
+        for i in rewritten:
+            slot = self._new_slot()
+            call.rewrites += ((i, slot),)
+            self._producers[slot] = call
+            if not tensors[i].requires_grad:
+                self.inert.add(slot)
+            self._entries[id(tensors[i])] = Entry(tensors[i], slot, True)
+            self._writes.append((tensors[i].untyped_storage()._cdata, slot))
+        for result in results:
+            if _is_continuous(result):
+                self._bind(result, call)
+            else:
+                call.fills += (self._new_slot(),)
+        return output
+
+    def _copies(
+        self, tensors: list[Tensor], entries: list[Entry | None], function: Function
+    ) -> dict[int, Tensor]:
+        """Index -> content of what the call may write to and the recording does not make."""
+        copies = {}
+        for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
+            if (entry is None or not entry.depends) and not tensor.is_meta:
+                copies[i] = tensor.detach().clone()
+                if id(tensor) in self._own:
+                    self._undo.append((tensor, copies[i]))
+        return copies
+
+    def _rewrites(
+        self, tensors: list[Tensor], entries: list[Entry | None], versions: list[int] | None
+    ) -> list[int] | None:
+        """Indices of the tensors that the call has written to; None where it wrote to weights.
+
+        A write to a trainable parameter (clipping it within the forward) happens once: the
+        parameter is given to a recording as it stands.
+        """
+        found = []
+        for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
+            if versions is not None:
+                written = _version(tensor) != versions[i]
+            else:
+                depends = entry is not None and entry.depends
+                written = depends and _version(tensor) != entry.version  # type: ignore[union-attr]
+            if written and i == next(j for j, t in enumerate(tensors) if t is tensor):
+                if entry is not None and entry.slot in self.parameters:
+                    entry.version = _version(tensor)
+                    return None
+                found.append(i)
+        return found
+
+    def _states(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> tuple[Draws, ...]:
+        generators: list[torch.Generator] = [torch.default_generator]
+        if self.device == "cuda":
+            index = next((t.device.index for t in tensors if t.is_cuda), 0)
+            generators.append(torch.cuda.default_generators[index or 0])
+        own = kwargs.get("generator")
+        if isinstance(own, torch.Generator):
+            generators.append(own)
+        return tuple(Draws(generator, generator.get_state()) for generator in generators)
+
+    def _before_write(self, tensor: Tensor) -> None:
+        """A constant is about to be written to: the recording keeps what it was."""
+        content = None
+        if id(tensor) in self._own:
+            content = tensor.detach().clone()
+            self._undo.append((tensor, content))
+        memory = None
+        for other, entry in list(self._entries.items()):
+            known = entry.ref()
+            if entry.depends or known is None:
+                continue
+            memory = tensor.untyped_storage()._cdata if memory is None else memory
+            if known.untyped_storage()._cdata == memory:
+                self.given[entry.slot] = known.detach().clone()
+                del self._entries[other]
+
+    def _hook(self, entry: Entry | None, args: tuple[Any, ...]) -> None:
+        call = None if entry is None else self._producers.get(entry.slot)
+        if entry is not None and call is not None and entry.slot in call.fills:
+            call.hooks.append((call.fills.index(entry.slot), args[1]))
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """What the model holds is as it was before the forward."""
+        for tensor, content in reversed(self._undo):
+            tensor.data = content if tensor.shape != content.shape else tensor.data.copy_(content)
+
+    # What subclasses know
+
+    def where(self) -> str:
+        """Dotted name of the module that runs."""
+        return "the model"

@@ -1,0 +1,650 @@
+"""Watches a forward: records its calls, and puts a value where a value node may stand.
+
+`Site` is a place that was met: the input of a nonlinearity, or the output of a module that the user
+named. There the recording is cut. What comes in is the prediction; what is handed on is the value,
+which starts at the prediction. Whether a node really stands there is known once the forward is over
+(`lightning_pc.stages.form`).
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from lightning_pc.errors import ClosureError, PlacementError, RecordingError
+from lightning_pc.nodes.energies import Energy, Gaussian, softmax_energy
+from lightning_pc.nodes.node import Node
+from lightning_pc.nodes.placement import Placement
+from lightning_pc.recording.calls import Call
+from lightning_pc.recording.functions import (
+    COMPOSITES,
+    L1_LOSS,
+    NONLINEAR,
+    NONLINEARITIES,
+    SDPA,
+    attention,
+    out_of_place,
+    rectifies,
+    softmax_dim,
+    whole_call,
+)
+from lightning_pc.recording.losses import LossCall, is_loss, read_loss_call
+from lightning_pc.recording.recorder import Recorder, Traits, first
+
+#: A module of the model; of one that the forward makes on the spot, its type.
+Kind = nn.Module | type[nn.Module]
+FROZEN = "frozen above: its prediction depends on no trainable parameter"
+_OVERWRITES = "overwrites"
+INSIDE = "part of another place"
+LINEAR = "not a nonlinearity"
+
+_DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+_single_level: Any = torch.autograd.function._SingleLevelFunction
+
+
+@dataclass
+class Learned:
+    """What has been learned about modules and functions, kept from batch to batch.
+
+    Attributes:
+        nonlinearity: A module without parameters -> whether it is a nonlinearity.
+        writes: Nonlinearities that write to their input.
+        functions: What is known of torch functions.
+    """
+
+    nonlinearity: dict[Kind, bool] = field(default_factory=dict)
+    writes: set[Kind] = field(default_factory=set)
+    functions: dict[Any, Traits] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Site:
+    """A place that was met in call order.
+
+    Attributes:
+        key: Tells the kind of place: a function's name, a module, or (module, output).
+        name: Dotted name.
+        shape: Of the prediction, [B, *]; empty where it was skipped.
+        why: Why no node stands there, "" where one may.
+        reported: The user is told of it.
+        mu: Slot of the prediction; -1 where the recording is not cut.
+        slot: Slot of what is handed on.
+        at: Index of the call that stands for it in the recording.
+        value: The value, float32 or wider, [B, *].
+        energy: What its node's energy is.
+        rounding: Relative, of the arithmetic that computes the prediction.
+        leaves: Leaves that autograd reaches from the prediction; None where nobody looked.
+        edge: Where autograd holds the first forward's prediction; None where it is let go.
+        first: That prediction, [B, *].
+        version: Of ``first``, by which later writes to it are told.
+        cut: Autograd was cut there.
+        node: The node that stands there, once it is known that one does.
+    """
+
+    key: object
+    name: str
+    shape: tuple[int, ...]
+    why: str = ""
+    reported: bool = True
+    mu: int = -1
+    slot: int = -1
+    at: int = 0
+    value: Tensor | None = None
+    energy: Energy | None = None
+    rounding: float = 0.0
+    leaves: list[Tensor] | None = None
+    edge: GradientEdge | None = None
+    first: Tensor | None = None
+    version: int = 0
+    cut: bool = False
+    node: Node | None = None
+
+
+@dataclass
+class Expected:
+    """A form that a recording may turn out to have.
+
+    Attributes:
+        keys: Of the recording, in order.
+        why: Of each site, why no node stands there.
+        keeps: Of each site, whether autograd keeps the first forward's prediction.
+    """
+
+    keys: list[Any]
+    why: list[str]
+    keeps: list[bool]
+
+
+@dataclass
+class _Running:
+    """A module call in progress."""
+
+    module: nn.Module
+    start: int = -1  # index of the tentative site at its input, -1 for none
+    mu: Tensor | None = None
+    handed: Tensor | None = None
+    version: int = 0
+    suppresses: bool = False
+    nonlinear: bool = False
+
+
+def hand(value: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+    """What the module goes on with in the place of a prediction."""
+    return value.to(dtype, copy=copy)
+
+
+class Watch(Recorder):
+    """Records one forward and cuts it at sites.
+
+    Args:
+        placement: Where nodes are asked for.
+        learned: What is known of modules and functions; it is added to.
+        softmax: Energy at the logits of a softmax.
+        names: Module -> dotted name.
+        own: As of `Recorder`.
+        forms: What this recording may turn out to be, the likeliest first.
+        kept: Sites with values to stand again instead of fresh ones (``reset="never"``).
+        early: As of `Recorder`.
+
+    Attributes:
+        sites: Every place in call order.
+        losses: The calls of loss functions.
+        outputs: Module name and slot of its output, of calls that return one tensor.
+        form: What it has been so far, None for nothing that was expected.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        learned: Learned,
+        softmax: str,
+        names: Mapping[nn.Module, str],
+        own: frozenset[int] = frozenset(),
+        forms: Sequence[Expected] = (),
+        kept: list[Site] | None = None,
+        early: Callable[[Tensor], str] = lambda tensor: "",
+    ) -> None:
+        super().__init__(learned.functions, own, early)
+        self.placement, self.learned, self.softmax = placement, learned, softmax
+        self.names, self.kept = names, kept
+        self.sites: list[Site] = []
+        self.losses: list[LossCall] = []
+        self.outputs: list[tuple[str, int]] = []
+        self._forms, self._checked = forms, 0
+        self.form: Expected | None = next(iter(forms), None)
+        self._running: list[_Running] = []
+        self._suppressed = 0
+        self._inside = 0  # of a call that is recorded as one
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Active inside. The hooks are torch's global ones, so no module is touched."""
+        hooks = nn.modules.module
+        with ExitStack() as stack:
+            for handle in (
+                hooks.register_module_forward_pre_hook(self._before),
+                hooks.register_module_forward_hook(self._after),
+            ):
+                stack.callback(handle.remove)
+            stack.enter_context(self._functions_seen())
+            if "torch._dynamo" in sys.modules:  # compiled functions run as they are written
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            with self:
+                yield
+
+    @contextmanager
+    def _functions_seen(self) -> Iterator[None]:
+        """No mode sees `torch.autograd.Function.apply`: it is met on its way to C++."""
+
+        def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+            plain = torch._C._FunctionBase.__dict__["apply"].__get__(None, kind)
+            if threading.get_ident() != self._thread or not self._active():
+                return plain(*args, **kwargs)
+            if kind is torch.utils.checkpoint.CheckpointFunction:
+                return args[0](*args[2:])  # pieces hold no activations that it could save
+            return self._as_one(kind, plain, args, kwargs)
+
+        before = vars(_single_level).get("apply")
+        _single_level.apply = classmethod(apply)
+        try:
+            yield
+        finally:
+            if before is None:
+                del _single_level.apply
+            else:
+                _single_level.apply = before
+
+    def _active(self) -> bool:
+        return self in torch.overrides._get_current_function_mode_stack() and not self._inside
+
+    def _as_one(
+        self, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A Function of the user's, whose own backward it keeps, is one call."""
+        self._inside += 1
+        try:
+            return self.record(_Apply.of(kind), args, kwargs)
+        finally:
+            self._inside -= 1
+
+    @override
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        if func is L1_LOSS:
+            kwargs = whole_call(kwargs)
+        if self._running and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
+            for call in self._running:
+                call.nonlinear = True
+        if self._inside:
+            return func(*args, **kwargs)
+        if self.placement.nonlinearities and not self._suppressed and torch.is_grad_enabled():
+            name = NONLINEARITIES.get(func)
+            if name is not None:
+                return self._nonlinearity(func, name, args, dict(kwargs))
+            if func is SDPA:
+                return self._attention(args, kwargs)
+            opened = COMPOSITES.get(func)
+            if opened is not None:
+                with self:
+                    return opened(*args, **kwargs)
+        if func in _DIFFERENTIATES:
+            self._refuse_gradients(args)
+        output = self.record(func, args, kwargs)
+        if is_loss(func):
+            loss = read_loss_call(func, args, kwargs, output)
+            entry = None if loss is None else self.entry(loss.output)
+            if loss is not None and entry is not None:
+                loss.slot = entry.slot
+                self.losses.append(loss)
+        return output
+
+    # Sites
+
+    def place(
+        self,
+        key: object,
+        name: Callable[[], str],
+        mu: Tensor,
+        energy: Callable[[], Energy],
+        copy: bool = False,
+        overwritten: bool = False,
+    ) -> Tensor | None:
+        """What stands at a place instead of ``mu``, None where no node can.
+
+        Args:
+            key: Tells the kind of place.
+            name: Gives the place's dotted name.
+            mu: The prediction, [B, *].
+            energy: Makes the node's energy.
+            copy: The module may write to what it is handed.
+            overwritten: The prediction is about to be overwritten.
+        """
+        entry = self.entry(mu) if mu.requires_grad else None
+        index = len(self.sites)
+        self.keys.append((key, entry is None))
+        form = self._expected()
+        site = Site(key, name(), tuple(mu.shape), at=len(self.calls))
+        self.sites.append(site)
+        if entry is None:
+            site.why = FROZEN
+            return None
+        call = self._append(Call(first, (mu,), {}, (entry.slot,)))
+        site.mu, site.slot = entry.slot, self._new_slot()
+        call.fills = (site.slot,)
+        site.why = "" if form is None else form.why[index]
+        if self.kept is not None:
+            self._stand_again(site, index, mu)
+        if site.why:
+            handed = mu.view_as(mu)
+            self._know(handed, site.slot)
+        else:
+            if site.node is None:
+                dtype = torch.promote_types(mu.dtype, torch.float32)
+                site.value = mu.detach().to(dtype, copy=True).requires_grad_()
+                site.energy = energy()
+            assert site.value is not None
+            site.cut, site.rounding = True, _rounding(mu)
+            if form is None:
+                site.leaves = leaves_of(mu)
+            elif form.keeps[index] and not saved_elsewhere():
+                prediction = mu.detach()
+                site.edge = get_gradient_edge(mu)
+                site.first = prediction.clone() if overwritten else prediction
+                site.version = site.first._version
+            self._know(site.value, site.slot)
+            handed = site.value
+            if copy or site.value.dtype != mu.dtype:
+                handed = hand(site.value, mu.dtype, copy)
+                self._bind(
+                    handed,
+                    self._append(Call(hand, (site.value, mu.dtype, copy), {}, (site.slot,))),
+                )
+        return handed
+
+    def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:
+        """The node of an earlier call stands there again (``reset="never"``).
+
+        Raises:
+            RecordingError: There was another place.
+        """
+        assert self.kept is not None
+        if index >= len(self.kept) or self.kept[index].key != site.key:
+            raise RecordingError(
+                f"reset='never' keeps the values of the first call, but '{site.name}' was not met "
+                "there: the module takes another path now. Use reset='batch'."
+            )
+        before = self.kept[index]
+        site.why, site.node = before.why, before.node
+        if site.node is None:
+            return
+        if site.node.x.shape != mu.shape:
+            raise RecordingError(
+                f"reset='never' keeps values of shape {before.shape} at '{site.name}', but this "
+                f"batch has {site.shape}: give the same full batch each time or use reset='batch'."
+            )
+        site.value, site.energy = site.node.stand(mu), site.node.energy
+
+    def skip(self, key: object, name: Callable[[], str]) -> None:
+        """Takes in a place at which no node can stand, known before its prediction was computed."""
+        self.sites.append(Site(key, name(), (), FROZEN, at=len(self.calls)))
+        self.keys.append((key, None))
+
+    def _expected(self) -> Expected | None:
+        """The form that the recording has had so far, if it is one that was expected."""
+        done = len(self.keys)
+        if self.form is not None and (
+            self.keys[self._checked : done] != self.form.keys[self._checked : done]
+        ):
+            self.form = next((f for f in self._forms if f.keys[:done] == self.keys), None)
+        self._checked = done
+        return self.form
+
+    def number_calls(self) -> None:
+        """Tells the calls of one place apart: the second is ``name#2``."""
+        used: dict[str, int] = {}
+        for site in self.sites:
+            if not site.reported:
+                continue
+            times = used[site.name] = used.get(site.name, 0) + 1
+            if times > 1:
+                site.name = f"{site.name}#{times}"
+
+    # Functions
+
+    def _nonlinearity(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        mu = args[0] if args else kwargs.pop("input", None)
+        rest = args[1:]
+        if not (
+            isinstance(mu, Tensor) and mu.is_floating_point() and rectifies(name, rest, kwargs)
+        ):
+            return self.record(func, (mu, *rest), kwargs)
+        dim = softmax_dim(name, mu, args, kwargs)
+        plain, in_place = out_of_place(func, kwargs)
+        x = self.place(
+            name,
+            partial(self._function_name, name),
+            mu,
+            lambda: Gaussian() if dim is None else softmax_energy(self.softmax, dim),
+            overwritten=in_place,
+        )
+        if x is None:
+            if in_place and plain is func:
+                kwargs["inplace"] = True
+            return self.record(func, (mu, *rest), kwargs)
+        output = self.record(plain, (x, *rest), kwargs)
+        return self._overwrite(mu, output) if in_place else output
+
+    def _overwrite(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Writes ``value`` to all of ``tensor``, as an in-place activation does."""
+        self.record(Tensor.copy_, (tensor, value), {})
+        entry, base = self.entry(value), tensor._base
+        if entry is not None and (base is None or base.numel() == tensor.numel()):
+            self._know(tensor, entry.slot)  # it owes nothing to what it held
+            if base is not None and base.grad_fn is not None:
+                metadata: Any = base.grad_fn.metadata
+                metadata[_OVERWRITES] = True  # a view, but of everything
+        return tensor
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = partial(self._function_name, "softmax")
+
+        def logits_node(mu: Tensor) -> Tensor:
+            with torch._C.DisableTorchFunction():
+                x = self.place("softmax", name, mu, lambda: softmax_energy(self.softmax, -1))
+            return mu if x is None else x
+
+        inputs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False), **kwargs)
+        if not any(inputs[k].requires_grad for k in ("query", "key")):
+            self.skip("softmax", name)  # torch's fused kernel does the work
+            return self.record(SDPA, args, kwargs)
+        self._suppressed += 1
+        try:
+            with self:
+                return attention(logits_node, *args, **kwargs)
+        finally:
+            self._suppressed -= 1
+
+    def _function_name(self, name: str) -> str:
+        module = self._running[-1].module if self._running else None
+        if module is None:
+            return name
+        place = self.names.get(module, "")
+        if type(module).__module__ == "torch.nn.modules.activation" and not isinstance(
+            module, nn.MultiheadAttention
+        ):
+            return place or name
+        return f"{place}.{name}" if place else name
+
+    def _refuse_gradients(self, args: tuple[Any, ...]) -> None:
+        tensors = [a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)]
+        if all(self.entry(tensor) is None for tensor in tensors):
+            return
+        raise ClosureError(
+            f"'{self.where()}' differentiates while its forward is recorded. A closure given to a "
+            "predictive coding optimizer returns the loss and does not call .backward(). Under "
+            "Lightning's Trainer, configure_optimizers gives a plain optimizer and "
+            "Trainer(strategy=PCStrategy(...)) does the rest. Gradients inside of a training step "
+            "(torch.autograd.grad: penalties, adversarial inputs) cannot be taken: make such "
+            "inputs before it, e.g. in on_after_batch_transfer."
+        )
+
+    # Modules
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if threading.get_ident() != self._thread:
+            return None
+        call = _Running(module)
+        self._running.append(call)
+        if _is_metric(module):
+            call.suppresses = True
+            self._suppressed += 1
+            return None
+        if self._suppressed or not self.placement.nonlinearities or not torch.is_grad_enabled():
+            return None
+        if not _may_be_nonlinearity(module, args):
+            return None
+        kind = self._kind(module)
+        verdict = self.learned.nonlinearity.get(kind)
+        if verdict is False:
+            return None
+        call.start, mu = len(self.sites), args[0]
+        copy = verdict is None or kind in self.learned.writes
+        with torch._C.DisableTorchFunction():
+            writes = kind in self.learned.writes
+            x = self.place(kind, partial(self.module_name, module), mu, Gaussian, copy, writes)
+        if verdict:
+            call.suppresses = True
+            self._suppressed += 1
+        if x is None:
+            call.start = -1
+            return None
+        call.mu, call.handed, call.version = mu, x, x._version
+        return (x,)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if threading.get_ident() != self._thread or not self._running:
+            return None
+        while True:  # calls that raised have no end of their own
+            call = self._running.pop()
+            self._suppressed -= call.suppresses
+            if call.module is module:
+                break
+        changed = False
+        with torch._C.DisableTorchFunction():
+            if call.mu is not None and call.handed is not None:
+                same = isinstance(output, Tensor) and output.shape == call.mu.shape
+                kind = self._kind(module)
+                verdict = self.learned.nonlinearity.setdefault(kind, same and call.nonlinear)
+                self._settle(call.start, verdict)
+                if call.handed._version != call.version:  # it wrote to its input: so do we
+                    self.learned.writes.add(kind)
+                    self._overwrite(call.mu, call.handed)
+                    if output is call.handed:
+                        output, changed = call.mu, True
+            if module in self.placement.outputs and torch.is_grad_enabled():
+                output, changed = self._output(module, output), True
+            if isinstance(output, Tensor) and module in self.names:
+                entry = self._entries.get(id(output))
+                if entry is not None and entry.depends:
+                    self.outputs.append((self.names[module], entry.slot))
+        return output if changed else None
+
+    def _settle(self, start: int, nonlinearity: bool) -> None:
+        """Whether the module at whose input place ``start`` is turned out a nonlinearity."""
+        dropped = self.sites[start + 1 :] if nonlinearity else [self.sites[start]]
+        for site in dropped:
+            site.why, site.reported = INSIDE if nonlinearity else LINEAR, False
+
+    def _kind(self, module: nn.Module) -> Kind:
+        return module if module in self.names else type(module)
+
+    def _output(self, module: nn.Module, output: Any) -> Any:
+        leaves, spec = pytree.tree_flatten(output)
+        floating = [i for i, v in enumerate(leaves) if _is_activation(v)]
+        if not floating and not self.placement.insists(module):
+            return output
+        if not floating:
+            raise PlacementError(
+                f"The output of '{self.module_name(module)}' ({type(output).__name__}) holds no "
+                "floating-point tensor, so no value node can stand there: place it at a module "
+                "that returns floating-point activations."
+            )
+        for i in floating:
+            base = self.module_name(module)
+            name = base if len(floating) == 1 else f"{base}[{floating.index(i)}]"
+            x = self.place((module, i), lambda name=name: name, leaves[i], Gaussian, copy=True)
+            if x is not None:
+                leaves[i] = x  # a copy: the user may write to it (residual +=)
+        return pytree.tree_unflatten(leaves, spec)
+
+    def module_name(self, module: nn.Module) -> str:
+        """Dotted name of a module; of one that is not the model's, that of the one around it."""
+        if module in self.names:
+            return self.names[module] or type(module).__name__
+        outer = next((c.module for c in reversed(self._running) if c.module in self.names), None)
+        place = "" if outer is None else self.names[outer]
+        return f"{place}.{type(module).__name__}" if place else type(module).__name__
+
+    @override
+    def where(self) -> str:
+        return self.module_name(self._running[-1].module) if self._running else "the closure"
+
+
+class _Apply:
+    """`torch.autograd.Function.apply` of one kind, the same object each time."""
+
+    _made: dict[Any, _Apply] = {}  # noqa: RUF012
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+        self.__name__ = f"{kind.__name__}.apply"
+
+    @classmethod
+    def of(cls, kind: Any) -> _Apply:
+        return cls._made.setdefault(kind, cls(kind))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch._C._FunctionBase.__dict__["apply"].__get__(None, self.kind)(*args, **kwargs)
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaves that autograd reaches from a tensor."""
+    function: Any = tensor.grad_fn
+    if function is None:
+        return [tensor] if tensor.requires_grad else []
+    found: list[Tensor] = []
+    pending, seen = [function], {function}
+    while pending:
+        function = pending.pop()
+        leaf = getattr(function, "variable", None)
+        if leaf is not None:
+            found.append(leaf)
+        overwrites = function.name() == "torch::autograd::CopyBackwards" or (
+            function.name() == "torch::autograd::CopySlices" and _OVERWRITES in function.metadata
+        )
+        for above, _ in function.next_functions[1:] if overwrites else function.next_functions:
+            if above is not None and above not in seen:
+                seen.add(above)
+                pending.append(above)
+    return found
+
+
+def saved_elsewhere() -> bool:
+    """Whether hooks (gradient checkpoints) hold what autograd would save."""
+    return bool(torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def _rounding(mu: Tensor) -> float:
+    """Relative, of what computes ``mu``: its own dtype, or a shorter one behind it."""
+    kinds, device = [torch.finfo(mu.dtype).eps], mu.device.type
+    if torch.is_autocast_enabled(device):
+        kinds.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+    backends = torch.backends
+    if device == "cuda" and (backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32):
+        kinds.append(2.0**-10)
+    return max(kinds)
+
+
+def _is_metric(module: nn.Module) -> bool:
+    """Whether it is a metric of torchmetrics, where that is loaded."""
+    metrics: Any = sys.modules.get("torchmetrics")
+    return metrics is not None and isinstance(module, (metrics.Metric, metrics.MetricCollection))
+
+
+def _is_activation(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _bends(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is nonlinear in an activation; of an autograd.Function's inside any may be."""
+    tensor = args[0] if args else kwargs.get("input")
+    moves = isinstance(tensor, Tensor) and (tensor.requires_grad or not torch.is_grad_enabled())
+    return moves and rectifies(name, args[1:], kwargs)
+
+
+_TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _may_be_nonlinearity(module: nn.Module, args: tuple[Any, ...]) -> bool:
+    """Torch's own modules call the functional on their input, which serves as well."""
+    if len(args) != 1 or not _is_activation(args[0]) or isinstance(module, _TRANSPARENT):
+        return False
+    if type(module).__module__.startswith("torch.nn.modules."):
+        return False
+    return next(module.parameters(), None) is None

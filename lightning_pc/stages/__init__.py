@@ -1,0 +1,1 @@
+"""Stages: a recording cut at its value nodes, and how the pieces run again."""

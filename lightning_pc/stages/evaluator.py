@@ -1,0 +1,328 @@
+"""Evaluators: one inference step's loss, energies and gradients, at the values and weights of now.
+
+An evaluator runs the pieces of a recording. It leaves dF/dx in the nodes (`Node.slopes` of the node's
+own energy, `Node.below` from the stages that read it) and adds dF/dtheta / M to ``.grad``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from typing_extensions import override
+
+from lightning_pc.nodes.node import Node
+from lightning_pc.recording.calls import Environment, run
+from lightning_pc.recording.watch import Watch
+from lightning_pc.stages.form import Form, Piece, Stage
+from lightning_pc.stages.graph import Graph
+
+
+@dataclass
+class Batch:
+    """One batch between its recorded forward and its inference.
+
+    Attributes:
+        watch: The recording.
+        form: Its form.
+        graph: Its nodes, made from that form.
+        loss: The loss, with what autograd holds of its own stage.
+        whole: That may be differentiated: autograd was cut nowhere but at the nodes.
+    """
+
+    watch: Watch
+    form: Form
+    graph: Graph
+    loss: Tensor
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What an evaluation is asked for.
+
+    Attributes:
+        t: Inference step; nodes that errors reach later still equal their predictions.
+        moves: Gradients of the values.
+        learns: Gradients of the parameters.
+        last: The parameters that no optimizer of ours moves gain theirs as well.
+        root: Factor of the loss in parameter gradients, 0 for a loss that does not count.
+        scale: Factor from an energy's gradient to the parameters'.
+    """
+
+    t: int
+    moves: bool
+    learns: bool
+    last: bool
+    root: float
+    scale: float
+
+
+class Evaluator(ABC):
+    """Evaluates one batch.
+
+    Args:
+        batch: The batch.
+        held: Parameters that the optimizer moves, None for all.
+        once: Each stage counts once, with all of its parameters: none may wait for an error.
+    """
+
+    def __init__(
+        self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False
+    ) -> None:
+        self.batch, self.held, self.once = batch, held, once
+        self.graph, self.form = batch.graph, batch.form
+        self.loss = batch.loss.detach()
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The value nodes in call order."""
+        return self.graph.nodes
+
+    @property
+    def moving(self) -> list[nn.Parameter]:
+        """Parameters of the loss that the optimizer moves."""
+        return [p for p in self.graph.arrivals if self.held is None or p in self.held]
+
+    @abstractmethod
+    def __call__(self, asked: Asked) -> Tensor:
+        """Evaluates; returns the loss, [], as of the last time it counted."""
+
+    def learned(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes in that these parameters have moved."""
+
+    def moved(self, nodes: Iterable[Node]) -> None:
+        """Takes in that these values have moved."""
+
+    def disturbed(self) -> None:
+        """Takes in that all values have moved, or will be moved and put back."""
+
+    def finish(self) -> None:
+        """Lets go of what the first forward left."""
+
+    def energies(self) -> Tensor:
+        """Each node's energy at the last evaluation, [n]; zero where no error stands."""
+        dtype = torch.promote_types(self.loss.dtype, torch.float32)
+        zero = self.loss.new_zeros((), dtype=dtype)
+        totals = [zero if n.slopes is None else n.slopes.total.to(dtype) for n in self.nodes]
+        return torch.stack(totals) if totals else self.loss.new_zeros(0, dtype=dtype)
+
+    def _environment(self, values: Iterable[int], given: Iterable[int]) -> Environment:
+        watch = self.batch.watch
+        env = {slot: watch.given[slot] for slot in given}
+        for number in values:
+            env[watch.sites[self.form.nodes[number]].slot] = self.nodes[number].x
+        return env
+
+    def _asked_parameters(self, slots: Iterable[int], asked: Asked) -> list[nn.Parameter]:
+        if not asked.learns:
+            return []
+        arrivals, parameters = self.graph.arrivals, self.batch.watch.parameters
+        found = dict.fromkeys(parameters[slot] for slot in slots)
+        if self.once:
+            return list(found)
+        return [
+            p
+            for p in found
+            if arrivals.get(p, asked.t + 1) <= asked.t
+            and (asked.last or self.held is None or p in self.held)
+        ]
+
+
+class LocalErrors(Evaluator):
+    """Gradients go no further than to the next node, so pieces run one by one, in any order.
+
+    A piece runs where an error stands at one of its predictions. The first forward's own graph
+    serves as the first run of a piece, while nothing that the piece reads has moved.
+    """
+
+    def __init__(
+        self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False
+    ) -> None:
+        super().__init__(batch, held, once)
+        self._fresh = [True] * len(self.form.pieces)
+        self._fixed: dict[int, Tensor] = {}  # predictions that read no value
+        sites = batch.watch.sites
+        for number, index in enumerate(self.form.nodes):
+            first = sites[index].first
+            if first is not None:
+                self._fixed[number] = first
+
+    @override
+    def __call__(self, asked: Asked) -> Tensor:
+        for which, piece in enumerate(self.form.pieces):
+            standing = [
+                n for n in piece.nodes if self.nodes[n].arrival <= asked.t and self.nodes[n].weight
+            ]
+            if standing or (piece.loss and asked.root):
+                self._run(which, piece, standing, asked)
+        for node in self.nodes:
+            gradient = node.x.grad
+            if gradient is not None:
+                node.below, node.x.grad = gradient, None
+        return self.loss
+
+    def _run(self, which: int, piece: Piece, standing: list[int], asked: Asked) -> None:
+        nodes = self.nodes
+        counts = piece.loss and bool(asked.root)
+        values = [n for n in piece.parents if nodes[n].arrival <= asked.t + 1]
+        inputs: list[Tensor] = [nodes[n].x for n in values] if asked.moves else []
+        inputs += self._asked_parameters(piece.parameters, asked)
+        roots: list[Any] = []
+        errors: list[Tensor] = []
+
+        def meet(number: int, mu: Tensor, edge: Any = None) -> Tensor:
+            node = nodes[number]
+            if number in standing:
+                node.evaluate(mu, asked.scale)
+                if node.along is not None:
+                    self.moved([node])
+                if inputs and (edge is not None or mu.requires_grad):
+                    assert node.slopes is not None
+                    roots.append(get_gradient_edge(mu) if edge is None else edge)
+                    errors.append(node.slopes.dmu.to(mu.dtype))
+            if not piece.values:
+                self._fixed[number] = mu.detach()
+            return node.x
+
+        loss = self._forward(which, piece, standing, counts, bool(inputs), meet)
+        if loss is not None:
+            roots.append(loss)
+            errors.append(torch.full_like(loss, asked.root))
+            self.loss = loss.detach()
+        if inputs and roots:
+            torch.autograd.backward(roots, errors, inputs=inputs)
+
+    def _forward(
+        self,
+        which: int,
+        piece: Piece,
+        standing: list[int],
+        counts: bool,
+        differentiated: bool,
+        meet: Callable[..., Tensor],
+    ) -> Tensor | None:
+        """Meets each node with its prediction; returns the loss where it counts."""
+        sites = [self.batch.watch.sites[self.form.nodes[n]] for n in standing]
+        ready = self._fresh[which] and all(site.edge is not None for site in sites)
+        if ready and (self.batch.whole or not counts):
+            firsts = [(site.first, site.edge) for site in sites]
+            if differentiated:
+                self._spend(which)
+            for number, (first, edge) in zip(standing, firsts, strict=True):
+                meet(number, first, edge)
+            return self.batch.loss if counts else None
+        if not piece.values and not differentiated and all(n in self._fixed for n in standing):
+            for number in standing:
+                meet(number, self._fixed[number])
+            return None
+        self._spend(which)
+        env = self._environment(piece.values, piece.given)
+        with torch.set_grad_enabled(differentiated):
+            run(self.batch.watch.calls, piece.program, env, meet)
+        return env[self.form.loss] if counts else None
+
+    def _spend(self, which: int) -> None:
+        """The first forward's graph of a piece has served, or no longer may."""
+        if not self._fresh[which]:
+            return
+        self._fresh[which] = False
+        for number in self.form.pieces[which].nodes:
+            site = self.batch.watch.sites[self.form.nodes[number]]
+            site.edge = site.first = None
+
+    @override
+    def learned(self, parameters: Iterable[nn.Parameter]) -> None:
+        moved, watch = set(parameters), self.batch.watch
+        for which, piece in enumerate(self.form.pieces):
+            if any(watch.parameters.get(slot) in moved for slot in piece.given):
+                self._spend(which)
+                for number in piece.nodes:
+                    self._fixed.pop(number, None)
+
+    @override
+    def moved(self, nodes: Iterable[Node]) -> None:
+        numbers = {self.nodes.index(node) for node in nodes}
+        for which, piece in enumerate(self.form.pieces):
+            if self._fresh[which] and not numbers.isdisjoint(piece.values):
+                self._spend(which)
+
+    @override
+    def disturbed(self) -> None:
+        for which in range(len(self.form.pieces)):
+            self._spend(which)
+
+    @override
+    def finish(self) -> None:
+        self.disturbed()
+        self._fixed.clear()
+
+
+class ThroughErrors(Evaluator):
+    """Values are x = mu + e, and the gradients they move by go through the whole network.
+
+    All calls run in order, each node's value as soon as its prediction is there. Then the loss's
+    gradient goes back from node to node. Parameters learn from local errors all the same.
+    """
+
+    @override
+    def __call__(self, asked: Asked) -> Tensor:
+        nodes, form, watch = self.nodes, self.form, self.batch.watch
+        env: Environment = dict(watch.given)
+        edges: list[tuple[Any, torch.dtype]] = []
+
+        def meet(number: int, mu: Tensor) -> Tensor:
+            edges.append((get_gradient_edge(mu), mu.dtype))
+            if nodes[number].arrival <= asked.t:
+                nodes[number].evaluate(mu, asked.scale)
+            return nodes[number].x
+
+        with torch.enable_grad():
+            run(watch.calls, form.whole, env, meet)
+        loss, last = env[form.loss], form.loss_stage
+        self.loss = loss.detach()
+        root = torch.full_like(loss, asked.root)
+        self._backward(loss, root, root, last, asked)
+        for number in reversed(range(len(nodes))):
+            node, (edge, dtype) = nodes[number], edges[number]
+            below, node.x.grad = node.x.grad, None
+            if asked.moves and node.arrival <= asked.t + 1:
+                node.below = below
+            error = None if node.slopes is None else node.slopes.dmu.to(dtype)
+            through = None if below is None else below.to(dtype)
+            self._backward(edge, through, error, form.stages[number], asked)
+        return self.loss
+
+    def _backward(
+        self,
+        of: Any,
+        through: Tensor | None,
+        error: Tensor | None,
+        stage: Stage,
+        asked: Asked,
+    ) -> None:
+        """Hands the gradient on to the values above, and the error to the parameters."""
+        values = [self.nodes[n].x for n in stage.parents]
+        if asked.moves and values and through is not None:
+            torch.autograd.backward(of, through, inputs=values, retain_graph=True)
+        learning = self._asked_parameters(stage.parameters, asked)
+        if learning and error is not None:
+            torch.autograd.backward(of, error, inputs=learning, retain_graph=True)
+
+
+def counted_calls(batch: Batch) -> None:
+    """Notes d loss / d call of the loss calls by which the number of terms is told."""
+    calls = [c for c in batch.graph.losses if c.reduction in ("sum", "mean")]
+    wanted = [c for c in calls if c.reduction == "sum" or len(batch.graph.losses) > 2]
+    if not wanted:
+        return
+    edges = [GradientEdge(c.function, c.place) for c in wanted]
+    gradients = torch.autograd.grad(batch.loss, edges, retain_graph=True, allow_unused=True)
+    for call, gradient in zip(wanted, gradients, strict=True):
+        if gradient is not None:
+            call.seen[:] = [gradient]
