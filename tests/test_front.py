@@ -108,20 +108,6 @@ def test_the_step_that_takes_up_an_error(gamma, curvature, weights, expected):
     torch.testing.assert_close(-nodes[1].x.detach(), torch.tensor([float(expected)]))
 
 
-@pytest.mark.parametrize("layers", [8, 12, 16])
-def test_inference_does_not_converge_before_the_step_is_mended(layers):
-    """Where ``T="auto"`` ends two steps have followed it; else it would end as errors arrive."""
-    torch.manual_seed(2)
-    sizes = [32] * layers
-    net = nn.Sequential(*(m for n in sizes for m in (nn.Linear(n, n), nn.Tanh())), nn.Linear(32, 4))
-    optimizer = PC(sgd(net), net, T="auto", gamma=0.4, momentum="conjugate")
-    optimizer.step(classifier(net, torch.randn(16, 32), torch.arange(16) % 4))
-    report = optimizer.report
-    assert report.depth == layers
-    assert report.steps - 2 - (layers - 1) >= MENDING  # the last move, and the longer step
-    assert report.steps < max(32, 4 * layers)
-
-
 @pytest.mark.parametrize(
     ("make", "algorithm", "front"),
     [
