@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_pc.callbacks import EnergyMonitor as EnergyMonitor
     from lightning_pc.callbacks import RandomState as RandomState
-    from lightning_pc.diagnosis import explain as explain
-    from lightning_pc.inspection import Description as Description
-    from lightning_pc.inspection import describe as describe
-    from lightning_pc.report import StepReport as StepReport
+    from lightning_pc.description import Description as Description
+    from lightning_pc.description import describe as describe
+    from lightning_pc.insight.explain import explain as explain
+    from lightning_pc.insight.report import StepReport as StepReport
     from lightning_pc.strategy import PCStrategy as PCStrategy
 
 __version__ = "0.1.0"
@@ -26,10 +26,10 @@ __version__ = "0.1.0"
 _WHERE = {
     "EnergyMonitor": "callbacks",
     "RandomState": "callbacks",
-    "explain": "diagnosis",
-    "Description": "inspection",
-    "describe": "inspection",
-    "StepReport": "report",
+    "explain": "insight.explain",
+    "Description": "description",
+    "describe": "description",
+    "StepReport": "insight.report",
     "PCStrategy": "strategy",
 }
 __all__ = list(_WHERE)

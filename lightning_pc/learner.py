@@ -11,16 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.advisor import Advisor
-from lightning_pc.checks import (
-    check_held,
-    check_nodes,
-    checked_loss,
-    early_message,
-    shortcut,
-    unreached,
-)
-from lightning_pc.diagnosis import divergence
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
 from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.conjugate import conjugate
@@ -29,24 +19,35 @@ from lightning_pc.inference.movers import Descent, Mover, OptimizerMover
 from lightning_pc.inference.precisions import Wave, checked_weight, precisions
 from lightning_pc.inference.relax import Trace, relax
 from lightning_pc.inference.schedules import Schedule, schedule
+from lightning_pc.insight.alerts import Alerts
+from lightning_pc.insight.explain import divergence
+from lightning_pc.insight.report import StepReport
+from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.losses import count_terms
-from lightning_pc.recording.watch import Learned, Site, Watch, leaves_of
-from lightning_pc.report import StepReport
+from lightning_pc.recording.sites import Site, leaves_of
+from lightning_pc.recording.watch import Learned, Watch
 from lightning_pc.settings import Settings
 from lightning_pc.stages.chain import require_chain
+from lightning_pc.stages.checks import (
+    check_held,
+    check_nodes,
+    checked_loss,
+    early_message,
+    shortcut,
+    unreached,
+)
 from lightning_pc.stages.evaluator import (
     Asked,
     Batch,
     Evaluator,
     LocalErrors,
-    ThroughErrors,
     counted_calls,
 )
 from lightning_pc.stages.prepare import Forms
-from lightning_pc.view import View
+from lightning_pc.stages.through import ThroughErrors
 
 Output = TypeVar("Output")
 
@@ -89,10 +90,10 @@ class Learner:
             self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
         self._softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
-        self._view, self._learned = View(model, settings.value_nodes), Learned()
+        self._model, self._learned = Model(model, settings.value_nodes), Learned()
         self._forms = Forms(self.schedule.incremental, self.schedule.through)
         self._waiting: _Waiting | None = None
-        self._advisor = Advisor(self.schedule, self.auto, self._precisions.varies)
+        self._alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
         # reset="never": the sites with their values, steps taken, and the draws they saw.
         self._kept: list[Site] | None = None
         self._age = 0
@@ -117,7 +118,7 @@ class Learner:
         Raises:
             PCError: Naming the module and what to do.
         """
-        self._view.look()
+        self._model.look()
 
     def begin(
         self,
@@ -145,7 +146,7 @@ class Learner:
         start = RandomStates()
         if self._draws is not None:
             self._draws.restore()
-        placement = self._view.look()
+        placement = self._model.look()
         watch = self._watch(placement)
         try:
             with watch.watching():
@@ -175,8 +176,8 @@ class Learner:
             placement,
             self._learned,
             self._softmax,
-            self._view.names,
-            self._view.own,
+            self._model.names,
+            self._model.own,
             self._forms.expected,
             self._kept,
             early,
@@ -199,9 +200,9 @@ class Learner:
             require_chain(batch, self.model)
         T = self.schedule.steps(graph.depth, self.settings.T, self._precisions.wave)
         if self.settings.reset == "batch":
-            self._advisor.say("unreached", unreached(graph, T, self.model))
+            self._alerts.say("unreached", unreached(graph, T, self.model))
         if self._precisions.wave and not self.schedule.wave:
-            self._advisor.say("shortcut", shortcut(graph))
+            self._alerts.say("shortcut", shortcut(graph))
         counted_calls(batch)
         return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size))
 
@@ -265,7 +266,7 @@ class Learner:
             _clear_gradients(evaluator.moving)
         begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
         traces: list[Trace] = []
-        beginning = Beginning(self.schedule, self.auto, self._precisions, self._advisor.curious)
+        beginning = Beginning(self.schedule, self.auto, self._precisions, self._alerts.look_due)
         for beta in betas:
             if traces:
                 evaluator.disturbed()
@@ -296,7 +297,9 @@ class Learner:
                 evaluator.learned(stepped)
                 _clear_gradients(evaluator.moving)
 
-            def begin(free: Tensor, scale: float = scale, mover: Mover = mover) -> None:
+            def begin(
+                free: Tensor, scale: float = scale, mover: Mover = mover, phase: float = phase
+            ) -> None:
                 kept, root = self.settings.reset == "never", phase * self._weigh(graph.nodes, 0, T)
                 steps = T - (not self.schedule.moves(T - 1, T))
                 beginning.begin(evaluator, mover, scale, root, free, self._age, steps, kept)
@@ -324,7 +327,7 @@ class Learner:
             )
         self._keep(evaluator, T)
         self.report = self._report(evaluator, traces, terms, mover)
-        self._advisor.after(graph.nodes, self._age, traces[-1], mover, beginning, self.report)
+        self._alerts.after(graph.nodes, self._age, traces[-1], mover, beginning, self.report)
         if self.settings.reset == "never":
             self._age += T
         return traces[0].losses[0]
@@ -392,7 +395,9 @@ class Learner:
                 if parameter.requires_grad and parameter in held
             },
             _learned_at=tuple(self._age + t for t in traces[-1].learned_at),
-            _along=tuple(0 if node.along is None else node.along.times for node in graph.nodes),
+            _followed=tuple(
+                0 if node.followed is None else node.followed.times for node in graph.nodes
+            ),
         )
 
     def _held(self) -> set[nn.Parameter] | None:
@@ -401,14 +406,12 @@ class Learner:
             return None
         return {p for group in self.optimizer.param_groups for p in group["params"]}
 
-    def _terms(
-        self, batch: Batch, given: Any, batch_size: Callable[[], float | None]
-    ) -> float:
+    def _terms(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> float:
         first = next((node.x.shape[0] for node in batch.graph.nodes if node.x.dim()), 1)
         terms, doubt = count_terms(
             self.settings.loss_terms, batch.graph.losses, given, batch_size, otherwise=first
         )
-        self._advisor.say("loss_terms", doubt)
+        self._alerts.say("loss_terms", doubt)
         return terms
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_pc.errors import ClosureError, ConfigError, PCError
-from lightning_pc.report import StepReport
-from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
+from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.wrapping import STATE, once, with_state, without_state
 
 
@@ -34,7 +34,7 @@ class PredictiveCodingOptimizer(Optimizer):
         ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
     """
 
-    algorithm: str
+    algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"]
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **settings: Any) -> None:
         door = type(self).__name__
@@ -176,7 +176,7 @@ class PredictiveCodingOptimizer(Optimizer):
             self.optimizer.state = state
 
     def __getattr__(self, name: str) -> Any:
-        """What else the wrapped optimizer has (``train()`` and ``eval()`` of schedule-free ones)."""
+        """What else the wrapped optimizer has (``train()``, ``eval()`` of schedule-free ones)."""
         if name == "optimizer":  # not wrapped yet
             raise AttributeError(name)
         return getattr(self.optimizer, name)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_pc.insight.report import StepReport
 from lightning_pc.metrics import AdaptiveCalibrationError
-from lightning_pc.report import StepReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch.optim import Optimizer
 
 from lightning_pc.errors import PCError
-from lightning_pc.optim import refuse_optimizer
 from lightning_pc.inference.schedules import SCHEDULES
+from lightning_pc.optim import refuse_optimizer
 
 
 @contextmanager

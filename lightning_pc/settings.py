@@ -25,23 +25,23 @@ class Settings:
 
     Args:
         algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
-            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"`` (pc in
-            error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in error
-            coordinates, for pretrained modules with value nodes everywhere).
+            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"`` (pc
+            in error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in
+            error coordinates, for pretrained modules with value nodes everywhere).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
             precisions: depth + 1; epc, iepc: 8.
         gamma: Inference rate, positive. A number is exact: plain descent at that rate. ``"auto"``
-            takes it from the curvature of F in the values, which is looked at every 300 evaluations;
-            zil: 1. With ``"auto"``, along conjugate gradients, values of ipc go along with
-            predictions that are moved too far, with all where connections skip all stages.
+            takes it from the curvature of F in the values, which is looked at every 300
+            evaluations; zil: 1. With ``"auto"``, along conjugate gradients, values of ipc follow
+            predictions that are moved too far, and all where connections skip all stages.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1] (Salvatori et al. 2024, D.3). Default: 1 where gamma is given,
             0.9 where it is automatic.
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
-            et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc, ipc, epc) finds rate
-            and momentum of each step, by conjugate gradients; gamma is then the length of the step
-            that is tried, but along a chain of nodes a value's first step may be longer. None is
+            et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc, ipc, epc) finds
+            rate and momentum of each step, by conjugate gradients; gamma is then the length of the
+            step that is tried, but along a chain a value's first step may be longer. None is
             ``"conjugate"`` for pc and ipc where gamma is automatic, precisions do not vary, beta is
             positive and values are made anew for each batch, else 0.
         value_nodes: Where value nodes stand: ``"auto"`` (inputs of nonlinearities), ``"modules"``,
@@ -54,15 +54,15 @@ class Settings:
         softmax_energy: Energy at softmax logits: ``"categorical"`` (F_KL, Pinchetti et al. 2022) or
             ``"gaussian"``; zil, epc and iepc are Gaussian throughout.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"depth"``,
-            ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of lightning_pc.precisions, or
-            in Python a callable (depth, t) -> weight.
+            ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of lightning_pc.precisions,
+            or in Python a callable (depth, t) -> weight.
         beta: Factor of the loss in the F that values descend; parameters learn from F / beta
-            (Scellier & Bengio 2017). 1 is plain predictive coding, a negative one pushes values away
-            from the target, and of a pair such as (0.3, -0.3) parameters learn from the mean of both
-            phases (pc, epc; 2 T evaluations).
-        inference: In place of gamma and momentum, any optimizer of torch's for the values: a callable
-            that makes it from their list, e.g. ``lambda values: torch.optim.Adam(values, 0.05)``;
-            in YAML a class_path.
+            (Scellier & Bengio 2017). 1 is plain predictive coding, a negative one pushes values
+            away from the target, and of a pair such as (0.3, -0.3) parameters learn from the mean
+            of both phases (pc, epc; 2 T evaluations).
+        inference: In place of gamma and momentum, any optimizer of torch's for the values: a
+            callable that makes it from their list, such as
+            ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -85,7 +85,9 @@ class Settings:
         fixed = schedule(self.algorithm).fixed_gamma
         T, gamma = self.T, self.gamma
         if T is not None and not (_is_whole(T) and T >= 1):
-            raise ConfigError(f"T={T!r}: expected a whole number of inference steps, >= 1, or None.")
+            raise ConfigError(
+                f"T={T!r}: expected a whole number of inference steps, >= 1, or None."
+            )
         schedule(self.algorithm).steps(1, T)
         automatic = isinstance(gamma, str) and gamma == "auto"
         if not automatic and not (_is_number(gamma) and gamma > 0):  # type: ignore[operator]
@@ -232,7 +234,6 @@ class Settings:
         steady = self.reset == "batch" and not precisions(self.precisions).varies
         downhill = schedule(self.algorithm).conjugate and min(self.betas) > 0
         return "conjugate" if self.gamma == "auto" and steady and downhill else 0.0
-
 
     @property
     def chosen_decay(self) -> float:

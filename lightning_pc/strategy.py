@@ -23,6 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.inference.schedules import SCHEDULES
+from lightning_pc.insight.report import StepReport
+from lightning_pc.learner import Learner
 from lightning_pc.refusals import (
     at_the_door,
     refuse_accumulation,
@@ -30,10 +33,7 @@ from lightning_pc.refusals import (
     refuse_optimizers,
     refuse_precision,
 )
-from lightning_pc.report import StepReport
-from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.settings import Settings, refuse_unknown
-from lightning_pc.learner import Learner
 from lightning_pc.wrapping import once, with_state, without_state
 
 

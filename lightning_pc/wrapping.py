@@ -36,7 +36,9 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
 
     def first() -> Any:
         nonlocal called
-        moved = [p for p, version in zip(parameters, versions, strict=True) if p._version != version]
+        moved = [
+            p for p, version in zip(parameters, versions, strict=True) if p._version != version
+        ]
         if called or moved or (learning and all(p.grad is None for p in parameters)):
             raise ConfigError(
                 f"{type(optimizer).__name__} evaluates its closure more than once a step, or at "

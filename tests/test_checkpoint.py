@@ -99,7 +99,7 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
         expected = {
             **dict.fromkeys(("gamma", "curvature"), float),
             **dict.fromkeys(("evaluations", "looked_at", "looks", "failures", "soonest"), int),
-            **dict.fromkeys(("alarmed", "anew", "close"), bool),
+            **dict.fromkeys(("alarmed", "anew", "fine"), bool),
             "precisions": str,
         }
         assert kinds == expected

@@ -14,7 +14,7 @@ from lightning_problems import ALGORITHMS, Module, data, loader
 
 from lightning_pc import PCStrategy
 from lightning_pc.cli import main
-from lightning_pc.inference.precisions import Spiking
+from lightning_pc.precisions import Spiking
 
 
 class Net(Module):

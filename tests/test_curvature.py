@@ -113,7 +113,8 @@ def test_gamma_is_within_bounds_of_two_over_the_exact_curvature(algorithm, depth
             optimizer.step(squared(net, x, y))
     gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
     ratio = gamma * exact_curvature(net, algorithm) / 2
-    assert 0.25 <= ratio <= 0.95
+    # Beyond 1 it is unstable; bfloat16's rounding, some hundredths, takes from what a look finds.
+    assert 0.25 <= ratio <= (1 if autocast else 0.95)
 
 
 def hessian_of(written_out, forward, model, batch):
@@ -433,7 +434,7 @@ def test_gamma_is_within_bounds_under_the_trainer(algorithm, precision):
     report = fit.strategy.report
     state = fit.strategy.optimizer_state(fit.optimizers[0])["lightning_pc"]
     exact = exact_curvature(module.net, algorithm)
-    assert 0.25 <= state["gamma"] * exact / 2 <= 0.95
+    assert 0.25 <= state["gamma"] * exact / 2 <= (1 if "bf16" in precision else 0.95)
     assert 0.5 <= report.curvature / exact <= 1.05
     assert report.curvature == state["curvature"]
 

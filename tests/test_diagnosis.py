@@ -13,7 +13,7 @@ from problems import MLP, classifier
 from torch import nn
 
 from lightning_pc import explain
-from lightning_pc.diagnosis import LONG_PATIENCE, divergence, overshot
+from lightning_pc.insight.explain import LONG_PATIENCE, divergence, overshot
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 
@@ -141,7 +141,7 @@ def test_looking_at_the_curvature_changes_nothing():
         optimizer = IPC(torch.optim.Adam(net.parameters(), 1e-3), net, gamma=1.0)
         with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            patch.setattr("lightning_pc.advisor.PATIENCE", patience)
+            patch.setattr("lightning_pc.insight.alerts.PATIENCE", patience)
             for _ in range(6):
                 optimizer.step(loss)
         runs.append((torch.cat([p.detach().flatten() for p in net.parameters()]), len(told)))
@@ -197,7 +197,7 @@ def test_a_leap_along_a_loss_that_is_pushed_up_is_told():
 
 @pytest.mark.parametrize("given", [{"momentum": 0}, {"gamma": 0.3}])
 def test_weights_that_go_too_far_are_told_once(given, monkeypatch):
-    monkeypatch.setattr("lightning_pc.advisor.LEAP", math.inf)
+    monkeypatch.setattr("lightning_pc.insight.alerts.LEAP", math.inf)
     assert wide(1.0, **given)[0] == []
     ((batch, message),), reports = wide(100.0, **given)
     since = batch - LONG_PATIENCE + 1
@@ -221,13 +221,13 @@ def test_weights_are_not_blamed_for_what_is_not_theirs():
         assert told
         assert not any("not to blame" in message for _, message in told)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_pc.diagnosis.KNOWN", 10.0)  # F is below zero
+        patch.setattr("lightning_pc.insight.explain.KNOWN", 10.0)  # F is below zero
         told, reports = wide(1.0, IEPC, beta=-0.3, lr=1e-3)
     assert sum(map(rose, reports)) > 2 * LONG_PATIENCE
     assert told == []
     assert "a loss that values push up" in explain(reports[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_pc.diagnosis.KNOWN", 1e6)  # F is as good as zero in all batches
+        patch.setattr("lightning_pc.insight.explain.KNOWN", 1e6)  # F is as good as zero in all batches
         told, reports = wide(100.0, gamma=0.3)
     assert sum(map(rose, reports)) > LONG_PATIENCE
     assert told == []

@@ -241,7 +241,7 @@ def test_errors_far_below_a_values_precision_are_learned_from():
     model = MLP((6, 7, 5, 4))
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(1.0)
+            p.add_(0.5)  # with 1 nearly all tanhs round to 1, where they have no slope
     x, y = vectors(5)
     model, x = model.to(torch.bfloat16), x.bfloat16()
     exact = backprop(model, lambda: ce(model, x, y))[:-2]
@@ -332,13 +332,15 @@ def test_what_the_loss_does_not_read_goes_along_with_the_weights(algorithm, held
     torch.manual_seed(0)
     model, x, y = FirstToken(), torch.randn(8, 5, 4), torch.randint(3, (8,))
     optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.5), model, gamma=0.2, T=6)
-    predictions = []
-    model.embed.register_forward_hook(lambda *call: predictions.append(call[-1].detach()))
+    first = model.embed(x).detach()
     optimizer.step(lambda: ce(model, x, y))
-    value, prediction = optimizer.values["tanh"].detach(), predictions[-1]
+    # The weights have made their last step since the values moved with them, or stayed.
+    value, prediction = optimizer.values["tanh"].detach(), model.embed(x).detach()
     assert float((value - prediction)[:, 0].norm()) > 0.01
-    assert bool((value - prediction)[:, 1:].norm() > 0.01) is held_back
-    assert float((prediction - predictions[0])[:, 1:].norm()) > 0.01
+    moved = (prediction - first)[:, 1:].norm()
+    assert float(moved) > 0.01
+    # What stays differs by T moves of the weights, what follows by the last one.
+    assert bool((value - prediction)[:, 1:].norm() > 0.5 * moved) is held_back
 
 
 def test_incrementally_errors_stay_near_their_start():

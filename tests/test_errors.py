@@ -43,7 +43,7 @@ from lightning_pc.errors import (
     UnsupportedError,
 )
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
-from lightning_pc.inference.precisions import Decaying, Depth, Spiking
+from lightning_pc.precisions import Decaying, Depth, Spiking
 
 WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
     "ipc": IPC,

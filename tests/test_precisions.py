@@ -26,7 +26,7 @@ from lightning_pc.inference.precisions import (
 def test_weights_of_the_papers():
     depths = range(4)
     table = [[Spiking().weight(d, t, 4) for d in depths] for t in range(5)]
-    rest = 0.001
+    rest = 0.0
     assert table == [
         [1.0, rest, rest, rest],  # the loss, then the wave
         [rest, 1.0, rest, rest],
@@ -47,7 +47,7 @@ def test_weights_of_the_papers():
 
 
 def test_names_numbers_and_objects():
-    assert precisions("spiking") == Spiking(0.001)
+    assert precisions("spiking") == Spiking(0.0)
     assert precisions("decaying") == Decaying(1.0)
     assert precisions(2) == Constant(2.0)
     assert precisions(Depth(0.5)) == Depth(0.5)

@@ -7,7 +7,7 @@ import torch
 from problems import MLP, Skipping, classifier, relative, vectors
 from torch import nn
 
-from lightning_pc.nodes.following import Along
+from lightning_pc.nodes.following import Following
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.optim import IPC
 
@@ -69,7 +69,7 @@ def test_weights_of_a_residual_network_are_those_of_hand_written_gradients(plain
     assert (times == [7, 7]) == (lr < 0.1)
     optimizer = plain(net, lr, gamma, T=8, loss_terms=16)
     optimizer.step(lambda: 0.5 * (net(x) - y).square().sum() / 16)
-    assert list(optimizer.report.along.values()) == times
+    assert list(optimizer.report.followed.values()) == times
     for ours, theirs in zip(net.parameters(), expected, strict=True):
         assert relative(ours, theirs) < 1e-12
 
@@ -137,14 +137,14 @@ def test_values_always_go_along_where_connections_skip_all_stages(make, always):
     optimizer = IPC(adam, model)
     optimizer.step(classifier(model, x, y))
     report = optimizer.report
-    assert report.along == dict.fromkeys(always, 7)
+    assert report.followed == dict.fromkeys(always, 7)
 
 
 @pytest.mark.usefixtures("anywhere")
 def test_a_value_that_always_goes_along_does_so_whatever_its_energy():
     """A move that only brings the prediction nearer, by 4 of 10, and one that is all error."""
     for before, after, expected in ((0.0, 4.0, 10.0), (0.0, -2.0, 8.0), (10.0, 12.0, 12.0)):
-        along, x = Along(torch.tensor(1e9), 1.0, always=True), torch.full((1, 1), 10.0)
+        along, x = Following(torch.tensor(1e9), 1.0, always=True), torch.full((1, 1), 10.0)
         x = torch.cat([x, torch.full((1, 1), 90.0)])  # a long row, which the move leaves alone
         along.follow(x, torch.tensor([[before], [90.0]]), Gaussian())
         assert float(x[0]) == 10.0  # the first prediction has not moved

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
-from lightning_pc.inference.precisions import Decaying, Depth, Spiking
+from lightning_pc.precisions import Decaying, Depth, Spiking
 
 T = 7
 STEPS = {PC: T - 1, IPC: T}  # at which values move
@@ -93,7 +93,10 @@ def compare(graph, algorithm, weigh, betas=(1.0,), momentum=0.0, **arguments):
         oracle.batch(other, (x, y), 0.2, T, lr, algorithm is IPC, betas, momentum)
         for mine, node in zip(oracle.values, optimizer.values.values(), strict=True):
             assert relative(node.detach(), mine.detach()) < 1e-9
-        np.testing.assert_allclose(optimizer.report.free_energy, oracle.energies, rtol=1e-9)
+        # Of a divergence of nearly equal distributions more is lost than of F.
+        np.testing.assert_allclose(
+            optimizer.report.free_energy, oracle.energies, rtol=1e-9, atol=1e-13
+        )
         assert optimizer.report.steps == len(oracle.energies)
         assert set(optimizer.report.learned.values()) <= ({1} if algorithm is PC else set(range(9)))
     assert far(model, other)[0] < 1e-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
@@ -10,7 +11,7 @@ from lightning_pc.inference.curvature import LARGEST, AutoGamma, largest_curvatu
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.precisions import Precisions
 from lightning_pc.inference.schedules import Schedule
-from lightning_pc.nodes.following import AXES, TOO_FAR, Along
+from lightning_pc.nodes.following import AXES, TOO_FAR, Following
 from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
@@ -23,16 +24,16 @@ class Beginning:
         schedule: Who moves when.
         auto: Chooses gamma, None where it is given.
         precisions: Each energy's weight in F.
-        curious: Look at the curvature, whoever gave gamma.
+        look_due: Look at the curvature, whoever gave gamma.
 
     Attributes:
-        seen: What ``curious`` saw: the largest curvature and the node where it is largest.
+        seen: What ``look_due`` saw: the largest curvature and the node where it is largest.
     """
 
     schedule: Schedule
     auto: AutoGamma | None
     precisions: Precisions
-    curious: bool
+    look_due: bool
     seen: tuple[float, Node] | None = None
 
     def begin(
@@ -60,18 +61,20 @@ class Beginning:
         """
         nodes, auto = evaluator.nodes, self.auto
 
-        def look(seed: int, close: bool) -> tuple[float, Node]:
-            return self._look(evaluator, Asked(age, True, False, False, root, scale), steps, seed, close)
+        def look(seed: int, fine: bool) -> tuple[float, Node]:
+            return self._look(
+                evaluator, Asked(age, True, False, False, root, scale), steps, seed, fine
+            )
 
         for node in nodes:
             if isinstance(node, ErrorNode):
                 node.whole = self.schedule.whole
-        if self.curious:
+        if self.look_due:
             self.seen = look(0, True)
         if auto is None:
             return
         if auto.due():
-            curvature, _ = look(auto.looks, auto.close)
+            curvature, _ = look(auto.looks, auto.fine)
             auto.take_in(curvature)
         share = 1.0
         if self.schedule.deep is not None and not kept:
@@ -91,25 +94,25 @@ class Beginning:
                 continue
             share = min(1.0, mover.start_gamma * node.weight / LARGEST)
             start = None if age else node.x.detach().clone()
-            node.along = Along(bears, 1.0 if always else share, start, always)
+            node.followed = Following(bears, 1.0 if always else share, start, always)
 
     def _look(
-        self, evaluator: Evaluator, asked: Asked, steps: int, seed: int, close: bool
+        self, evaluator: Evaluator, asked: Asked, steps: int, seed: int, fine: bool
     ) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes, age = evaluator.nodes, asked.t
         # All nodes' energies count.
         everything = replace(asked, t=age + max(node.arrival for node in nodes))
-        before = [(node.weight, node.along) for node in nodes]
+        before = [(node.weight, node.followed) for node in nodes]
         for node in nodes:
-            node.along = None
+            node.followed = None
             if self.precisions.varies and not age:
                 node.weight = self.precisions.lasting(node.depth, steps)
         evaluator.disturbed()
         try:
             return largest_curvature(
-                nodes, lambda: evaluator(everything), 1.0 / asked.scale, seed, close
+                nodes, partial(evaluator, everything), 1.0 / asked.scale, seed, fine
             )
         finally:
-            for node, (weight, along) in zip(nodes, before, strict=True):
-                node.weight, node.along = weight, along
+            for node, (weight, followed) in zip(nodes, before, strict=True):
+                node.weight, node.followed = weight, followed

@@ -61,7 +61,7 @@ class AutoGamma:
         failures: How many of the last looks on end have failed.
         anew: The next batch looks, and gamma is chosen whatever the band says.
         alarmed: Inference raised the energy in the last batch.
-        close: It has done so once, or diverged: looks go closer from then on.
+        fine: It has done so once, or diverged: looks go closer from then on.
         soonest: Evaluations from the last look to one that follows an alarm.
     """
 
@@ -76,7 +76,7 @@ class AutoGamma:
     failures: int = 0
     anew: bool = True
     alarmed: bool = False
-    close: bool = False
+    fine: bool = False
     soonest: int = SOONEST
 
     def __post_init__(self) -> None:
@@ -119,11 +119,11 @@ class AutoGamma:
         """Takes in a batch that is done: its evaluations, and whether inference raised F."""
         self.evaluations += evaluations
         self.alarmed = rose
-        self.close = self.close or rose
+        self.fine = self.fine or rose
 
     def after_divergence(self) -> None:
         """The next batch looks, closely, and gamma is chosen anew."""
-        self.anew = self.close = True
+        self.anew = self.fine = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""
@@ -144,10 +144,10 @@ class AutoGamma:
 @torch.no_grad()
 def largest_curvature(
     nodes: Sequence[Node],
-    evaluate: Callable[[], None],
+    evaluate: Callable[[], object],
     scale: float,
     seed: int,
-    close: bool = False,
+    fine: bool = False,
 ) -> tuple[float, Node]:
     """The largest eigenvalue of d2F/dx2 by power iteration: mostly 0.7 to 0.95 of it.
 
@@ -160,7 +160,7 @@ def largest_curvature(
         evaluate: Gives every node its gradients at the values where they are now.
         scale: Factor from the gradients that come from below to those of F.
         seed: Of the first, random direction; torch's own generators are left alone.
-        close: Go no further than the gradient at the values is long, which is about as far as
+        fine: Go no further than the gradient at the values is long, which is about as far as
             inference goes, nor less than the rounding of the forward allows.
 
     Returns:
@@ -175,7 +175,7 @@ def largest_curvature(
     ]
     length = REACH * _size([node.x for node in nodes]) * sum(x.numel() for x in starts) ** 0.5
     base = [_gradient(node, scale) for node in nodes]
-    if close:
+    if fine:
         pull = _length([gradient for gradient in base if gradient is not None])
         shortest = math.sqrt(max(node.rounding for node in nodes))
         length = min(length, max(pull, length * shortest / REACH))

@@ -35,7 +35,7 @@ AXES = 3
 
 
 @dataclass(eq=False)
-class Along:
+class Following:
     """Takes a node's value along with its prediction, where that has gone too far or always.
 
     The prediction's move counts whole, whether weights made it or the values above. Of a Gaussian

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_pc.nodes.energies import Energy, Slopes
-from lightning_pc.nodes.following import Along
+from lightning_pc.nodes.following import Following
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class Node:
         parameters: The trainable parameters of its stage.
         rounding: Relative, of the arithmetic that computes its prediction.
         weight: Of its energy in F, at the coming evaluation.
-        along: When its value goes along with its prediction; None where it stays.
+        followed: How its value follows its prediction; None where it stays.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         slopes: The energy's gradients at this evaluation; None before an error arrives.
         below: The gradient that comes from the stages that read it, [B, *], at this evaluation.
@@ -43,7 +43,7 @@ class Node:
     parameters: list[nn.Parameter] = field(default_factory=list)
     rounding: float = torch.finfo(torch.float32).eps
     weight: float = 1.0
-    along: Along | None = None
+    followed: Following | None = None
     velocity: Tensor | None = None
     slopes: Slopes | None = None
     below: Tensor | None = None
@@ -62,12 +62,12 @@ class Node:
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
         mu = mu.detach().to(self.x.dtype)
-        along = self.along
-        if along and along.always:
-            along.follow(self.x, mu, self.energy)
+        rule = self.followed
+        if rule and rule.always:
+            rule.follow(self.x, mu, self.energy)
         self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
         total = self.slopes.total
-        if along and not along.always and along.moved(self.x, mu, self.energy, self.weight, total):
+        if rule and not rule.always and rule.moved(self.x, mu, self.energy, self.weight, total):
             self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
 
     def stand(self, mu: Tensor) -> Tensor:

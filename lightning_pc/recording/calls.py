@@ -19,7 +19,8 @@ from torch import Tensor
 Environment = dict[int, Tensor]
 
 
-class Ref(NamedTuple):
+@dataclass(frozen=True)
+class Ref:
     """Stands among a call's arguments for the tensor that it reads there.
 
     Attributes:
@@ -57,7 +58,7 @@ class Context(NamedTuple):
 def current_context(device: str) -> Context | None:
     """The modes that are on, None for those of an ordinary forward."""
     grad = torch.is_grad_enabled()
-    if not torch._C._is_any_autocast_enabled():  # type: ignore[attr-defined]
+    if not torch._C._is_any_autocast_enabled():
         return None if grad else Context(False, ())
     types = dict.fromkeys(("cpu", device))
     states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in types]
@@ -142,7 +143,7 @@ class Call:
         for which, hook in self.hooks:
             result = env[fills[which]]
             if result.requires_grad:
-                result.register_hook(hook)
+                result.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _with_refs(value: Any, counter: Iterator[int]) -> Any:

@@ -11,52 +11,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.recording.calls import Call, Draws, arguments, current_context, tensors_in
-
-Function = Callable[..., Any]
-
-#: Functions that draw from a random generator, by name; others are found out at their first call.
-_DRAWING = frozenset(
-    (
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"),
-        *("feature_alpha_dropout", "rrelu", "bernoulli", "multinomial", "normal", "poisson"),
-        *("rand_like", "randn_like", "randint_like", "scaled_dot_product_attention", "lstm", "gru"),
-        *("rnn_tanh", "rnn_relu", "uniform", "random", "exponential", "cauchy", "log_normal"),
-        *("geometric", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"),
-    )
-)
-#: Functions that move running statistics without making a new version of them.
-_NORMS = frozenset((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm))
-_WRITING = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"))
-
-
-@dataclass
-class Traits:
-    """What is known of a function.
-
-    Attributes:
-        draws: It may draw from a random generator.
-        writes: It may write to an argument.
-    """
-
-    draws: bool
-    writes: bool
-
-
-def _guess(function: Function) -> Traits:
-    name = getattr(function, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    writes = in_place or name in _WRITING or function in _NORMS
-    return Traits(name.rstrip("_") in _DRAWING, writes)
+from lightning_pc.recording.traits import NORMS, Function, Traits, guess
 
 
 class Entry:
@@ -251,7 +214,7 @@ class Recorder(TorchFunctionMode):
         traits = self.known.get(function)
         if not any(entry is not None and entry.depends for entry in entries):
             if traits is None:
-                traits = _guess(function)
+                traits = guess(function)
             if traits.writes or "out" in kwargs:
                 for tensor in tensors:
                     self._before_write(tensor)
@@ -259,7 +222,7 @@ class Recorder(TorchFunctionMode):
             return self._keep_still(output) if all(map(self._is_still, tensors)) else output
         fresh = traits is None
         if traits is None:
-            traits = self.known[function] = _guess(function)
+            traits = self.known[function] = guess(function)
         watched = fresh or traits.writes or "out" in kwargs
         copies = self._copies(tensors, entries, function) if watched else {}
         draws = self._states(tensors, kwargs) if fresh or traits.draws else ()
@@ -277,7 +240,7 @@ class Recorder(TorchFunctionMode):
             if function is Tensor.register_hook:
                 self._hook(entries[0], args)
             return output
-        copied = [i for i in copies if i in rewritten or function in _NORMS]
+        copied = [i for i in copies if i in rewritten or function in NORMS]
         reads = tuple(
             entry.slot
             if entry is not None and entry.depends

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 from typing_extensions import override
 
 from lightning_pc.errors import ClosureError, PlacementError, RecordingError
 from lightning_pc.nodes.energies import Energy, Gaussian, softmax_energy
-from lightning_pc.nodes.node import Node
 from lightning_pc.nodes.placement import Placement
+from lightning_pc.recording.applied import Applied, active_modes, functions_met
 from lightning_pc.recording.calls import Call
 from lightning_pc.recording.functions import (
     COMPOSITES,
@@ -40,17 +41,24 @@ from lightning_pc.recording.functions import (
     whole_call,
 )
 from lightning_pc.recording.losses import LossCall, is_loss, read_loss_call
-from lightning_pc.recording.recorder import Recorder, Traits, first
+from lightning_pc.recording.recorder import Recorder, first
+from lightning_pc.recording.sites import (
+    FROZEN,
+    INSIDE,
+    LINEAR,
+    OVERWRITES,
+    Expected,
+    Site,
+    hand,
+    leaves_of,
+    rounding_of,
+    saved_elsewhere,
+)
+from lightning_pc.recording.traits import Traits
 
 #: A module of the model; of one that the forward makes on the spot, its type.
 Kind = nn.Module | type[nn.Module]
-FROZEN = "frozen above: its prediction depends on no trainable parameter"
-_OVERWRITES = "overwrites"
-INSIDE = "part of another place"
-LINEAR = "not a nonlinearity"
-
 _DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
-_single_level: Any = torch.autograd.function._SingleLevelFunction
 
 
 @dataclass
@@ -68,64 +76,6 @@ class Learned:
     functions: dict[Any, Traits] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
-class Site:
-    """A place that was met in call order.
-
-    Attributes:
-        key: Tells the kind of place: a function's name, a module, or (module, output).
-        name: Dotted name.
-        shape: Of the prediction, [B, *]; empty where it was skipped.
-        why: Why no node stands there, "" where one may.
-        reported: The user is told of it.
-        mu: Slot of the prediction; -1 where the recording is not cut.
-        slot: Slot of what is handed on.
-        at: Index of the call that stands for it in the recording.
-        value: The value, float32 or wider, [B, *].
-        energy: What its node's energy is.
-        rounding: Relative, of the arithmetic that computes the prediction.
-        leaves: Leaves that autograd reaches from the prediction; None where nobody looked.
-        edge: Where autograd holds the first forward's prediction; None where it is let go.
-        first: That prediction, [B, *].
-        version: Of ``first``, by which later writes to it are told.
-        cut: Autograd was cut there.
-        node: The node that stands there, once it is known that one does.
-    """
-
-    key: object
-    name: str
-    shape: tuple[int, ...]
-    why: str = ""
-    reported: bool = True
-    mu: int = -1
-    slot: int = -1
-    at: int = 0
-    value: Tensor | None = None
-    energy: Energy | None = None
-    rounding: float = 0.0
-    leaves: list[Tensor] | None = None
-    edge: GradientEdge | None = None
-    first: Tensor | None = None
-    version: int = 0
-    cut: bool = False
-    node: Node | None = None
-
-
-@dataclass
-class Expected:
-    """A form that a recording may turn out to have.
-
-    Attributes:
-        keys: Of the recording, in order.
-        why: Of each site, why no node stands there.
-        keeps: Of each site, whether autograd keeps the first forward's prediction.
-    """
-
-    keys: list[Any]
-    why: list[str]
-    keeps: list[bool]
-
-
 @dataclass
 class _Running:
     """A module call in progress."""
@@ -137,11 +87,6 @@ class _Running:
     version: int = 0
     suppresses: bool = False
     nonlinear: bool = False
-
-
-def hand(value: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
-    """What the module goes on with in the place of a prediction."""
-    return value.to(dtype, copy=copy)
 
 
 class Watch(Recorder):
@@ -198,44 +143,22 @@ class Watch(Recorder):
                 hooks.register_module_forward_hook(self._after),
             ):
                 stack.callback(handle.remove)
-            stack.enter_context(self._functions_seen())
+            stack.enter_context(functions_met(self._apply))
             if "torch._dynamo" in sys.modules:  # compiled functions run as they are written
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             with self:
                 yield
 
-    @contextmanager
-    def _functions_seen(self) -> Iterator[None]:
-        """No mode sees `torch.autograd.Function.apply`: it is met on its way to C++."""
-
-        def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
-            plain = torch._C._FunctionBase.__dict__["apply"].__get__(None, kind)
-            if threading.get_ident() != self._thread or not self._active():
-                return plain(*args, **kwargs)
-            if kind is torch.utils.checkpoint.CheckpointFunction:
-                return args[0](*args[2:])  # pieces hold no activations that it could save
-            return self._as_one(kind, plain, args, kwargs)
-
-        before = vars(_single_level).get("apply")
-        _single_level.apply = classmethod(apply)
-        try:
-            yield
-        finally:
-            if before is None:
-                del _single_level.apply
-            else:
-                _single_level.apply = before
-
-    def _active(self) -> bool:
-        return self in torch.overrides._get_current_function_mode_stack() and not self._inside
-
-    def _as_one(
-        self, kind: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _apply(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A Function of the user's, whose own backward it keeps, is one call."""
+        mine = threading.get_ident() == self._thread and not self._inside
+        if not mine or self not in active_modes():
+            return Applied.of(kind)(*args, **kwargs)
+        if kind is CheckpointFunction:
+            return args[0](*args[2:])  # pieces hold no activations that it could save
         self._inside += 1
         try:
-            return self.record(_Apply.of(kind), args, kwargs)
+            return self.record(Applied.of(kind), args, kwargs)
         finally:
             self._inside -= 1
 
@@ -317,7 +240,7 @@ class Watch(Recorder):
                 site.value = mu.detach().to(dtype, copy=True).requires_grad_()
                 site.energy = energy()
             assert site.value is not None
-            site.cut, site.rounding = True, _rounding(mu)
+            site.cut, site.rounding = True, rounding_of(mu)
             if form is None:
                 site.leaves = leaves_of(mu)
             elif form.keeps[index] and not saved_elsewhere():
@@ -418,7 +341,7 @@ class Watch(Recorder):
             self._know(tensor, entry.slot)  # it owes nothing to what it held
             if base is not None and base.grad_fn is not None:
                 metadata: Any = base.grad_fn.metadata
-                metadata[_OVERWRITES] = True  # a view, but of everything
+                metadata[OVERWRITES] = True  # a view, but of everything
         return tensor
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -548,7 +471,7 @@ class Watch(Recorder):
         for i in floating:
             base = self.module_name(module)
             name = base if len(floating) == 1 else f"{base}[{floating.index(i)}]"
-            x = self.place((module, i), lambda name=name: name, leaves[i], Gaussian, copy=True)
+            x = self.place((module, i), partial(str, name), leaves[i], Gaussian, copy=True)
             if x is not None:
                 leaves[i] = x  # a copy: the user may write to it (residual +=)
         return pytree.tree_unflatten(leaves, spec)
@@ -564,61 +487,6 @@ class Watch(Recorder):
     @override
     def where(self) -> str:
         return self.module_name(self._running[-1].module) if self._running else "the closure"
-
-
-class _Apply:
-    """`torch.autograd.Function.apply` of one kind, the same object each time."""
-
-    _made: dict[Any, _Apply] = {}  # noqa: RUF012
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-        self.__name__ = f"{kind.__name__}.apply"
-
-    @classmethod
-    def of(cls, kind: Any) -> _Apply:
-        return cls._made.setdefault(kind, cls(kind))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return torch._C._FunctionBase.__dict__["apply"].__get__(None, self.kind)(*args, **kwargs)
-
-
-def leaves_of(tensor: Tensor) -> list[Tensor]:
-    """The leaves that autograd reaches from a tensor."""
-    function: Any = tensor.grad_fn
-    if function is None:
-        return [tensor] if tensor.requires_grad else []
-    found: list[Tensor] = []
-    pending, seen = [function], {function}
-    while pending:
-        function = pending.pop()
-        leaf = getattr(function, "variable", None)
-        if leaf is not None:
-            found.append(leaf)
-        overwrites = function.name() == "torch::autograd::CopyBackwards" or (
-            function.name() == "torch::autograd::CopySlices" and _OVERWRITES in function.metadata
-        )
-        for above, _ in function.next_functions[1:] if overwrites else function.next_functions:
-            if above is not None and above not in seen:
-                seen.add(above)
-                pending.append(above)
-    return found
-
-
-def saved_elsewhere() -> bool:
-    """Whether hooks (gradient checkpoints) hold what autograd would save."""
-    return bool(torch._C._autograd._top_saved_tensors_default_hooks(False))
-
-
-def _rounding(mu: Tensor) -> float:
-    """Relative, of what computes ``mu``: its own dtype, or a shorter one behind it."""
-    kinds, device = [torch.finfo(mu.dtype).eps], mu.device.type
-    if torch.is_autocast_enabled(device):
-        kinds.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
-    backends = torch.backends
-    if device == "cuda" and (backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32):
-        kinds.append(2.0**-10)
-    return max(kinds)
 
 
 def _is_metric(module: nn.Module) -> bool:

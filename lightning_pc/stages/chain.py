@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_pc.errors import ChainError
 from lightning_pc.nodes.placement import PRESETS
+from lightning_pc.stages.analysis import Analysis
 from lightning_pc.stages.evaluator import Batch
-from lightning_pc.stages.form import Analysis
 
 
 def require_chain(batch: Batch, model: nn.Module) -> None:
@@ -81,7 +81,7 @@ class _Outputs:
         return found, weighs
 
     def chain(self) -> list[str]:
-        """Names of the outputs that every path from the loss to what lies above them runs through."""
+        """Names of the outputs through which every path to what lies above them runs."""
         lower_first = [self.batch.form.loss, *sorted(self.names, reverse=True)]
         paths = self._paths(lower_first, self.batch.form.loss)
         points = []
@@ -91,7 +91,9 @@ class _Outputs:
             if paths[slot] and all(through[s] == paths[s] for s in others):
                 points.append(slot)
         # An output with no weight to the one above it may take that one's place.
-        handed_on = {above for slot in points if not self.weights[slot] for above in self.above[slot]}
+        handed_on = {
+            above for slot in points if not self.weights[slot] for above in self.above[slot]
+        }
         return [self.names[slot] for slot in points if slot not in handed_on]
 
     def _paths(self, lower_first: list[int], start: int, ways: int = 1) -> dict[int, int]:

@@ -1,12 +1,11 @@
 """Evaluators: one inference step's loss, energies and gradients, at the values and weights of now.
 
-An evaluator runs the pieces of a recording. It leaves dF/dx in the nodes (`Node.slopes` of the node's
-own energy, `Node.below` from the stages that read it) and adds dF/dtheta / M to ``.grad``.
+An evaluator runs the pieces of a recording. It leaves dF/dx in the nodes (`Node.slopes` of the
+node's own energy, `Node.below` from the stages that read it) and adds dF/dtheta / M to ``.grad``.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from typing_extensions import override
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import Environment, run
 from lightning_pc.recording.watch import Watch
-from lightning_pc.stages.form import Form, Piece, Stage
+from lightning_pc.stages.form import Form, Piece
 from lightning_pc.stages.graph import Graph
 
 
@@ -63,7 +62,7 @@ class Asked:
     scale: float
 
 
-class Evaluator(ABC):
+class Evaluator:
     """Evaluates one batch.
 
     Args:
@@ -72,9 +71,7 @@ class Evaluator(ABC):
         once: Each stage counts once, with all of its parameters: none may wait for an error.
     """
 
-    def __init__(
-        self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False
-    ) -> None:
+    def __init__(self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False) -> None:
         self.batch, self.held, self.once = batch, held, once
         self.graph, self.form = batch.graph, batch.form
         self.loss = batch.loss.detach()
@@ -89,9 +86,9 @@ class Evaluator(ABC):
         """Parameters of the loss that the optimizer moves."""
         return [p for p in self.graph.arrivals if self.held is None or p in self.held]
 
-    @abstractmethod
     def __call__(self, asked: Asked) -> Tensor:
         """Evaluates; returns the loss, [], as of the last time it counted."""
+        raise NotImplementedError
 
     def learned(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes in that these parameters have moved."""
@@ -119,7 +116,8 @@ class Evaluator(ABC):
             env[watch.sites[self.form.nodes[number]].slot] = self.nodes[number].x
         return env
 
-    def _asked_parameters(self, slots: Iterable[int], asked: Asked) -> list[nn.Parameter]:
+    def asked_parameters(self, slots: Iterable[int], asked: Asked) -> list[nn.Parameter]:
+        """Of the parameters in these slots, those that gain gradients now."""
         if not asked.learns:
             return []
         arrivals, parameters = self.graph.arrivals, self.batch.watch.parameters
@@ -141,9 +139,7 @@ class LocalErrors(Evaluator):
     serves as the first run of a piece, while nothing that the piece reads has moved.
     """
 
-    def __init__(
-        self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False
-    ) -> None:
+    def __init__(self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False) -> None:
         super().__init__(batch, held, once)
         self._fresh = [True] * len(self.form.pieces)
         self._fixed: dict[int, Tensor] = {}  # predictions that read no value
@@ -172,7 +168,7 @@ class LocalErrors(Evaluator):
         counts = piece.loss and bool(asked.root)
         values = [n for n in piece.parents if nodes[n].arrival <= asked.t + 1]
         inputs: list[Tensor] = [nodes[n].x for n in values] if asked.moves else []
-        inputs += self._asked_parameters(piece.parameters, asked)
+        inputs += self.asked_parameters(piece.parameters, asked)
         roots: list[Any] = []
         errors: list[Tensor] = []
 
@@ -180,7 +176,7 @@ class LocalErrors(Evaluator):
             node = nodes[number]
             if number in standing:
                 node.evaluate(mu, asked.scale)
-                if node.along is not None:
+                if node.followed is not None:
                     self.moved([node])
                 if inputs and (edge is not None or mu.requires_grad):
                     assert node.slopes is not None
@@ -261,58 +257,6 @@ class LocalErrors(Evaluator):
     def finish(self) -> None:
         self.disturbed()
         self._fixed.clear()
-
-
-class ThroughErrors(Evaluator):
-    """Values are x = mu + e, and the gradients they move by go through the whole network.
-
-    All calls run in order, each node's value as soon as its prediction is there. Then the loss's
-    gradient goes back from node to node. Parameters learn from local errors all the same.
-    """
-
-    @override
-    def __call__(self, asked: Asked) -> Tensor:
-        nodes, form, watch = self.nodes, self.form, self.batch.watch
-        env: Environment = dict(watch.given)
-        edges: list[tuple[Any, torch.dtype]] = []
-
-        def meet(number: int, mu: Tensor) -> Tensor:
-            edges.append((get_gradient_edge(mu), mu.dtype))
-            if nodes[number].arrival <= asked.t:
-                nodes[number].evaluate(mu, asked.scale)
-            return nodes[number].x
-
-        with torch.enable_grad():
-            run(watch.calls, form.whole, env, meet)
-        loss, last = env[form.loss], form.loss_stage
-        self.loss = loss.detach()
-        root = torch.full_like(loss, asked.root)
-        self._backward(loss, root, root, last, asked)
-        for number in reversed(range(len(nodes))):
-            node, (edge, dtype) = nodes[number], edges[number]
-            below, node.x.grad = node.x.grad, None
-            if asked.moves and node.arrival <= asked.t + 1:
-                node.below = below
-            error = None if node.slopes is None else node.slopes.dmu.to(dtype)
-            through = None if below is None else below.to(dtype)
-            self._backward(edge, through, error, form.stages[number], asked)
-        return self.loss
-
-    def _backward(
-        self,
-        of: Any,
-        through: Tensor | None,
-        error: Tensor | None,
-        stage: Stage,
-        asked: Asked,
-    ) -> None:
-        """Hands the gradient on to the values above, and the error to the parameters."""
-        values = [self.nodes[n].x for n in stage.parents]
-        if asked.moves and values and through is not None:
-            torch.autograd.backward(of, through, inputs=values, retain_graph=True)
-        learning = self._asked_parameters(stage.parameters, asked)
-        if learning and error is not None:
-            torch.autograd.backward(of, error, inputs=learning, retain_graph=True)
 
 
 def counted_calls(batch: Batch) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.losses import LossCall
-from lightning_pc.recording.watch import Site
+from lightning_pc.recording.sites import Site
 
 
 @dataclass
@@ -79,9 +79,7 @@ class Graph:
         return (["the loss"] if node in self.loss_parents else []) + names
 
 
-def set_depths(
-    parents: list[Node], parameters: list[nn.Parameter]
-) -> dict[nn.Parameter, int]:
+def set_depths(parents: list[Node], parameters: list[nn.Parameter]) -> dict[nn.Parameter, int]:
     """Breadth first from the loss: sets ``Node.depth``, returns the parameters' depths.
 
     Args:

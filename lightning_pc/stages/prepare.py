@@ -11,9 +11,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.recording.calls import Environment, run
-from lightning_pc.recording.watch import Expected, Watch, leaves_of, saved_elsewhere
+from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
+from lightning_pc.recording.watch import Watch
+from lightning_pc.stages.analysis import Analysis
 from lightning_pc.stages.evaluator import Batch
-from lightning_pc.stages.form import Analysis, Form, Stage
+from lightning_pc.stages.form import Form, Stage
 from lightning_pc.stages.graph import Graph, set_arrivals, set_depths
 
 #: A stage's graph of the first forward is kept where it holds at most so many times the bytes of
@@ -79,7 +81,8 @@ class Forms:
         for index in form.nodes:
             site = sites[index]
             if site.node is None:
-                assert site.value is not None and site.energy is not None
+                assert site.value is not None
+                assert site.energy is not None
                 site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
             nodes.append(site.node)
         for node, stage in zip(nodes, form.stages, strict=True):
@@ -132,7 +135,9 @@ def check(batch: Batch) -> None:
     """
     watch, form = batch.watch, batch.form
     for number, index in enumerate(form.nodes):
-        _check_leaves(batch, watch.sites[index].leaves, form.stages[number], watch.sites[index].name)
+        _check_leaves(
+            batch, watch.sites[index].leaves, form.stages[number], watch.sites[index].name
+        )
     _check_leaves(batch, leaves_of(batch.loss), form.loss_stage, "the loss")
     for piece in form.pieces:
         env: Environment = {slot: watch.given[slot] for slot in piece.given}

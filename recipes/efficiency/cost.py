@@ -38,6 +38,7 @@ from rich.table import Table
 from lightning_pc.optim import IPC, PC, ZIL
 from recipes.common.machine import machine
 from recipes.efficiency import benchmark
+from recipes.efficiency.memory import peak_bytes
 from recipes.efficiency.networks import Transformer, deep
 
 #: Arguments of the paper's descent.
@@ -165,27 +166,21 @@ def measure_cost(
     return results
 
 
-def peak_bytes(learn: Learner) -> int:
-    """Most bytes alive at once of the tensors that a batch like the last one allocates."""
-    learn()
-    learn.optimizer.zero_grad()
-    gc.collect()  # what the last batch leaves must not be freed within this one
-    with torch.profiler.profile(profile_memory=True) as profile:
-        learn()
-    assert profile.profiler is not None
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return int(max(itertools.accumulate((change for _, change in changes), initial=0)))
+def batch_bytes(learner: Learner) -> int:
+    """Peak of a batch that is like the last one."""
+    learner()
+    learner.optimizer.zero_grad()
+    return peak_bytes(learner)
 
 
 def measure_memory(network: str, seed: int = 0) -> list[dict[str, Any]]:
     """Peaks of backprop, of ipc with a given gamma, which has a limit, and of ipc without."""
-    backprop = peak_bytes(Learner(network, None, {}, seed))
+    backprop = batch_bytes(Learner(network, None, {}, seed))
     results = [{"network": network, "row": "backprop", "peak_mib": backprop / 2**20}]
     for _, T, placed, share, of_nodes in (case for case in MEMORY if case[0] == network):
         for name, given in (("ipc", GIVEN), ("ipc, auto gamma", {})):
             learn = Learner(network, IPC, {"T": T, "value_nodes": placed, **given}, seed)
-            peak = peak_bytes(learn)
+            peak = batch_bytes(learn)
             nodes = sum(x.numel() * x.element_size() for x in learn.optimizer.values.values())
             row = {"network": network, "row": name, "T": T, "peak_mib": peak / 2**20}
             row |= {"ratio": peak / backprop, "nodes_mib": nodes / 2**20}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pc.errors import ClosureError, ConfigError
-from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.learner import Learner
+from lightning_pc.settings import Settings, refuse_unknown
 
 
 @dataclass(frozen=True)

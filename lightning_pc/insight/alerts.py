@@ -5,8 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.curvature import AutoGamma
-from lightning_pc.diagnosis import (
+from lightning_pc.inference.movers import Mover
+from lightning_pc.inference.relax import Trace
+from lightning_pc.inference.schedules import Schedule
+from lightning_pc.insight.explain import (
     LEAP,
     LONG_PATIENCE,
     PATIENCE,
@@ -18,12 +22,8 @@ from lightning_pc.diagnosis import (
     unseen,
     unstable,
 )
-from lightning_pc.inference.begin import Beginning
-from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.relax import Trace
+from lightning_pc.insight.report import StepReport
 from lightning_pc.nodes.node import Node
-from lightning_pc.report import StepReport
-from lightning_pc.inference.schedules import Schedule
 
 #: Batches from a look that has found nothing to blame to the next.
 SECOND_LOOK = 500
@@ -41,7 +41,7 @@ class _Streak:
         self.length = -SECOND_LOOK
 
 
-class Advisor:
+class Alerts:
     """Looks after the inference of one module.
 
     Args:
@@ -60,7 +60,7 @@ class Advisor:
         self._largest = 0.0  # of all |F| at the start of a batch
 
     @property
-    def curious(self) -> bool:
+    def look_due(self) -> bool:
         """Whether the next batch is to look at the curvature, for a warning's sake."""
         return (self._raised.length >= PATIENCE and "unstable" not in self._told) or (
             self._overshot.length == LONG_PATIENCE - 1 and "overshot" not in self._told
@@ -105,9 +105,7 @@ class Advisor:
             self.say("silent", silenced(report, [] if through else nodes, inference, end))
             self._first = float(report.free_energy[0])
 
-    def _judge(
-        self, curvature: float, node: Node, inference: Mover, report: StepReport
-    ) -> None:
+    def _judge(self, curvature: float, node: Node, inference: Mover, report: StepReport) -> None:
         """Blames gamma or the weights for batches on end in which F rose, by the look at hand."""
         gamma, momentum = inference.start_gamma, inference.momentum
         if self._auto is None:

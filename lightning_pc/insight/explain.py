@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_pc.errors import DivergenceError
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.schedules import SCHEDULES
+from lightning_pc.insight.report import StepReport
 from lightning_pc.nodes.node import Node
-from lightning_pc.report import StepReport
 
 #: What is seen this often on end is no accident: batches in which inference raises the energy, or
 #: looks at the curvature that fail.
@@ -254,16 +254,12 @@ def silenced(report: StepReport, nodes: Sequence[Node], mover: Mover, end: int) 
         if end < 2 or not float(report.loss[0]):
             return ""
         return (
-            f"In the first batch no value moved: all {len(report.nodes)} value nodes have energy zero "
-            f"after {end} inference steps at gamma = {gamma:.3g}, so that only the stage of the "
-            "loss learns. Either gamma is too small, or no gradient of the loss reaches the nodes "
-            "(dead units, a constant loss)."
+            f"In the first batch no value moved: all {len(report.nodes)} value nodes have energy "
+            f"zero after {end} inference steps at gamma = {gamma:.3g}, so that only the stage of "
+            "the loss learns. Either gamma is too small, or no gradient of the loss reaches the "
+            "nodes (dead units, a constant loss)."
         )
-    far = [
-        node.name
-        for node in nodes
-        if node.arrival < end and gamma**node.arrival < 1e-4
-    ]
+    far = [node.name for node in nodes if node.arrival < end and gamma**node.arrival < 1e-4]
     silent = [name for name in far if peaks[name] == 0]
     if not silent:
         return ""
@@ -306,11 +302,13 @@ def explain(report: StepReport | None) -> str:
             f"{shares[min(shares)]:.1%} of the energy is next to the loss (depth {min(shares)}), "
             f"{shares[last]:.2g} of it at the top (depth {last})."
         )
-    if report.along:
-        times = ", ".join(f"'{name}' ({times})" for name, times in list(report.along.items())[:5])
+    if report.followed:
+        times = ", ".join(
+            f"'{name}' ({times})" for name, times in list(report.followed.items())[:5]
+        )
         lines.append(
             f"Values went along with their predictions (evaluations): {times}; "
-            f"{len(report.along)} nodes in all."
+            f"{len(report.followed)} nodes in all."
         )
     silent = [name for name, peak in report.peak_energy.items() if peak == 0]
     if silent:

@@ -8,9 +8,9 @@ import torch
 from problems import MLP, classifier, relative, vectors
 from torch import nn
 
-from lightning_pc.nodes.following import Along
+from lightning_pc.nodes.following import Following
 from lightning_pc.inference.curvature import LARGEST
-from lightning_pc.diagnosis import explain
+from lightning_pc.insight.explain import explain
 from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
 from lightning_pc.optim import IEPC, IPC, PC
 
@@ -91,7 +91,7 @@ def test_weights_are_those_of_hand_written_gradients(plain, gamma):
     assert all(0 < n < 6 for n in times)  # they went along at some evaluations and stayed at some
     optimizer = plain(net, 0.01, gamma, T=8, loss_terms=16)
     optimizer.step(lambda: 0.5 * (net(x) - y).square().sum() / 16)
-    assert list(optimizer.report.along.values()) == times
+    assert list(optimizer.report.followed.values()) == times
     for ours, theirs in zip(net.parameters(), expected, strict=True):
         assert relative(ours, theirs) < 1e-12
 
@@ -106,17 +106,17 @@ def test_f_does_not_leap_with_inputs_thirty_times_as_large(monkeypatch):
         return max(float(r.energy.diff(dim=0).amax() / r.free_energy[0]) for r in reports[:3])
 
     reports = trained(net(), 30.0, batches=30, lr=1e-2)
-    assert all(set(report.along) == {"1", "3"} for report in reports)
+    assert all(set(report.followed) == {"1", "3"} for report in reports)
     monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", math.inf)
     stayed = trained(net(), 30.0, batches=30, lr=1e-2)
-    assert not any(report.along for report in stayed)
+    assert not any(report.followed for report in stayed)
     assert leap(stayed) > 4 * leap(reports)
     assert float(reports[-1].loss[0]) < 0.5 * float(stayed[-1].loss[0])
 
 
 def test_values_stay_where_weights_go_their_way(monkeypatch):
     reports = trained(net(), 1.0, lr=1e-4)
-    assert not any(report.along for report in reports)
+    assert not any(report.followed for report in reports)
     monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", math.inf)
     stayed = trained(net(), 1.0, lr=1e-4)
     assert torch.equal(reports[-1].energies, stayed[-1].energies)
@@ -135,7 +135,7 @@ def test_values_stay_where_weights_go_their_way(monkeypatch):
 )
 def test_only_ipc_of_which_all_is_automatic_lets_values_go_along(kind, given, monkeypatch):
     mine = trained(net(), 30.0, kind=kind, **given)
-    assert not any(report.along for report in mine)
+    assert not any(report.followed for report in mine)
     monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", -1.0)  # they'd go along at each chance
     assert torch.equal(mine[-1].energies, trained(net(), 30.0, kind=kind, **given)[-1].energies)
 
@@ -144,16 +144,16 @@ def test_activations_in_place_make_no_difference():
     """They overwrite the prediction that the next one is compared with."""
     one, other = net(), net(inplace=True)
     reports = trained(one, 30.0)
-    assert any(report.along for report in reports)
-    assert [r.along for r in trained(other, 30.0)] == [r.along for r in reports]
+    assert any(report.followed for report in reports)
+    assert [r.followed for r in trained(other, 30.0)] == [r.followed for r in reports]
     for p, q in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
 
 def test_a_look_at_the_curvature_leads_no_value_along(monkeypatch):
     """It moves values to and fro, and its predictions are no weights' doing."""
-    calls, moved = [], Along.moved
-    monkeypatch.setattr(Along, "moved", lambda self, *a: calls.append(self) or moved(self, *a))
+    calls, moved = [], Following.moved
+    monkeypatch.setattr(Following, "moved", lambda self, *a: calls.append(self) or moved(self, *a))
 
     def evaluations(looks):
         monkeypatch.setattr("lightning_pc.inference.curvature.AutoGamma.due", lambda self: looks)
@@ -174,7 +174,7 @@ def test_a_look_at_the_curvature_leads_no_value_along(monkeypatch):
 @pytest.mark.parametrize(("bears", "goes"), [(1.4, True), (1.6, False)])
 def test_what_counts_is_what_the_move_adds(bears, goes):
     """From an energy of 0.5 to one of 2 is 1.5, weighted."""
-    along, x = Along(torch.tensor(2 * bears), 0.5), torch.full((1, 1), 10.0)
+    along, x = Following(torch.tensor(2 * bears), 0.5), torch.full((1, 1), 10.0)
     for mu in (9.0, 8.0):
         prediction = torch.full((1, 1), mu)
         total = 2 * Gaussian().value(x, prediction).sum()
@@ -185,7 +185,7 @@ def test_what_counts_is_what_the_move_adds(bears, goes):
 
 def went(x, before, mu, energy=None, bears=0.0):
     """The value after its prediction has moved from ``before`` to ``mu``."""
-    along, energy, x = Along(torch.tensor(bears), 1.0), energy or Gaussian(), x.clone()
+    along, energy, x = Following(torch.tensor(bears), 1.0), energy or Gaussian(), x.clone()
     for prediction in (before, mu):
         along.moved(x, prediction, energy, 1.0, energy.value(x, prediction).sum())
     return x
@@ -290,7 +290,7 @@ def test_a_loss_is_as_large_as_it_is_far_from_zero(shift):
     for _ in range(10):
         loss = classifier(model, 30 * x.abs(), y)
         optimizer.step(lambda loss=loss: loss() + shift)
-        went += sum(optimizer.report.along.values())
+        went += sum(optimizer.report.followed.values())
     assert (went > 0) == (shift == 0)
 
 
@@ -315,7 +315,7 @@ def test_a_weight_that_stages_share_has_moved_a_prediction_before_its_error_arri
     optimizer.step(classifier(model, x[:, :6], y))
     report = optimizer.report
     later = [name for name, depth in zip(report.nodes, report.depths, strict=True) if depth > 1]
-    assert set(later) & set(report.along)  # at t = 2, their first evaluation and the last of all
+    assert set(later) & set(report.followed)  # at t = 2, their first evaluation and the last of all
 
 
 def test_a_call_with_kept_values_starts_anew():
@@ -326,13 +326,13 @@ def test_a_call_with_kept_values_starts_anew():
     x, y = vectors(8)
     for scale in (30.0, 31.0, 33.0):
         optimizer.step(classifier(model, scale * x, y))
-        assert optimizer.report.along == {}
+        assert optimizer.report.followed == {}
 
 
 def test_energies_that_weigh_more_share_more(monkeypatch):
     """Of F as a whole ten times as large gamma is a tenth, and values move as before."""
     made = []
-    monkeypatch.setattr("lightning_pc.inference.begin.Along", lambda *a: made.append(Along(*a)))
+    monkeypatch.setattr("lightning_pc.inference.begin.Following", lambda *a: made.append(Following(*a)))
     for times in (4.0, 40.0):
         model = net()
         sgd = torch.optim.SGD(model.parameters(), 0.0)
@@ -346,7 +346,7 @@ def test_energies_that_weigh_more_share_more(monkeypatch):
 def test_values_of_convolutions_stay(monkeypatch):
     """Their predictions would take too much memory to keep."""
     kept = []
-    monkeypatch.setattr("lightning_pc.inference.begin.Along", lambda *a: kept.append(a) or Along(*a))
+    monkeypatch.setattr("lightning_pc.inference.begin.Following", lambda *a: kept.append(a) or Following(*a))
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8), nn.ReLU())
     model.append(nn.Linear(8, 4))

@@ -72,7 +72,7 @@ def test_a_gamma_that_raises_F_is_chosen_anew_from_close_by(algorithm, dtype):
         near = optimizer.report
         assert 0.7 < near.gamma * exact < 2
         assert near.free_energy[-1] <= near.free_energy[0]
-    assert optimizer.state_dict()["lightning_pc"]["close"]
+    assert optimizer.state_dict()["lightning_pc"]["fine"]
 
 
 def test_the_rounding_of_bfloat16_is_no_curvature():
@@ -83,7 +83,7 @@ def test_the_rounding_of_bfloat16_is_no_curvature():
         x, y = batch(samples)
         for close in (False, True):
             optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, value_nodes=NODES)
-            optimizer._learner.auto.close = close
+            optimizer._learner.auto.fine = close
             with torch.autocast("cpu", torch.bfloat16):
                 optimizer.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
             found.append(optimizer.report.curvature)
@@ -100,7 +100,7 @@ def test_a_close_look_goes_as_far_as_the_gradient_at_the_values():
             model = Ripples().double()
             nn.init.normal_(model.head.weight, std=pull)
             optimizer = trained(PC, model, x, y, 0)
-            optimizer._learner.auto.close = close
+            optimizer._learner.auto.fine = close
             optimizer.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
             found[pull, close] = optimizer.report.curvature
     assert found[10.0, True] == found[10.0, False]
@@ -121,17 +121,17 @@ def test_a_rise_after_the_last_move_counts():
 def test_a_divergence_brings_the_looks_closer():
     auto = AutoGamma(0.8, 0.5, 1.2)
     auto.after_divergence()
-    assert auto.close
+    assert auto.fine
     assert auto.anew
 
 
 def test_a_rise_brings_the_looks_closer_for_good():
     auto = AutoGamma(0.8, 0.5, 1.2)
     auto.after(8, False)
-    assert not auto.close
+    assert not auto.fine
     auto.after(8, True)
     auto.after(8, False)
-    assert auto.close
+    assert auto.fine
     resumed = AutoGamma(0.8, 0.5, 1.2)
     resumed.load_state_dict(auto.state_dict())
-    assert resumed.close
+    assert resumed.fine

@@ -51,7 +51,7 @@ class StepReport:
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
-    _along: tuple[Tensor | int, ...] = field(repr=False, default=())
+    _followed: tuple[Tensor | int, ...] = field(repr=False, default=())
 
     @cached_property
     def energy(self) -> Tensor:
@@ -85,14 +85,14 @@ class StepReport:
         return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
 
     @cached_property
-    def along(self) -> dict[str, int]:
+    def followed(self) -> dict[str, int]:
         """Node name -> evaluations at which its value went along with its prediction.
 
         Only in ipc with gamma="auto", along conjugate gradients: where that moved too far, and at
         each evaluation but the first where connections skip all stages (unless its move is too
-        long); nodes whose value always stayed are left out (`lightning_pc.along`).
+        long); nodes whose value always stayed are left out (`lightning_pc.followed`).
         """
-        went = zip(self.nodes, map(int, self._along), strict=bool(self._along))
+        went = zip(self.nodes, map(int, self._followed), strict=bool(self._followed))
         return {name: times for name, times in went if times}
 
     @cached_property

@@ -4,42 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_pc.errors import ClosureError, PlacementError, UnsupportedError
+from lightning_pc.errors import ClosureError, PlacementError
 from lightning_pc.nodes.placement import Placement
-from lightning_pc.recording.watch import Site
+from lightning_pc.recording.sites import Site
 from lightning_pc.stages.graph import Graph
-
-_SHARDED = {
-    "FullyShardedDataParallel": "FSDP",
-    "DistributedDataParallel": "DistributedDataParallel",
-    "DataParallel": "DataParallel",
-    "DeepSpeedEngine": "DeepSpeed",
-}
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuses compiled and sharded modules and such as have nothing to train.
-
-    Raises:
-        UnsupportedError: Naming the module and what to do.
-    """
-    for name, module in model.named_modules():
-        where = f"'{name}'" if name else f"the model ({type(module).__name__})"
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
-            raise UnsupportedError(
-                f"{where} is compiled by torch.compile, which hides its nonlinearities from value "
-                "nodes: train the module uncompiled and compile it for inference."
-            )
-        wrapper = _SHARDED.get(type(module).__name__)
-        if wrapper is not None:
-            raise UnsupportedError(
-                f"{where} is wrapped by {wrapper}: predictive coding runs on one device for now, "
-                "give it the bare module."
-            )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UnsupportedError(
-            f"{type(model).__name__} has no trainable parameter: unfreeze some (requires_grad)."
-        )
 
 
 def checked_loss(loss: object) -> Tensor:

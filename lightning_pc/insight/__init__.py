@@ -1,0 +1,1 @@
+"""Insight: what inference did, in numbers and in words."""

@@ -1,0 +1,119 @@
+"""Sites: places of a forward at which a value node may stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from lightning_pc.nodes.energies import Energy
+from lightning_pc.nodes.node import Node
+
+FROZEN = "frozen above: its prediction depends on no trainable parameter"
+OVERWRITES = "overwrites"
+INSIDE = "part of another place"
+LINEAR = "not a nonlinearity"
+
+
+@dataclass(eq=False)
+class Site:
+    """A place that was met in call order.
+
+    Attributes:
+        key: Tells the kind of place: a function's name, a module, or (module, output).
+        name: Dotted name.
+        shape: Of the prediction, [B, *]; empty where it was skipped.
+        why: Why no node stands there, "" where one may.
+        reported: The user is told of it.
+        mu: Slot of the prediction; -1 where the recording is not cut.
+        slot: Slot of what is handed on.
+        at: Index of the call that stands for it in the recording.
+        value: The value, float32 or wider, [B, *].
+        energy: What its node's energy is.
+        rounding: Relative, of the arithmetic that computes the prediction.
+        leaves: Leaves that autograd reaches from the prediction; None where nobody looked.
+        edge: Where autograd holds the first forward's prediction; None where it is let go.
+        first: That prediction, [B, *].
+        version: Of ``first``, by which later writes to it are told.
+        cut: Autograd was cut there.
+        node: The node that stands there, once it is known that one does.
+    """
+
+    key: object
+    name: str
+    shape: tuple[int, ...]
+    why: str = ""
+    reported: bool = True
+    mu: int = -1
+    slot: int = -1
+    at: int = 0
+    value: Tensor | None = None
+    energy: Energy | None = None
+    rounding: float = 0.0
+    leaves: list[Tensor] | None = None
+    edge: GradientEdge | None = None
+    first: Tensor | None = None
+    version: int = 0
+    cut: bool = False
+    node: Node | None = None
+
+
+@dataclass
+class Expected:
+    """A form that a recording may turn out to have.
+
+    Attributes:
+        keys: Of the recording, in order.
+        why: Of each site, why no node stands there.
+        keeps: Of each site, whether autograd keeps the first forward's prediction.
+    """
+
+    keys: list[Any]
+    why: list[str]
+    keeps: list[bool]
+
+
+def hand(value: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
+    """What the module goes on with in the place of a prediction."""
+    return value.to(dtype, copy=copy)
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaves that autograd reaches from a tensor."""
+    function: Any = tensor.grad_fn
+    if function is None:
+        return [tensor] if tensor.requires_grad else []
+    found: list[Tensor] = []
+    pending, seen = [function], {function}
+    while pending:
+        function = pending.pop()
+        leaf = getattr(function, "variable", None)
+        if leaf is not None:
+            found.append(leaf)
+        overwrites = function.name() == "torch::autograd::CopyBackwards" or (
+            function.name() == "torch::autograd::CopySlices" and OVERWRITES in function.metadata
+        )
+        for above, _ in function.next_functions[1:] if overwrites else function.next_functions:
+            if above is not None and above not in seen:
+                seen.add(above)
+                pending.append(above)
+    return found
+
+
+def saved_elsewhere() -> bool:
+    """Whether hooks (gradient checkpoints) hold what autograd would save."""
+    return bool(torch._C._autograd._top_saved_tensors_default_hooks(False))
+
+
+def rounding_of(mu: Tensor) -> float:
+    """Relative, of what computes ``mu``: its own dtype, or a shorter one behind it."""
+    kinds, device = [torch.finfo(mu.dtype).eps], mu.device.type
+    if torch.is_autocast_enabled(device):
+        kinds.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
+    backends = torch.backends
+    if device == "cuda" and (backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32):
+        kinds.append(2.0**-10)
+    return max(kinds)

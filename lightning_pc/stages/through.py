@@ -1,0 +1,67 @@
+"""The evaluator of error coordinates, whose gradients go through the whole network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+from typing_extensions import override
+
+from lightning_pc.recording.calls import Environment, run
+from lightning_pc.stages.evaluator import Asked, Evaluator
+from lightning_pc.stages.form import Stage
+
+
+class ThroughErrors(Evaluator):
+    """Values are x = mu + e, and the gradients they move by go through the whole network.
+
+    All calls run in order, each node's value as soon as its prediction is there. Then the loss's
+    gradient goes back from node to node. Parameters learn from local errors all the same.
+    """
+
+    @override
+    def __call__(self, asked: Asked) -> Tensor:
+        nodes, form, watch = self.nodes, self.form, self.batch.watch
+        env: Environment = dict(watch.given)
+        edges: list[tuple[Any, torch.dtype]] = []
+
+        def meet(number: int, mu: Tensor) -> Tensor:
+            edges.append((get_gradient_edge(mu), mu.dtype))
+            if nodes[number].arrival <= asked.t:
+                nodes[number].evaluate(mu, asked.scale)
+                return nodes[number].x
+            return nodes[number].stand(mu)
+
+        with torch.enable_grad():
+            run(watch.calls, form.whole, env, meet)
+        loss, last = env[form.loss], form.loss_stage
+        self.loss = loss.detach()
+        root = torch.full_like(loss, asked.root)
+        self._backward(loss, root, root, last, asked)
+        for number in reversed(range(len(nodes))):
+            node, (edge, dtype) = nodes[number], edges[number]
+            below, node.x.grad = node.x.grad, None
+            if asked.moves and node.arrival <= asked.t + 1:
+                node.below = below
+            error = None if node.slopes is None else node.slopes.dmu.to(dtype)
+            through = None if below is None else below.to(dtype)
+            self._backward(edge, through, error, form.stages[number], asked)
+        return self.loss
+
+    def _backward(
+        self,
+        of: Any,
+        through: Tensor | None,
+        error: Tensor | None,
+        stage: Stage,
+        asked: Asked,
+    ) -> None:
+        """Hands the gradient on to the values above, and the error to the parameters."""
+        values = [self.nodes[n].x for n in stage.parents]
+        if asked.moves and values and through is not None:
+            torch.autograd.backward(of, through, inputs=values, retain_graph=True)
+        learning = self.asked_parameters(stage.parameters, asked)
+        if learning and error is not None:
+            torch.autograd.backward(of, error, inputs=learning, retain_graph=True)
