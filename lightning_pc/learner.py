@@ -143,7 +143,7 @@ class Learner:
         """
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
-        start = RandomStates()
+        start = RandomStates(everywhere=self.settings.reset == "never")
         if self._draws is not None:
             self._draws.restore()
         placement = self._model.look()

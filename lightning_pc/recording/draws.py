@@ -9,10 +9,14 @@ import torch
 
 
 class RandomStates:
-    """Where the random generators of Python, numpy and torch stand now."""
+    """Where the random generators of torch, and of Python and numpy, stand now.
 
-    def __init__(self) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
+    Args:
+        everywhere: Those of Python and numpy too.
+    """
+
+    def __init__(self, everywhere: bool = True) -> None:
+        self._others = (random.getstate(), np.random.get_state()) if everywhere else None
         generators = [torch.default_generator]
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             generators += torch.cuda.default_generators
@@ -20,7 +24,8 @@ class RandomStates:
 
     def restore(self) -> None:
         """Sets them back."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if self._others is not None:
+            random.setstate(self._others[0])
+            np.random.set_state(self._others[1])
         for generator, state in self._torch:
             generator.set_state(state)

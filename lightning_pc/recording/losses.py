@@ -33,6 +33,10 @@ _BY_ROW = (  # one term for each row of the last axis
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
 )
 _SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, F.ctc_loss)}
+_DEFAULTS = {
+    f: {name: p.default for name, p in signature.parameters.items()}
+    for f, signature in _SIGNATURES.items()
+}
 
 
 @dataclass
@@ -89,9 +93,7 @@ def read_loss_call(
     signature = _SIGNATURES.get(func)
     if signature is None or not isinstance(output, Tensor) or output.grad_fn is None:
         return None
-    bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    call = bound.arguments
+    call = {**_DEFAULTS[func], **dict(zip(signature.parameters, args, strict=False)), **kwargs}
     tensors = [v for v in call.values() if isinstance(v, Tensor)]
     target = call.get("target", tensors[0])
     batch = target.shape[0] if target.dim() else 1

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.recording.calls import Call, Draws, arguments, current_context, tensors_in
-from lightning_pc.recording.traits import NORMS, Function, Traits, guess
+from lightning_pc.recording.traits import NORMS, TELLS, Function, Traits, guess
 
 
 class Entry:
@@ -210,24 +210,26 @@ class Recorder(TorchFunctionMode):
         tensors = arguments(args, kwargs)
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
-        entries = [self.entry(tensor) for tensor in tensors]
+        entries: list[Entry | None] = []
+        depends = False
+        for tensor in tensors:
+            entry = self.entry(tensor)
+            entries.append(entry)
+            depends = depends or (entry is not None and entry.depends)
         traits = self.known.get(function)
-        if not any(entry is not None and entry.depends for entry in entries):
-            if traits is None:
-                traits = guess(function)
-            if traits.writes or "out" in kwargs:
-                for tensor in tensors:
-                    self._before_write(tensor)
-            output = function(*args, **kwargs)
-            return self._keep_still(output) if all(map(self._is_still, tensors)) else output
-        fresh = traits is None
         if traits is None:
             traits = self.known[function] = guess(function)
-        watched = fresh or traits.writes or "out" in kwargs
-        copies = self._copies(tensors, entries, function) if watched else {}
-        draws = self._states(tensors, kwargs) if fresh or traits.draws else ()
+        if not depends:
+            return self._constantly(function, args, kwargs, tensors, traits)
+        watched = not traits.met or traits.writes or "out" in kwargs
+        copies = self._copies(tensors, entries) if watched else {}
+        draws = self._states(tensors, kwargs) if not traits.met or traits.draws else ()
         versions = [_version(tensor) for tensor in tensors] if watched else None
+        traits.met = True
         output = function(*args, **kwargs)
+        if type(output) in TELLS:
+            traits.passive = True
+            return output
         if draws:
             draws = tuple(d for d in draws if not torch.equal(d.state, d.generator.get_state()))
             traits.draws = traits.draws or bool(draws)
@@ -241,14 +243,14 @@ class Recorder(TorchFunctionMode):
                 self._hook(entries[0], args)
             return output
         copied = [i for i in copies if i in rewritten or function in NORMS]
-        reads = tuple(
-            entry.slot
-            if entry is not None and entry.depends
-            else self._constant(tensor, copies[i] if i in copied else None)
-            for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True))
-        )
+        reads = []
+        for i, entry in enumerate(entries):
+            if entry is None or not entry.depends:
+                reads.append(self._constant(tensors[i], copies[i] if i in copied else None))
+            else:
+                reads.append(entry.slot)
         context = current_context(self.device)
-        call = Call(function, args, kwargs, reads, context)
+        call = Call(function, args, kwargs, tuple(reads), context)
         call.draws, call.copies = draws, tuple(copied)
         self._append(call, context, tuple(rewritten), len(results))
         for i in rewritten:
@@ -266,9 +268,26 @@ class Recorder(TorchFunctionMode):
                 call.fills += (self._new_slot(),)
         return output
 
-    def _copies(
-        self, tensors: list[Tensor], entries: list[Entry | None], function: Function
-    ) -> dict[int, Tensor]:
+    def _constantly(
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        tensors: list[Tensor],
+        traits: Traits,
+    ) -> Any:
+        """Makes a call whose result is a constant of the batch."""
+        if traits.writes or "out" in kwargs:
+            for tensor in tensors:
+                self._before_write(tensor)
+        output = function(*args, **kwargs)
+        if type(output) in TELLS:
+            traits.passive = True
+        elif all(map(self._is_still, tensors)):
+            self._keep_still(output)
+        return output
+
+    def _copies(self, tensors: list[Tensor], entries: list[Entry | None]) -> dict[int, Tensor]:
         """Index -> content of what the call may write to and the recording does not make."""
         copies = {}
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
@@ -286,18 +305,20 @@ class Recorder(TorchFunctionMode):
         A write to a trainable parameter (clipping it within the forward) happens once: the
         parameter is given to a recording as it stands.
         """
-        found = []
+        found: list[int] = []
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
             if versions is not None:
-                written = _version(tensor) != versions[i]
+                before = versions[i]
+            elif entry is not None and entry.depends:
+                before = entry.version
             else:
-                depends = entry is not None and entry.depends
-                written = depends and _version(tensor) != entry.version  # type: ignore[union-attr]
-            if written and i == next(j for j, t in enumerate(tensors) if t is tensor):
-                if entry is not None and entry.slot in self.parameters:
-                    entry.version = _version(tensor)
-                    return None
-                found.append(i)
+                continue
+            if _version(tensor) == before or any(tensors[j] is tensor for j in found):
+                continue
+            if entry is not None and entry.slot in self.parameters:
+                entry.version = _version(tensor)
+                return None
+            found.append(i)
         return found
 
     def _states(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> tuple[Draws, ...]:

@@ -26,6 +26,10 @@ NORMS = frozenset((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instan
 _WRITING = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"))
 
 
+#: Types of what a passive function gives.
+TELLS = frozenset((bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout))
+
+
 @dataclass
 class Traits:
     """What is known of a function.
@@ -33,10 +37,14 @@ class Traits:
     Attributes:
         draws: It may draw from a random generator.
         writes: It may write to an argument.
+        passive: It tells something of a tensor (its shape, a number) and makes none.
+        met: What it does to what a recording keeps has been watched once.
     """
 
     draws: bool
     writes: bool
+    passive: bool = False
+    met: bool = False
 
 
 def guess(function: Function) -> Traits:

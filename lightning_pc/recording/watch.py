@@ -167,6 +167,9 @@ class Watch(Recorder):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
+        traits = self.known.get(func)
+        if traits is not None and traits.passive:
+            return func(*args, **kwargs)
         if func is L1_LOSS:
             kwargs = whole_call(kwargs)
         if self._running and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
@@ -511,8 +514,8 @@ _TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 def _may_be_nonlinearity(module: nn.Module, args: tuple[Any, ...]) -> bool:
     """Torch's own modules call the functional on their input, which serves as well."""
-    if len(args) != 1 or not _is_activation(args[0]) or isinstance(module, _TRANSPARENT):
+    kind = type(module)
+    if kind.__module__.startswith("torch.nn.modules.") or isinstance(module, _TRANSPARENT):
         return False
-    if type(module).__module__.startswith("torch.nn.modules."):
-        return False
-    return next(module.parameters(), None) is None
+    one = len(args) == 1 and _is_activation(args[0])
+    return one and next(module.parameters(), None) is None

@@ -75,6 +75,8 @@ class Evaluator:
         self.batch, self.held, self.once = batch, held, once
         self.graph, self.form = batch.graph, batch.form
         self.loss = batch.loss.detach()
+        dtype = torch.promote_types(self.loss.dtype, torch.float32)
+        self._zero = self.loss.new_zeros((), dtype=dtype)
 
     @property
     def nodes(self) -> list[Node]:
@@ -104,10 +106,11 @@ class Evaluator:
 
     def energies(self) -> Tensor:
         """Each node's energy at the last evaluation, [n]; zero where no error stands."""
-        dtype = torch.promote_types(self.loss.dtype, torch.float32)
-        zero = self.loss.new_zeros((), dtype=dtype)
-        totals = [zero if n.slopes is None else n.slopes.total.to(dtype) for n in self.nodes]
-        return torch.stack(totals) if totals else self.loss.new_zeros(0, dtype=dtype)
+        zero = self._zero
+        if all(node.slopes is None for node in self.nodes):
+            return zero.expand(len(self.nodes))
+        totals = [zero if n.slopes is None else n.slopes.total for n in self.nodes]
+        return torch.stack([total.to(zero.dtype) for total in totals])
 
     def _environment(self, values: Iterable[int], given: Iterable[int]) -> Environment:
         watch = self.batch.watch
