@@ -61,7 +61,9 @@ class Learner:
             algorithm = ALGORITHMS[job["algorithm"]]
             names = ("gamma", "momentum", "precisions")
             given = {name: job[name] for name in names if name in job}
-            self.optimizer = algorithm(adamw, net, **given, **options)
+            # The paper's (D.3), with which the rows of fixed gammas were taken.
+            decay = {} if job["gamma"] == "auto" else {"gamma_decay": 0.9}
+            self.optimizer = algorithm(adamw, net, **given, **decay, **options)
 
     def step(self, loss: Callable[[], Tensor]) -> float:
         """Learns one batch.
