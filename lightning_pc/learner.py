@@ -16,12 +16,13 @@ from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.conjugate import conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover
-from lightning_pc.inference.precisions import Wave, checked_weight, precisions
-from lightning_pc.inference.relax import Trace, relax
+from lightning_pc.inference.phase import Phase, clear_gradients
+from lightning_pc.inference.precisions import Wave, precisions
+from lightning_pc.inference.relax import Trace
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
-from lightning_pc.insight.report import StepReport
+from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
@@ -39,13 +40,8 @@ from lightning_pc.stages.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.stages.evaluator import (
-    Asked,
-    Batch,
-    Evaluator,
-    LocalErrors,
-    counted_calls,
-)
+from lightning_pc.stages.evaluator import Batch, Evaluator, LocalErrors, counted_calls
+from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.prepare import Forms
 from lightning_pc.stages.through import ThroughErrors
 
@@ -260,79 +256,50 @@ class Learner:
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
         graph, T, betas = evaluator.graph, waiting.T, self.settings.betas
-        terms, incremental = waiting.count() or math.nan, self.schedule.incremental
+        terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self.values = {node.name: node.x for node in graph.nodes}
-        if incremental:  # an unreached one takes no step, not one of gradient zero
-            _clear_gradients(evaluator.moving)
+        if self.schedule.incremental:
+            clear_gradients(evaluator.moving)
         begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
-        traces: list[Trace] = []
         beginning = Beginning(self.schedule, self.auto, self._precisions, self._alerts.look_due)
+        traces: list[Trace] = []
         for beta in betas:
             if traces:
                 evaluator.disturbed()
                 for node, start in zip(graph.nodes, begun, strict=True):
                     node.restart(start)
-            mover = self._mover(graph, T)
-            phase = seed / len(betas)
-            scale = phase / (terms * beta)
-
-            def evaluate(
-                t: int,
-                moves: bool,
-                learns: bool,
-                pull: float,
-                scale: float = scale,
-                factor: float = phase / beta,
-            ) -> tuple[Tensor, Tensor]:
-                now, last = self._age + t, t == T - 1
-                loss = evaluator(Asked(now, moves, learns, last, factor * pull, scale))
-                if moves:
-                    evaluator.moved(node for node in graph.nodes if node.arrival <= now + 1)
-                return loss, evaluator.energies()
-
-            def step() -> None:
-                stepped = [p for p in evaluator.moving if p.grad is not None]
-                update()
-                torch.clear_autocast_cache()
-                evaluator.learned(stepped)
-                _clear_gradients(evaluator.moving)
-
-            def begin(
-                free: Tensor, scale: float = scale, mover: Mover = mover, phase: float = phase
-            ) -> None:
-                kept, root = self.settings.reset == "never", phase * self._weigh(graph.nodes, 0, T)
-                steps = T - (not self.schedule.moves(T - 1, T))
-                beginning.begin(evaluator, mover, scale, root, free, self._age, steps, kept)
-
-            def diverged(trace: Trace, mover: Mover = mover) -> DivergenceError:
-                return self._divergence(graph.nodes, trace, mover)
-
-            def weigh(t: int, beta: float = beta) -> float:
-                return beta * self._weigh(graph.nodes, t, T)
-
-            traces.append(
-                relax(
-                    evaluate,
-                    graph.nodes,
-                    self.schedule,
-                    mover,
-                    weigh,
-                    step,
-                    T,
-                    terms,
-                    1.0 / scale,
-                    begin,
-                    diverged,
-                )
+            phase = Phase(
+                evaluator,
+                self.schedule,
+                self._precisions,
+                self._mover(graph, T),
+                beginning,
+                beta,
+                seed / len(betas),
+                terms,
+                T,
+                self._age,
+                kept,
+                update,
             )
-        self._keep(evaluator, T)
-        self.report = self._report(evaluator, traces, terms, mover)
-        self._alerts.after(graph.nodes, self._age, traces[-1], mover, beginning, self.report)
-        if self.settings.reset == "never":
-            self._age += T
+            traces.append(phase.run(self._divergence))
+        self.report = make_report(
+            self.settings.algorithm,
+            self.settings.chosen_momentum,
+            None if self.auto is None else self.auto.curvature,
+            graph,
+            traces,
+            terms,
+            float(phase.mover.gamma),
+            self._age,
+            self._learnable(),
+        )
+        self._alerts.after(graph.nodes, self._age, traces[-1], phase.mover, beginning, self.report)
+        if kept:
+            self._kept, self._age = evaluator.batch.watch.sites, self._age + T
         return traces[0].losses[0]
 
-    def _mover(self, graph: Any, T: int) -> Mover:
+    def _mover(self, graph: Graph, T: int) -> Mover:
         settings, incremental = self.settings, self.schedule.incremental
         if settings.inference is not None:
             return OptimizerMover(settings.inference)
@@ -343,24 +310,9 @@ class Learner:
             return conjugate(gamma, decay, incremental, arrive, T)
         return Descent(gamma, decay, momentum)
 
-    def _weigh(self, nodes: list[Any], t: int, T: int) -> float:
-        """Sets the weights of a step's energies, and gives that of the loss."""
-        steps = T - (not self.schedule.moves(T - 1, T))
-        weights = {
-            d: checked_weight(self._precisions, d, t, steps)
-            for d in (0, *{node.depth for node in nodes})
-        }
-        for node in nodes:
-            node.weight = weights[node.depth]
-        return weights[0]
-
-    def _keep(self, evaluator: Evaluator, T: int) -> None:
-        if self.settings.reset == "never":
-            self._kept = evaluator.batch.watch.sites
-
-    def _divergence(self, nodes: list[Any], trace: Trace, mover: Mover) -> DivergenceError:
+    def _divergence(self, trace: Trace, mover: Mover) -> DivergenceError:
         return divergence(
-            [node.name for node in nodes],
+            list(self.values),
             trace.losses,
             trace.energies,
             [float(free) for free in trace.free],
@@ -371,34 +323,10 @@ class Learner:
             self.schedule.incremental,
         )
 
-    def _report(
-        self, evaluator: Evaluator, traces: list[Trace], terms: float, mover: Mover
-    ) -> StepReport:
-        graph, held = evaluator.graph, self._held() or set()
-        losses = [loss for trace in traces for loss in trace.losses]
-        return StepReport(
-            algorithm=self.settings.algorithm,
-            steps=len(losses),
-            depth=graph.depth,
-            nodes=[node.name for node in graph.nodes],
-            depths=[node.depth for node in graph.nodes],
-            loss=torch.stack(losses),
-            loss_terms=terms,
-            gamma=float(mover.gamma),
-            momentum=self.settings.chosen_momentum,
-            curvature=None if self.auto is None else self.auto.curvature,
-            energies=torch.stack([energy for trace in traces for energy in trace.energies]),
-            pulls=tuple(pull for trace in traces for pull in trace.pulls),
-            _depths={
-                name: graph.arrivals.get(parameter)
-                for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad and parameter in held
-            },
-            _learned_at=tuple(self._age + t for t in traces[-1].learned_at),
-            _followed=tuple(
-                0 if node.followed is None else node.followed.times for node in graph.nodes
-            ),
-        )
+    def _learnable(self) -> dict[str, nn.Parameter]:
+        held = self._held() or set()
+        named = self.model.named_parameters()
+        return {name: p for name, p in named if p.requires_grad and p in held}
 
     def _held(self) -> set[nn.Parameter] | None:
         """The parameters that the optimizer moves; None where it is not known."""
@@ -413,8 +341,3 @@ class Learner:
         )
         self._alerts.say("loss_terms", doubt)
         return terms
-
-
-def _clear_gradients(parameters: list[nn.Parameter]) -> None:
-    for parameter in parameters:
-        parameter.grad = None

@@ -40,10 +40,8 @@ class Beginning:
         self,
         evaluator: Evaluator,
         mover: Mover,
-        scale: float,
-        root: float,
+        asked: Asked,
         free: Tensor,
-        age: int,
         steps: int,
         kept: bool,
     ) -> None:
@@ -52,19 +50,15 @@ class Beginning:
         Args:
             evaluator: Of the batch.
             mover: Gets the rate.
-            scale: Factor from an energy's gradient to the parameters'.
-            root: Factor of the loss in parameter gradients.
+            asked: The first evaluation, for values alone.
             free: F, [].
-            age: Inference steps that the values have behind them.
-            steps: How many follow.
+            steps: How many of the coming steps move values.
             kept: Values are kept from call to call.
         """
         nodes, auto = evaluator.nodes, self.auto
 
         def look(seed: int, fine: bool) -> tuple[float, Node]:
-            return self._look(
-                evaluator, Asked(age, True, False, False, root, scale), steps, seed, fine
-            )
+            return self._look(evaluator, asked, steps, seed, fine)
 
         for node in nodes:
             if isinstance(node, ErrorNode):
@@ -84,7 +78,7 @@ class Beginning:
                 node.whole = True
         mover.choose(auto.gamma * share, auto.chosen_for)
         if mover.own_rates and self.schedule.incremental:
-            self._follow(evaluator, mover, free, age)
+            self._follow(evaluator, mover, free, asked.t)
 
     def _follow(self, evaluator: Evaluator, mover: Mover, free: Tensor, age: int) -> None:
         """Lets values go along: always, or with moves that are too far by F as the batch starts."""

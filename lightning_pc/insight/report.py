@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_pc.inference.relax import Trace
+from lightning_pc.stages.graph import Graph
 
 
 @dataclass(eq=False)
@@ -102,3 +105,49 @@ class StepReport:
             name: 0 if depth is None else sum(t >= depth for t in self._learned_at)
             for name, depth in self._depths.items()
         }
+
+
+def make_report(
+    algorithm: str,
+    momentum: float | Literal["conjugate"],
+    curvature: float | None,
+    graph: Graph,
+    traces: Sequence[Trace],
+    terms: float,
+    gamma: float,
+    age: int,
+    learnable: Mapping[str, nn.Parameter],
+) -> StepReport:
+    """Of a batch that has been inferred, in one phase or several.
+
+    Args:
+        algorithm: Its name.
+        momentum: Of the values.
+        curvature: As of the last look.
+        graph: The batch's.
+        traces: Of each phase.
+        terms: M.
+        gamma: At the end.
+        age: Inference steps before the batch.
+        learnable: Name -> parameter that the optimizer holds.
+    """
+    losses = [loss for trace in traces for loss in trace.losses]
+    return StepReport(
+        algorithm=algorithm,
+        steps=len(losses),
+        depth=graph.depth,
+        nodes=[node.name for node in graph.nodes],
+        depths=[node.depth for node in graph.nodes],
+        loss=torch.stack(losses),
+        loss_terms=terms,
+        gamma=gamma,
+        momentum=momentum,
+        curvature=curvature,
+        energies=torch.stack([energy for trace in traces for energy in trace.energies]),
+        pulls=tuple(pull for trace in traces for pull in trace.pulls),
+        _depths={name: graph.arrivals.get(p) for name, p in learnable.items()},
+        _learned_at=tuple(age + t for t in traces[-1].learned_at),
+        _followed=tuple(
+            0 if node.followed is None else node.followed.times for node in graph.nodes
+        ),
+    )
