@@ -99,10 +99,17 @@ def test_registered_names(algorithm, tmp_path):
         (
             [
                 "--trainer.strategy.init_args.algorithm=pc",
-                "--trainer.strategy.init_args.beta=-0.5",
-                "--trainer.strategy.init_args.beta=0.5",
+                "--trainer.strategy.init_args.beta=[0.5, -0.5]",
             ],
-            lambda s: s.settings.betas == (0.5, -0.5) and s.report.steps == 15,
+            lambda s: s.settings.betas == (0.5, -0.5) and s.report.steps == 16,
+        ),
+        (["--trainer.strategy.init_args.beta=-0.5"], lambda s: s.settings.betas == (-0.5,)),
+        (
+            [
+                "--trainer.strategy.init_args.inference=torch.optim.Adam",
+                "--trainer.strategy.init_args.inference.init_args.lr=0.02",
+            ],
+            lambda s: s.report.gamma == 0.02 and s.report.momentum == 0,
         ),
     ],
     ids=lambda v: v[0].split(".")[-1] if isinstance(v, list) else "",
@@ -122,7 +129,10 @@ def test_overrides(overrides, check, tmp_path):
         ({"algorithm": "backprop"}, "backprop"),
         ({"reset": "sometimes"}, "sometimes"),
         ({"precisions": "spikes"}, "'spikes': expected one of 'constant'"),
-        ({"beta": -1.0}, "beta=-1.0: expected a positive"),
+        ({"beta": 0.0}, "beta=0.0: expected the loss's factor"),
+        ({"algorithm": "pc", "beta": [0.3, 0.0]}, "beta=(0.3, 0.0): expected the loss's factor"),
+        ({"nudging": "centered"}, "nudging"),
+        ({"T": "auto"}, "auto"),
         ({"T": 0}, "T=0: expected a whole number"),
         ({"gamma": -1.0}, "gamma=-1.0: expected a positive"),
     ],
@@ -145,7 +155,6 @@ def test_help(capsys):
     for argument in ("momentum", "loss_terms", "softmax_energy", "precisions", "beta", "inference"):
         assert f"--trainer.strategy.{argument} " in text
     assert "Trains a LightningModule with predictive coding" in text
-    assert "values and weights move at every inference step" in text
     assert "Inference steps per batch" in text
     assert "Inference rate, positive" in text
     assert "default: ipc" in text
@@ -160,7 +169,8 @@ def test_help(capsys):
         {"value_nodes": "net.1"},
         {"value_nodes": ["net.1", "net.[02]"]},
         {"gamma": 0.25, "momentum": 0.5, "reset": "never", "loss_terms": 6.0, "beta": 0.5},
-        {"T": "auto", "algorithm": "pc", "gamma": "auto", "momentum": "conjugate"},
+        {"algorithm": "pc", "gamma": "auto", "momentum": "conjugate", "beta": [0.5, -0.5]},
+        {"inference": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}}},
         {"precisions": "spiking"},
         {"precisions": 0.5},
         {"precisions": {"class_path": "lightning_pc.precisions.Depth"}},

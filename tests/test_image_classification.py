@@ -265,7 +265,7 @@ def test_training_images_are_cropped_and_mirrored_each_on_its_own():
     assert len(drawn) > 25  # of the 50
 
 
-def test_a_batch_is_augmented_once_under_ipc(data_dir, tmp_path, monkeypatch):
+def test_a_batch_is_augmented_and_seen_once_under_ipc(data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning_pc"])
     calls, seen = [], []
@@ -284,8 +284,7 @@ def test_a_batch_is_augmented_once_under_ipc(data_dir, tmp_path, monkeypatch):
     extra = ["--data.crop=4", "--data.flip=true", "--trainer.fast_dev_run=1"]
     lightning_pc_main(["fit", "-c", str(path), *shrink(path, data_dir), *extra])
     assert calls == [2]
-    assert len(seen) >= 8  # the inference steps
-    assert all(torch.equal(images, seen[0]) for images in seen)
+    assert len(seen) == 1
 
 
 def folders(root, per_class=6, classes=("cat", "dog"), splits=("train", "test")):

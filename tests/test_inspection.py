@@ -10,8 +10,9 @@ from problems import CNN, TINY, Dropped, images, vectors
 from rich.console import Console
 from torch import nn
 
-from lightning_pc import describe
+from lightning_pc import PCStrategy, describe
 from lightning_pc.errors import ClosureError, ConfigError
+from lightning_pc.optim import EPC
 
 
 class Noisy(nn.Module):
@@ -68,8 +69,7 @@ def test_leaves_no_trace(given):
     assert torch.equal(model.generator.get_state(), generators[0])
     assert (np.random.get_state()[1] == generators[1]).all()
     assert random.getstate() == generators[2]
-    assert model.calls == 0
-    assert model.seen == []
+    assert model.calls == len(model.seen) == 1  # what leaves torch is not undone
     assert [row.name for row in description.rows] == ["body.2", "body.6"]
 
 
@@ -110,6 +110,24 @@ def test_algorithm_and_T():
     assert describe(model, x, algorithm="pc", T=5, print_table=False).T == 5
     with pytest.raises(ConfigError, match="unknown"):
         describe(model, x, algorithm="bp")
+
+
+def test_settings_of_a_strategy_or_an_optimizer():
+    model, (x, _) = Dropped(), vectors(5)
+    strategy = PCStrategy("zil", value_nodes="linear")
+    optimizer = EPC(torch.optim.SGD(model.parameters(), 0.1), model, T=5, value_nodes="linear")
+    expected = [row.name for row in describe(model, x, value_nodes="linear").rows]
+    assert expected != [row.name for row in describe(model, x).rows]
+    for how, T in ((strategy, 3), (optimizer, 5)):
+        found = describe(model, x, how, print_table=False)
+        assert ([row.name for row in found.rows], found.T) == (expected, T)
+        found = describe(model, x, how, algorithm="pc", T=7, print_table=False)
+        assert ([row.name for row in found.rows], found.T) == (expected, 7)
+    assert optimizer.report is None
+    with pytest.raises(ConfigError, match=r"'pc'.*expected a PCStrategy or an optimizer"):
+        describe(model, x, "pc")
+    with pytest.raises(ConfigError, match=r"describe has no argument steps="):
+        describe(model, x, steps=3)
 
 
 def test_no_loss_at_all():

@@ -62,7 +62,7 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
 def test_named_files_exist(page):
     text = (README.parent / page).read_text()
     for name in re.findall(r"`lightning_pc/([a-z]+\.py)`|`([a-z]+\.py)`", text):
-        assert (README.parent / "lightning_pc" / "".join(name)).exists()
+        assert list((README.parent / "lightning_pc").rglob("".join(name))), name
     paths = re.findall(r"recipes/[\w/]+\.(?:yaml|json|md)", text)
     paths += re.findall(r"\]\(([^)#:]+\.[a-z]+)[)#]", text)
     assert paths

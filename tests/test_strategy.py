@@ -224,7 +224,6 @@ def test_before_any_batch_there_is_no_report():
     strategy = lightning_pc.PCStrategy()
     assert strategy.report is None
     assert strategy.values == {}
-    assert strategy.is_replay is False
 
 
 # --- schedulers and Lightning's callbacks --------------------------------------------------------

@@ -49,7 +49,6 @@ ROWS: tuple[tuple[str, Job], ...] = (
     ("ipc", {"precisions": "spiking"}),
     *FIXED,
     *(("pc", {"T": T}) for T in LONGER),
-    ("pc", {"T": "auto"}),
 )
 #: Of which MNIST has these.
 BRIEF = (("bp", {}), ("pc", {}), ("ipc", {}), ("ipc", {"precisions": "spiking"}), *FIXED)
