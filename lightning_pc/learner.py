@@ -223,7 +223,8 @@ class Learner:
         drawn = {d.generator for call in waiting.batch.watch.calls for d in call.draws}
         after = [Draws(generator, generator.get_state()) for generator in drawn]
         kind = ThroughErrors if self.schedule.through else LocalErrors
-        evaluator = kind(waiting.batch, self._held(), self.schedule.wave)
+        steady = not self.schedule.incremental
+        evaluator = kind(waiting.batch, self._held(), self.schedule.wave, steady)
         try:
             with torch.autocast(waiting.batch.loss.device.type, enabled=False):
                 return self._infer(evaluator, waiting, seed, update)

@@ -132,6 +132,7 @@ class PredictiveCodingOptimizer(Optimizer):
 
     def _update(self, loss: Tensor) -> None:
         self.optimizer.step(once(lambda: loss, self.optimizer))
+        torch.clear_autocast_cache()  # or the next forward sees the old weights' bf16 copies
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's."""

@@ -9,14 +9,13 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
 from lightning_pc.inference.precisions import Constant, Decaying, Precisions, precisions
 from lightning_pc.inference.schedules import SCHEDULES, schedule
 from lightning_pc.nodes.energies import softmax_energy
-from lightning_pc.nodes.placement import ValueNodes
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,13 @@ class Settings:
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float | None = None
     momentum: float | Literal["conjugate"] | None = None
-    value_nodes: ValueNodes = "auto"
+    # The list before the function: jsonargparse saves a value as the first that it may be.
+    value_nodes: (
+        str
+        | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]]
+        | type[nn.Module]
+        | Callable[[str, nn.Module], bool]
+    ) = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
     softmax_energy: Literal["categorical", "gaussian"] = "categorical"
@@ -229,6 +234,8 @@ class Settings:
         they do, too: what they do must not depend on how many steps a call has. And where the loss
         is pushed up: F may have no minimum.
         """
+        if self.inference is not None:
+            return 0.0
         if self.momentum is not None:
             return self.momentum
         steady = self.reset == "batch" and not precisions(self.precisions).varies

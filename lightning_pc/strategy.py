@@ -41,7 +41,9 @@ class PCStrategy(SingleDeviceStrategy):
     """Trains a LightningModule with predictive coding on one device.
 
     Args:
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
+        algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
+            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"`` or
+            ``"iepc"`` (pc or ipc in error coordinates).
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
         checkpoint_io: How checkpoints are written.

@@ -104,7 +104,7 @@ class Phase:
     def _step(self) -> None:
         stepped = [p for p in self.evaluator.moving if p.grad is not None]
         self.update()
-        torch.clear_autocast_cache()  # or the next forward sees the old weights' bf16 copies
+        torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
         clear_gradients(self.evaluator.moving)
 

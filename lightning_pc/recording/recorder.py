@@ -93,6 +93,7 @@ class Recorder(TorchFunctionMode):
         self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
         self._undo: list[tuple[Tensor, Tensor]] = []
+        self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
         self._begun: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
     # What the tensors are
@@ -207,6 +208,9 @@ class Recorder(TorchFunctionMode):
 
     def record(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Makes a call, and keeps it where it depends on a value or a trainable parameter."""
+        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
+            generator = kwargs["generator"]
+            self._generators.setdefault(generator, generator.get_state())
         tensors = arguments(args, kwargs)
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
@@ -354,7 +358,9 @@ class Recorder(TorchFunctionMode):
 
     @torch.no_grad()
     def undo(self) -> None:
-        """What the model holds is as it was before the forward."""
+        """What the model holds is as it was before the forward, and so are its generators."""
+        for generator, state in self._generators.items():
+            generator.set_state(state)
         for tensor, content in reversed(self._undo):
             tensor.data = content if tensor.shape != content.shape else tensor.data.copy_(content)
 

@@ -69,10 +69,17 @@ class Evaluator:
         batch: The batch.
         held: Parameters that the optimizer moves, None for all.
         once: Each stage counts once, with all of its parameters: none may wait for an error.
+        steady: Weights stand while values move, so that what reads no value need not run again.
     """
 
-    def __init__(self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False) -> None:
-        self.batch, self.held, self.once = batch, held, once
+    def __init__(
+        self,
+        batch: Batch,
+        held: set[nn.Parameter] | None,
+        once: bool = False,
+        steady: bool = False,
+    ) -> None:
+        self.batch, self.held, self.once, self.steady = batch, held, once, steady
         self.graph, self.form = batch.graph, batch.form
         self.loss = batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
@@ -142,14 +149,20 @@ class LocalErrors(Evaluator):
     serves as the first run of a piece, while nothing that the piece reads has moved.
     """
 
-    def __init__(self, batch: Batch, held: set[nn.Parameter] | None, once: bool = False) -> None:
-        super().__init__(batch, held, once)
+    def __init__(
+        self,
+        batch: Batch,
+        held: set[nn.Parameter] | None,
+        once: bool = False,
+        steady: bool = False,
+    ) -> None:
+        super().__init__(batch, held, once, steady)
         self._fresh = [True] * len(self.form.pieces)
         self._fixed: dict[int, Tensor] = {}  # predictions that read no value
         sites = batch.watch.sites
         for number, index in enumerate(self.form.nodes):
             first = sites[index].first
-            if first is not None:
+            if first is not None and steady:
                 self._fixed[number] = first
 
     @override
@@ -185,7 +198,7 @@ class LocalErrors(Evaluator):
                     assert node.slopes is not None
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
                     errors.append(node.slopes.dmu.to(mu.dtype))
-            if not piece.values:
+            if self.steady and not piece.values:
                 self._fixed[number] = mu.detach()
             return node.x
 
