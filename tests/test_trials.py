@@ -62,9 +62,9 @@ def test_an_adaptive_solver_trains(kind):
     y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
     model = ODE()
     optimizer = kind(torch.optim.Adam(model.parameters(), 1e-2), model)
-    losses = learn(optimizer, lambda: F.cross_entropy(model(x), y), 8)
-    assert losses[-1] < losses[0] - 0.1
-    assert len(model.steps) == 8
+    losses = learn(optimizer, lambda: F.cross_entropy(model(x), y), 5)
+    assert losses[-1] < losses[0] - 0.05
+    assert len(model.steps) == 5
     assert len(set(model.steps)) > 1
     assert min(optimizer.report.learned.values()) > 0
 
