@@ -3,6 +3,8 @@ import torch
 
 from lightning_pc.inference.movers import Descent
 from lightning_pc.optim import IPC
+from lightning_pc.stages.evaluator import LocalErrors
+from lightning_pc.stages.through import ThroughErrors
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +40,15 @@ def anywhere(request, monkeypatch):
     """With and without waiting for numbers, as on a device, where moves happen times zero."""
     if request.param == "device":
         monkeypatch.setattr("lightning_pc.nodes.following._waits", lambda total: False)
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """What evaluators were asked for, an entry for each evaluation."""
+    asked = []
+    for kind in (LocalErrors, ThroughErrors):
+        run = kind.__call__
+        monkeypatch.setattr(
+            kind, "__call__", lambda self, a, run=run: asked.append(a) or run(self, a)
+        )
+    return asked

@@ -202,17 +202,6 @@ def classifier(model, x, y):
     return lambda: F.cross_entropy(model(x), y)
 
 
-class Counted:
-    """A closure that counts its calls."""
-
-    def __init__(self, closure):
-        self.closure, self.calls = closure, 0
-
-    def __call__(self):
-        self.calls += 1
-        return self.closure()
-
-
 def double(value):
     return value.double() if value.is_floating_point() else value
 

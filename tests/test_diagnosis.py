@@ -13,8 +13,8 @@ from problems import MLP, classifier
 from torch import nn
 
 from lightning_pc import explain
-from lightning_pc.insight.explain import LONG_PATIENCE, divergence, overshot
 from lightning_pc.errors import DivergenceError
+from lightning_pc.insight.explain import LONG_PATIENCE, divergence, overshot
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 
@@ -227,7 +227,9 @@ def test_weights_are_not_blamed_for_what_is_not_theirs():
     assert told == []
     assert "a loss that values push up" in explain(reports[-1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_pc.insight.explain.KNOWN", 1e6)  # F is as good as zero in all batches
+        patch.setattr(
+            "lightning_pc.insight.explain.KNOWN", 1e6
+        )  # F is as good as zero in all batches
         told, reports = wide(100.0, gamma=0.3)
     assert sum(map(rose, reports)) > LONG_PATIENCE
     assert told == []

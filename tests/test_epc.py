@@ -25,8 +25,8 @@ from torch import nn
 
 from lightning_pc import describe
 from lightning_pc.inference.curvature import AutoGamma
-from lightning_pc.optim import EPC, IEPC, IPC, PC
 from lightning_pc.inference.schedules import IEPC as IEPCSchedule
+from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 CHAIN = "linear"  # nodes at the outputs of the linear modules
 

@@ -8,10 +8,10 @@ import torch
 from problems import MLP, classifier, relative, vectors
 from torch import nn
 
-from lightning_pc.nodes.following import Following
 from lightning_pc.inference.curvature import LARGEST
 from lightning_pc.insight.explain import explain
 from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
+from lightning_pc.nodes.following import Following
 from lightning_pc.optim import IEPC, IPC, PC
 
 
@@ -136,7 +136,9 @@ def test_values_stay_where_weights_go_their_way(monkeypatch):
 def test_only_ipc_of_which_all_is_automatic_lets_values_go_along(kind, given, monkeypatch):
     mine = trained(net(), 30.0, kind=kind, **given)
     assert not any(report.followed for report in mine)
-    monkeypatch.setattr("lightning_pc.inference.begin.TOO_FAR", -1.0)  # they'd go along at each chance
+    monkeypatch.setattr(
+        "lightning_pc.inference.begin.TOO_FAR", -1.0
+    )  # they'd go along at each chance
     assert torch.equal(mine[-1].energies, trained(net(), 30.0, kind=kind, **given)[-1].energies)
 
 
@@ -332,7 +334,9 @@ def test_a_call_with_kept_values_starts_anew():
 def test_energies_that_weigh_more_share_more(monkeypatch):
     """Of F as a whole ten times as large gamma is a tenth, and values move as before."""
     made = []
-    monkeypatch.setattr("lightning_pc.inference.begin.Following", lambda *a: made.append(Following(*a)))
+    monkeypatch.setattr(
+        "lightning_pc.inference.begin.Following", lambda *a: made.append(Following(*a))
+    )
     for times in (4.0, 40.0):
         model = net()
         sgd = torch.optim.SGD(model.parameters(), 0.0)
@@ -346,7 +350,9 @@ def test_energies_that_weigh_more_share_more(monkeypatch):
 def test_values_of_convolutions_stay(monkeypatch):
     """Their predictions would take too much memory to keep."""
     kept = []
-    monkeypatch.setattr("lightning_pc.inference.begin.Following", lambda *a: kept.append(a) or Following(*a))
+    monkeypatch.setattr(
+        "lightning_pc.inference.begin.Following", lambda *a: kept.append(a) or Following(*a)
+    )
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 8), nn.ReLU())
     model.append(nn.Linear(8, 4))

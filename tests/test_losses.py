@@ -10,8 +10,8 @@ from problems import MLP, relative
 from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError
-from lightning_pc.recording.losses import LossCall
 from lightning_pc.optim import IPC, PC
+from lightning_pc.recording.losses import LossCall
 
 N, C = 6, 4
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 3.0]).double()

@@ -9,7 +9,7 @@ from problems import CNN, LSTM, MLP, TINY, Dropped, Residual, Thrice, far, image
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.errors import ConfigError, PlacementError, RecordingError
+from lightning_pc.errors import ConfigError, PlacementError
 from lightning_pc.optim import EPC, IPC, PC, ZIL
 
 
@@ -452,7 +452,8 @@ def test_rows_go_where_they_went_in_the_forward(algorithm):
     optimizer.step(lambda: ce(model, x, y))
     assert "2.relu" in optimizer.values
     assert all(moved.norm() > 0 for moved in optimizer.values.values())
-    assert min(far(m, o)[0] for m, o in zip(model[2].children(), before[2].children())) > 0
+    parts = model[2].children(), before[2].children()
+    assert min(far(m, o)[0] for m, o in zip(*parts, strict=True)) > 0
 
 
 class CustomLinear(torch.autograd.Function):

@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_pc import describe, explain
 from lightning_pc.errors import ConfigError
-from lightning_pc.optim import IPC, PC
 from lightning_pc.inference.precisions import (
     PRECISIONS,
     Constant,
@@ -21,6 +20,7 @@ from lightning_pc.inference.precisions import (
     Spiking,
     precisions,
 )
+from lightning_pc.optim import IPC, PC
 
 
 def test_weights_of_the_papers():

@@ -1,4 +1,4 @@
-"""The user's Python runs once a batch, whatever it does, and an incomplete recording never trains."""
+"""The user's Python runs once a batch, and an incomplete recording never trains."""
 
 import itertools
 import warnings
@@ -281,9 +281,7 @@ def test_it_trains_and_runs_once(name, algorithm):
     assert len(forwards) == 12
     assert losses[-1] < losses[0]
     learned = [n for n, times in optimizer.report.learned.items() if times]
-    moved = [
-        n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))
-    ]
+    moved = [n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))]
     assert {n for n in learned if "experts" not in n} <= set(moved)
     assert any(n.startswith("0.") for n in moved)
     assert not any("pc" in attribute for m in model.modules() for attribute in vars(m))
@@ -412,7 +410,7 @@ def test_gradients_inside_of_the_forward_are_refused(algorithm):
         loss = F.cross_entropy(model(inputs), y)
         return loss + torch.autograd.grad(loss, inputs, create_graph=True)[0].square().sum()
 
-    with pytest.raises(ClosureError, match="torch.autograd.grad"):
+    with pytest.raises(ClosureError, match=r"torch\.autograd\.grad"):
         optimizer.step(penalty)
 
 

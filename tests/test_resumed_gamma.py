@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_problems import Module, data, loader, mlp, seed_all, trainer
-from problems import MLP, Counted, Dropped, classifier, vectors
+from problems import MLP, Dropped, classifier, vectors
 from torch import nn
 
 from lightning_pc import RandomState
@@ -31,7 +31,9 @@ def train(model, optimizer, batches, start, end):
 )
 def test_a_saved_run_goes_on_to_the_bit(algorithm, how, monkeypatch):
     """Stopped between two looks; without the state the run would be another."""
-    monkeypatch.setattr("lightning_pc.inference.curvature.LARGEST", math.inf)  # or gamma is that throughout
+    monkeypatch.setattr(
+        "lightning_pc.inference.curvature.LARGEST", math.inf
+    )  # or gamma is that throughout
     batches = [vectors(12) for _ in range(4)]
 
     def made():
@@ -64,7 +66,7 @@ def test_a_saved_run_goes_on_to_the_bit(algorithm, how, monkeypatch):
 
 
 @every
-def test_states_of_plain_optimizers_and_of_given_gammas(algorithm):
+def test_states_of_plain_optimizers_and_of_given_gammas(algorithm, evaluated):
     """A plain state leaves the automatic gamma alone, an automatic one a given gamma."""
     model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
     optimizer = algorithm(torch.optim.Adam(model.parameters(), 0.01), model)
@@ -77,9 +79,9 @@ def test_states_of_plain_optimizers_and_of_given_gammas(algorithm):
     fixed = algorithm(torch.optim.Adam(model.parameters(), 9.0), model, gamma=0.05, gamma_decay=1)
     fixed.load_state_dict(saved)
     assert fixed.param_groups[0]["lr"] == 0.01
-    counted = Counted(classifier(model, x, y))
-    fixed.step(counted)
-    assert counted.calls == fixed.report.steps
+    evaluated.clear()
+    fixed.step(classifier(model, x, y))
+    assert len(evaluated) == fixed.report.steps
     assert fixed.report.gamma == 0.05
     assert "lightning_pc" not in fixed.state_dict()
 
@@ -97,7 +99,9 @@ class Masks(Module):
 @pytest.mark.parametrize("algorithm", ["pc", "ipc", "epc"])
 @pytest.mark.parametrize("then", ["automatic", "state lost", "gamma given"])
 def test_a_resumed_trainer_goes_on_to_the_bit(algorithm, then, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_pc.inference.curvature.LARGEST", math.inf)  # or gamma is that throughout
+    monkeypatch.setattr(
+        "lightning_pc.inference.curvature.LARGEST", math.inf
+    )  # or gamma is that throughout
 
     def fitted(epochs, gamma="auto", ckpt=None):
         seed_all(1 if ckpt is None else 99)

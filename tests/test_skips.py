@@ -7,8 +7,8 @@ import torch
 from problems import MLP, Skipping, classifier, relative, vectors
 from torch import nn
 
-from lightning_pc.nodes.following import Following
 from lightning_pc.nodes.energies import Gaussian
+from lightning_pc.nodes.following import Following
 from lightning_pc.optim import IPC
 
 

@@ -14,7 +14,7 @@ from test_efficiency import chain, matrix_products
 from test_oracle import Attends, Recurrent, Skips, tokens
 from torch import nn
 
-from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.errors import ConfigError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 from lightning_pc.precisions import Decaying, Depth, Spiking
 
