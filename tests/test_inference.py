@@ -6,6 +6,7 @@ import torch
 from lightning_pc.inference.movers import Descent, OptimizerMover
 from lightning_pc.nodes.energies import Categorical, Gaussian
 from lightning_pc.nodes.node import Node
+from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 
 def nodes():
@@ -53,6 +54,17 @@ def test_an_optimizer_of_torchs_moves_values_down_the_same_gradient(momentum):
     for node, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(node.x.detach(), other.x.detach())
         assert other.x.grad is None
+
+
+@pytest.mark.parametrize("kind", [PC, IPC, EPC, IEPC])
+def test_a_report_of_values_that_an_optimizer_moves(kind):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    optimizer = kind(sgd, net, inference=lambda values: torch.optim.Adam(values, lr=0.05))
+    optimizer.step(lambda: net(torch.ones(3, 4)).square().mean())
+    assert optimizer.report.gamma == 0.05
+    assert optimizer.report.momentum == 0.0
+    assert optimizer.report.curvature is None
 
 
 class Elsewhere(torch.Tensor):

@@ -966,21 +966,80 @@ def test_frozen_weights_of_any_kind_are_let_be(frozen):
     assert module.lazy.has_uninitialized_params()
 
 
-def test_describe_and_a_failed_first_batch_leave_a_teacher_alone():
+def _replace(p):
+    p.data = p.data * 0.5
+
+
+HALVES = {
+    "itself": lambda p: p.mul_(0.5),
+    "items": lambda p: p.__setitem__(..., p * 0.5),
+    "data": lambda p: p.data.mul_(0.5),
+    "other data": _replace,
+    "detached": lambda p: p.detach().mul_(0.5),
+    "view": lambda p: p.view(-1).mul_(0.5),
+    "several": lambda p: torch._foreach_mul_([p.detach()], 0.5),
+}
+
+
+@pytest.mark.parametrize("write", HALVES)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL", "EPC", "IEPC"])
+def test_what_the_forward_writes_by_any_name_is_written_once(algorithm, trained, write):
+    """To weights that no optimizer holds, whether or not they want gradients."""
+    module, (x, y) = Teacher(), data()[0]
+    module.teacher.requires_grad_(trained)
+    before = weights(module.teacher)
+
+    def loss():
+        with torch.no_grad():
+            for p in module.teacher.parameters():
+                HALVES[write](p)
+            target = module.teacher(x).softmax(-1)
+        return F.cross_entropy(module.net(x), target) + F.cross_entropy(module.net(x), y)
+
+    sgd = torch.optim.SGD(module.net.parameters(), 0.1)
+    getattr(lightning_pc.optim, algorithm)(sgd, module).step(loss)
+    assert torch.equal(weights(module.teacher), before * 0.5)
+
+
+@pytest.mark.parametrize("write", HALVES)
+def test_describe_and_a_failed_first_batch_leave_a_teacher_alone(write):
     module, (x, y) = Teacher(), data()[0]
 
     def loss():
         with torch.no_grad():
             for p in module.teacher.parameters():
-                p.mul_(0.5)
+                HALVES[write](p)
         return F.cross_entropy(module.net(x), y) + F.mse_loss(module.net(x), module.teacher(x))
 
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    lightning_pc.describe(module, loss)
+    lightning_pc.describe(module, loss, print_table=False)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
     optimizer = lightning_pc.optim.PC(torch.optim.SGD(module.net.parameters(), 0.1), module)
     with pytest.raises(lightning_pc.errors.ClosureError, match="scalar"):
         optimizer.step(lambda: loss().expand(2))
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL", "EPC", "IEPC"])
+@pytest.mark.parametrize("of", ["module", "tensor"])
+def test_hooks_that_change_gradients_act_in_every_evaluation(of, algorithm):
+    """One that lets nothing through: what is above it stays."""
+
+    def stops(tensor):
+        tensor.register_hook(torch.zeros_like)
+
+    model = mlp()
+    if of == "module":
+        model[2].register_full_backward_hook(lambda m, inputs, _: (torch.zeros_like(inputs[0]),))
+    else:
+        model[2].register_forward_hook(lambda m, args, out: stops(out))
+    before = model[0].weight.clone()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = getattr(lightning_pc.optim, algorithm)(sgd, model)
+    for x, y in data():
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    assert torch.equal(model[0].weight, before)
 
 
 def test_every_evaluation_sees_the_teacher_of_the_forward():
