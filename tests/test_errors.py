@@ -137,7 +137,7 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("arguments", "message"), ARGUMENTS, ids=range(len(ARGUMENTS)))
 def test_arguments(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         lightning_pc.PCStrategy(**arguments)
