@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lightning_pc import optim
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import PredictiveCodingOptimizer
+from lightning_pc.precisions import Spiking
 from recipes.common.queue import Figures, Job
 from recipes.stability.data import Images
 
@@ -61,6 +62,8 @@ class Learner:
             algorithm = ALGORITHMS[job["algorithm"]]
             names = ("gamma", "momentum", "precisions")
             given = {name: job[name] for name in names if name in job}
+            if given.get("precisions") == "spiking":  # the rest with which the rows were taken
+                given["precisions"] = Spiking(0.001)
             # The paper's (D.3), with which the rows of fixed gammas were taken.
             decay = {} if job["gamma"] == "auto" else {"gamma_decay": 0.9}
             self.optimizer = algorithm(adamw, net, **given, **decay, **options)
