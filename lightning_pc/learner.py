@@ -151,9 +151,11 @@ class Learner:
             self.ran = bool(watch.calls)
             if loss is not None:
                 self._waiting = self._prepare(watch, placement, loss, batch, batch_size)
-        except PCError:
-            watch.undo()
-            start.restore()
+        except BaseException as error:
+            if isinstance(error, PCError):
+                watch.undo()
+            if isinstance(error, PCError) or self._draws is not None:
+                start.restore()
             raise
         if self.settings.reset == "never" and self._draws is None:
             self._draws = start

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_pc import describe
-from lightning_pc.errors import ClosureError, RecordingError
+from lightning_pc.errors import ClosureError, RecordingError, UnsupportedError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 every = pytest.mark.parametrize("algorithm", [PC, IPC, ZIL, EPC, IEPC])
@@ -438,3 +438,141 @@ def test_describe_leaves_no_trace():
     assert torch.equal(state, torch.get_rng_state())
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before.get_buffer(name)), name
+
+
+# What a review found ------------------------------------------------------------------------------
+
+
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.b, self.l = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.h, self.g = nn.Linear(6, 4), nn.Linear(6, 4)
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_losses_take_turns_on_one_forward(algorithm):
+    """Where nodes stand is not what stood there when another loss was taken."""
+    model, (x, y) = Parts().double(), data()
+    optimizer = algorithm(sgd(model), model, loss_terms=12)
+    nodes = []
+    for turn in (1, 0, 1, 0):
+        z = []
+
+        def closure(turn=turn, z=z):
+            z.append(torch.sigmoid(model.l(torch.tanh(model.b(x)))))
+            return F.cross_entropy(model.h(z[0]), y) if turn else z[0].square().mean()
+
+        optimizer.step(closure)
+        nodes.append(optimizer.report.nodes)
+    assert nodes[0] == nodes[2] == ["tanh", "sigmoid"]
+    assert nodes[1] == nodes[3] == ["tanh"]
+
+
+class WritesIntoZeros(nn.Module):
+    """Everyday patterns: a buffer made on the spot, filled through views."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x):
+        h, out, other = self.a(x), torch.zeros_like(x), torch.zeros(len(x), 6).double()
+        out[:, 2:5] += h[:, 2:5]
+        out.narrow(1, 0, 2).copy_(h[:, :2])
+        other.view(-1, 3)[::2].add_(h.view(-1, 3)[::2])
+        return out + other
+
+
+class ReadsThenWrites(nn.Module):
+    """A frozen feature is read, and then written to in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x):
+        feature = (x.detach() * 2 - 0.3).clone()
+        q = self.a(x) + feature
+        return q + F.relu(feature, inplace=True)
+
+
+@pytest.mark.parametrize("make", [WritesIntoZeros, ReadsThenWrites])
+def test_constants_that_are_written_to(make):
+    torch.manual_seed(1)
+    model, (x, y) = chain(make().double()), data()
+    equals_backprop(model, lambda m: F.cross_entropy(m(x), y))
+
+
+def test_a_hook_that_was_removed_is_gone():
+    class Removes(nn.Module):
+        def forward(self, x):
+            h = x * 1.0
+            h.register_hook(lambda g: g * 3).remove()
+            kept = h * 1.0
+            kept.register_hook(lambda g: g * 2)
+            return kept
+
+    model, (x, y) = chain(Removes()), data()
+    equals_backprop(model, lambda m: F.cross_entropy(m(x), y))
+
+
+def test_draws_of_the_users_own_generator_go_on():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+            self.seen = []
+
+        def forward(self, x):
+            late = torch.normal(self.b.weight, 0.1, generator=generator)
+            early = torch.normal(self.a.weight, 0.1, generator=generator)
+            self.seen.append((float(late.sum()), float(early.sum())))
+            return F.linear(torch.tanh(F.linear(x, early)), late)
+
+    generator = torch.Generator()
+    model, (x, y) = nn.Sequential(Noisy(), nn.Tanh(), nn.Linear(6, 4)).double(), data()
+    other = twin(model)
+    generator.manual_seed(0)
+    for _ in range(3):
+        other(x)
+    generator.manual_seed(0)
+    optimizer = PC(sgd(model, 0.0), model)
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert model[0].seen == other[0].seen
+
+
+@pytest.mark.filterwarnings("ignore:In the first batch no error reached")
+def test_draws_that_come_now_and_then_are_repeated():
+    class Sometimes(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, on):
+            mask = (torch.rand_like(x) > 0.5).to(x) * 2 if on else torch.ones_like(x)
+            ctx.save_for_backward(mask)
+            return x * mask
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.saved_tensors[0], None
+
+    class Drops(nn.Module):
+        on = False
+
+        def forward(self, x):
+            return Sometimes.apply(x, self.on)
+
+    model, (x, y) = chain(Drops()), data()
+    optimizer = PC(sgd(model), model, gamma=1e-9, T=6)
+    for on in (False, True):
+        model[2].on = on
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        # Values hardly move, so all evaluations give one loss where all see one mask.
+        assert float(optimizer.report.loss.max() - optimizer.report.loss.min()) < 1e-6
+
+
+def test_a_backward_hook_of_a_module_is_refused():
+    model, (x, y) = chain(), data()
+    model[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(UnsupportedError, match="'0' has a backward hook"):
+        PC(sgd(model), model).step(lambda: F.cross_entropy(model(x), y))

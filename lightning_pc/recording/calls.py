@@ -91,7 +91,7 @@ class Call:
         draws: What it drew from.
         copies: Indices into ``reads`` of tensors from before the forward that it writes to: when
             it runs again it writes to a copy of its own.
-        hooks: Hooks on its results: (which of them, the hook).
+        hooks: Hooks on its results: (which of them, the hook, its id, all that the tensor has).
     """
 
     __slots__ = (
@@ -112,7 +112,7 @@ class Call:
         self.rewrites: tuple[tuple[int, int], ...] = ()
         self.draws: tuple[Draws, ...] = ()
         self.copies: tuple[int, ...] = ()
-        self.hooks: list[tuple[int, Any]] = []
+        self.hooks: list[tuple[int, Any, int, Any]] = []
         counter = iter(range(len(reads)))
         self.args = tuple([_with_refs(value, counter) for value in args])
         self.kwargs: dict[str, Any] = (
@@ -140,9 +140,10 @@ class Call:
             env.update(zip(fills, tensors_in(output), strict=True))
         for index, slot in self.rewrites:
             env[slot] = tensors[index]
-        for which, hook in self.hooks:
+        for which, hook, number, hooks in self.hooks:
             result = env[fills[which]]
-            if result.requires_grad:
+            stays = number in hooks  # or the user has removed it
+            if result.requires_grad and stays:
                 result.register_hook(hook)  # type: ignore[no-untyped-call]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_pc.errors import ClosureError, RecordingError
+from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, Draws, arguments, current_context, tensors_in
 from lightning_pc.recording.traits import NORMS, TELLS, Function, Traits, guess
 
@@ -55,6 +56,11 @@ def first(tensor: Tensor, *_: Tensor) -> Tensor:
     return tensor
 
 
+def view_of(tensor: Tensor, *rest: Any) -> Tensor:
+    """A place in a tensor's memory, after the writes among ``rest``."""
+    return torch.as_strided(tensor, *rest[-1])
+
+
 class Recorder(TorchFunctionMode):
     """Records the calls of one forward.
 
@@ -88,10 +94,12 @@ class Recorder(TorchFunctionMode):
         self.scalars: set[int] = set()
         self.still: set[int] = set()
         self._still: dict[int, weakref.ref[Tensor]] = {}
-        self.device = "cpu"
+        cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self.device = "cuda" if cuda else "cpu"
         self._entries: dict[int, Entry] = {}
         self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
+        self._memories: dict[int, int] = {}  # of constants that are written to -> slot
         self._undo: list[tuple[Tensor, Tensor]] = []
         self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
         self._begun: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
@@ -109,6 +117,10 @@ class Recorder(TorchFunctionMode):
             if entry.depends and _version(tensor) != entry.version:
                 return self._rewritten(tensor, entry)
             return entry
+        if self._memories:
+            memory = tensor.untyped_storage()._cdata
+            if memory in self._memories:
+                return self._seen_in(tensor, memory)
         return self._from_outside(tensor) if tensor.requires_grad else None
 
     def _from_outside(self, tensor: Tensor) -> Entry:
@@ -124,7 +136,8 @@ class Recorder(TorchFunctionMode):
         self.given[slot] = tensor
         if isinstance(root, nn.Parameter):
             self.parameters[slot] = root
-        self.keys.append(("trainable", tensor is root))
+        same = next((s for s, p in self.parameters.items() if p is root), -1)
+        self.keys.append(("trainable", tensor is root, same))
         entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
         return entry
 
@@ -165,6 +178,29 @@ class Recorder(TorchFunctionMode):
                 "PyTorch version of that call while training."
             )
         call = Call(first, (tensor, *(tensor for _ in since)), {}, (entry.slot, *since))
+        return self._bind(tensor, self._append(call))
+
+    def _take_memory(self, target: Tensor) -> Entry | None:
+        """A view of a constant is about to be written to: its memory becomes part of the recording.
+
+        Else other views of it would not see the write.
+        """
+        base = target._base
+        if base is None or isinstance(base, nn.Parameter) or id(base) in self._own:
+            return None
+        memory = base.untyped_storage()._cdata
+        call = Call(torch.clone, (base,), {}, (self._constant(base, base.detach().clone()),))
+        self._entries.pop(id(base), None)
+        self._memories[memory] = self._bind(base, self._append(call)).slot
+        return self._seen_in(target, memory)
+
+    def _seen_in(self, tensor: Tensor, memory: int) -> Entry:
+        """A tensor in memory that the recording writes to, after all writes so far."""
+        place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        since = [slot for at, slot in self._writes if at == memory]
+        tensors = [tensor for _ in since]
+        reads = (self._memories[memory], *since)
+        call = Call(view_of, (tensor, *tensors, place), {}, reads)
         return self._bind(tensor, self._append(call))
 
     def _new_slot(self) -> int:
@@ -225,11 +261,14 @@ class Recorder(TorchFunctionMode):
             traits = self.known[function] = guess(function)
         if not depends:
             return self._constantly(function, args, kwargs, tensors, traits)
+        first_entry = entries[0]
+        if traits.writes and (first_entry is None or not first_entry.depends):
+            entries[0] = self._take_memory(tensors[0]) or first_entry
         watched = not traits.met or traits.writes or "out" in kwargs
         copies = self._copies(tensors, entries) if watched else {}
         draws = self._states(tensors, kwargs) if not traits.met or traits.draws else ()
         versions = [_version(tensor) for tensor in tensors] if watched else None
-        traits.met = True
+        traits.met = not isinstance(function, Applied)  # what the user wrote may do so now and then
         output = function(*args, **kwargs)
         if type(output) in TELLS:
             traits.passive = True
@@ -244,7 +283,7 @@ class Recorder(TorchFunctionMode):
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
         if not rewritten and not any(map(_is_continuous, results)):
             if function is Tensor.register_hook:
-                self._hook(entries[0], args)
+                self._hook(entries[0], args[1], output)
             return output
         copied = [i for i in copies if i in rewritten or function in NORMS]
         reads = []
@@ -281,7 +320,8 @@ class Recorder(TorchFunctionMode):
         traits: Traits,
     ) -> Any:
         """Makes a call whose result is a constant of the batch."""
-        if traits.writes or "out" in kwargs:
+        in_place = kwargs.get("inplace") or any(value is True for value in args)
+        if traits.writes or in_place or "out" in kwargs:
             for tensor in tensors:
                 self._before_write(tensor)
         output = function(*args, **kwargs)
@@ -351,10 +391,11 @@ class Recorder(TorchFunctionMode):
                 self.given[entry.slot] = known.detach().clone()
                 del self._entries[other]
 
-    def _hook(self, entry: Entry | None, args: tuple[Any, ...]) -> None:
+    def _hook(self, entry: Entry | None, hook: Any, handle: Any) -> None:
         call = None if entry is None else self._producers.get(entry.slot)
         if entry is not None and call is not None and entry.slot in call.fills:
-            call.hooks.append((call.fills.index(entry.slot), args[1]))
+            hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
+            call.hooks.append((call.fills.index(entry.slot), hook, handle.id, hooks))
 
     @torch.no_grad()
     def undo(self) -> None:

@@ -16,6 +16,9 @@ FROZEN = "frozen above: its prediction depends on no trainable parameter"
 OVERWRITES = "overwrites"
 INSIDE = "part of another place"
 LINEAR = "not a nonlinearity"
+WEIGHT_ALONE = "computed from parameters alone"
+#: Reasons that what comes before a place decides.
+KNOWN_AT_ONCE = frozenset((FROZEN, INSIDE, LINEAR, WEIGHT_ALONE))
 
 
 @dataclass(eq=False)

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 from typing_extensions import override
 
-from lightning_pc.errors import ClosureError, PlacementError, RecordingError
+from lightning_pc.errors import ClosureError, PlacementError, RecordingError, UnsupportedError
 from lightning_pc.nodes.energies import Energy, Gaussian, softmax_energy
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.applied import Applied, active_modes, functions_met
@@ -45,6 +45,7 @@ from lightning_pc.recording.recorder import Recorder, first
 from lightning_pc.recording.sites import (
     FROZEN,
     INSIDE,
+    KNOWN_AT_ONCE,
     LINEAR,
     OVERWRITES,
     Expected,
@@ -231,7 +232,9 @@ class Watch(Recorder):
         call = self._append(Call(first, (mu,), {}, (entry.slot,)))
         site.mu, site.slot = entry.slot, self._new_slot()
         call.fills = (site.slot,)
-        site.why = "" if form is None else form.why[index]
+        # Whether the loss reads a place is known at the end alone, whatever it was the last time.
+        expected = "" if form is None else form.why[index]
+        site.why = expected if expected in KNOWN_AT_ONCE else ""
         if self.kept is not None:
             self._stand_again(site, index, mu)
         if site.why:
@@ -395,6 +398,12 @@ class Watch(Recorder):
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         if threading.get_ident() != self._thread:
             return None
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise UnsupportedError(
+                f"'{self.module_name(module)}' has a backward hook of a module, which belongs to "
+                "one backward of the forward: put the hook on its output "
+                "(tensor.register_hook in the forward) or on its parameters."
+            )
         call = _Running(module)
         self._running.append(call)
         if _is_metric(module):

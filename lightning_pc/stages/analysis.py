@@ -7,13 +7,12 @@ from enum import Enum
 from torch import nn
 
 from lightning_pc.recording.calls import Call, program
-from lightning_pc.recording.sites import FROZEN, Expected, Site, hand
+from lightning_pc.recording.sites import FROZEN, WEIGHT_ALONE, Expected, Site, hand
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.form import Form, Piece, Stage
 
 OUTPUT = "an output: no weight between it and the loss"
 UNREAD = "not read by the loss"
-WEIGHT_ALONE = "computed from parameters alone"
 
 
 class Origin(Enum):

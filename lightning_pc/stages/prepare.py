@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.nodes.node import ErrorNode, Node
-from lightning_pc.recording.calls import Environment, run
+from lightning_pc.recording.calls import Draws, Environment, run
 from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
@@ -53,6 +53,11 @@ class Forms:
             entry = watch.entry(loss)
         if entry is None or not entry.depends:
             raise ClosureError("The loss was not computed by the forward that was recorded.")
+        if watch.kept is not None and len(watch.kept) != len(watch.sites):
+            raise RecordingError(
+                "reset='never' keeps the values of the first call, but the module takes another "
+                "path now. Use reset='batch'."
+            )
         form = self._find(watch.keys)
         if form is None or form.loss != entry.slot:
             form = Analysis(watch, entry.slot).form()
@@ -113,6 +118,8 @@ class Forms:
         own: list[nn.Parameter],
         watch: Watch,
     ) -> None:
+        for node in nodes:
+            node.depth = node.arrival = 0
         penalised = {watch.parameters[slot] for slot in form.penalised}
         depths = set_depths(loss_parents, [p for p in own if p not in penalised])
         depths = dict.fromkeys(own, 0) | depths
@@ -134,6 +141,8 @@ def check(batch: Batch) -> None:
         RecordingError: Naming the module.
     """
     watch, form = batch.watch, batch.form
+    drawn = {draw.generator for call in watch.calls for draw in call.draws}
+    states = [Draws(generator, generator.get_state()) for generator in drawn]
     for number, index in enumerate(form.nodes):
         _check_leaves(
             batch, watch.sites[index].leaves, form.stages[number], watch.sites[index].name
@@ -162,6 +171,8 @@ def check(batch: Batch) -> None:
                 "cannot be repeated: draw before the forward."
             )
         torch.set_rng_state(before)
+        for state in states:
+            state.again()
         keeps = holds.bytes <= KEPT * sum(x.numel() * x.element_size() for x in read)
         for number in piece.nodes:
             form.expected.keeps[form.nodes[number]] = keeps
