@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -70,7 +71,6 @@ class Learner:
         report: What the last step did.
         values: Node name -> value of the last batch, [B, *].
         auto: Chooses gamma, None where it is given.
-        ran: The last forward ran something that can be trained.
     """
 
     def __init__(
@@ -81,7 +81,6 @@ class Learner:
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
         self.auto: AutoGamma | None = None
-        self.ran = False
         if settings.fixed_gamma is None and settings.inference is None:
             self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
@@ -93,6 +92,7 @@ class Learner:
         # reset="never": the sites with their values, steps taken, and the draws they saw.
         self._kept: list[Site] | None = None
         self._age = 0
+        self._behind: dict[int, tuple[weakref.ref[Tensor], list[nn.Parameter]]] = {}
         self._draws: RandomStates | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,6 +122,7 @@ class Learner:
         loss_of: Callable[[Output], Tensor | None],
         batch: Any = (),
         batch_size: Callable[[], float | None] = lambda: None,
+        must: str = "",
     ) -> Output:
         """Runs the user's forward, once, and records it.
 
@@ -130,6 +131,7 @@ class Learner:
             loss_of: The scalar loss in what ``forward`` returns, None to skip the batch.
             batch: What ``forward`` is given, for ``loss_terms``.
             batch_size: Asked where no call of a loss function tells the number of terms.
+            must: Whose closure it is, where one that runs the model must give a loss.
 
         Returns:
             What ``forward`` returned.
@@ -139,16 +141,21 @@ class Learner:
         """
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
+        early = self._early()
         start = RandomStates(everywhere=self.settings.reset == "never")
         if self._draws is not None:
             self._draws.restore()
         placement = self._model.look()
-        watch = self._watch(placement)
+        watch = self._watch(placement, early)
         try:
             with watch.watching():
                 output = forward()
                 loss = loss_of(output)
-            self.ran = bool(watch.calls)
+            if loss is None and must and watch.calls:
+                raise ClosureError(
+                    f"The closure given to {must}.step ran the model and returned nothing: "
+                    "end it with 'return loss'. To skip a batch, return before the forward."
+                )
             if loss is not None:
                 self._waiting = self._prepare(watch, placement, loss, batch, batch_size)
         except BaseException as error:
@@ -163,13 +170,23 @@ class Learner:
             start.restore()
         return output
 
-    def _watch(self, placement: Placement) -> Watch:
+    def _early(self) -> Callable[[Tensor], str]:
+        """Says what is wrong with a tensor that was computed before the forward."""
         held = self._held()
+        # A value of the batch before stands for the weights that predicted it.
+        behind = {key: (ref, weights) for key, (ref, weights) in self._behind.items()}
 
         def early(tensor: Tensor) -> str:
-            leaves = {leaf for leaf in leaves_of(tensor) if held is None or leaf in held}
-            return early_message(leaves, self.model) if leaves else ""
+            reached: set[Tensor] = set()
+            for leaf in leaves_of(tensor):
+                ref, weights = behind.get(id(leaf), (None, []))
+                reached.update(weights if ref is not None and ref() is leaf else [leaf])
+            trained = {leaf for leaf in reached if held is None or leaf in held}
+            return early_message(trained, self.model) if trained else ""
 
+        return early
+
+    def _watch(self, placement: Placement, early: Callable[[Tensor], str]) -> Watch:
         return Watch(
             placement,
             self._learned,
@@ -261,6 +278,7 @@ class Learner:
         graph, T, betas = evaluator.graph, waiting.T, self.settings.betas
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self.values = {node.name: node.x for node in graph.nodes}
+        self._behind = {id(n.x): (weakref.ref(n.x), n.parameters) for n in graph.nodes}
         if self.schedule.incremental:
             clear_gradients(evaluator.moving)
         begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []

@@ -112,12 +112,7 @@ class PredictiveCodingOptimizer(Optimizer):
         _refuse_accumulation()
         with torch.enable_grad():
             try:
-                loss = self._learner.begin(closure, lambda loss: loss)
-                if loss is None and self._learner.ran:
-                    raise ClosureError(
-                        f"The closure given to {door}.step ran the model and returned nothing: "
-                        "end it with 'return loss'. To skip a batch, return before the forward."
-                    )
+                loss = self._learner.begin(closure, lambda loss: loss, must=door)
             except PCError:
                 self.zero_grad()  # a closure that ran backward itself has left gradients
                 raise

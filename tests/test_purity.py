@@ -1022,24 +1022,32 @@ def test_describe_and_a_failed_first_batch_leave_a_teacher_alone(write):
 
 
 @pytest.mark.parametrize("algorithm", ["IPC", "PC", "ZIL", "EPC", "IEPC"])
-@pytest.mark.parametrize("of", ["module", "tensor"])
-def test_hooks_that_change_gradients_act_in_every_evaluation(of, algorithm):
+def test_a_hook_that_changes_a_gradient_acts_in_every_evaluation(algorithm):
     """One that lets nothing through: what is above it stays."""
 
     def stops(tensor):
         tensor.register_hook(torch.zeros_like)
 
     model = mlp()
-    if of == "module":
-        model[2].register_full_backward_hook(lambda m, inputs, _: (torch.zeros_like(inputs[0]),))
-    else:
-        model[2].register_forward_hook(lambda m, args, out: stops(out))
+    model[2].register_forward_hook(lambda m, args, out: stops(out))
     before = model[0].weight.clone()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = getattr(lightning_pc.optim, algorithm)(sgd, model)
     for x, y in data():
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+def test_backward_hooks_of_modules_are_refused(register, algorithm):
+    module = Module()
+    getattr(module.net[2], f"register_{register}")(lambda *args: None)
+    before, trace = weights(module), traces(module)
+    with pytest.raises(lightning_pc.errors.UnsupportedError, match=r"'net\.2' has a backward hook"):
+        trainer(algorithm).fit(module, loader(data()))
+    assert torch.equal(weights(module), before)
+    assert traces(module) == trace
 
 
 def test_every_evaluation_sees_the_teacher_of_the_forward():

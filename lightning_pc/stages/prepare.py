@@ -188,6 +188,9 @@ def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name:
     known = {id(watch.parameters[slot]) for slot in stage.parameters}
     known |= {id(nodes[n].x) for n in stage.parents}
     ours = {id(node.x) for node in nodes}
+    for given in watch.given.values():  # what another network made before belongs to it
+        if given.grad_fn is not None:
+            known.update(map(id, leaves_of(given)))
     cut = {id(s.value): s for s in watch.sites if s.value is not None and s.why}
     pending, seen = list(leaves or []), set[int]()
     while pending:
