@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ClosureError, DivergenceError, PCError
@@ -142,6 +143,7 @@ class Learner:
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
         early = self._early()
+        saved = [] if self._forms.expected else self._save()
         start = RandomStates(everywhere=self.settings.reset == "never")
         if self._draws is not None:
             self._draws.restore()
@@ -161,6 +163,7 @@ class Learner:
         except BaseException as error:
             if isinstance(error, PCError):
                 watch.undo()
+                _put_back(saved)
             if isinstance(error, PCError) or self._draws is not None:
                 start.restore()
             raise
@@ -263,12 +266,13 @@ class Learner:
         self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
     ) -> tuple[Batch, int]:
         """The batch that a forward gives and the T it would get; what it changed is put back."""
-        start = RandomStates()
+        start, saved = RandomStates(), self._save()
         self.begin(forward, loss_of)
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             raise ClosureError("The forward returned no loss, so there is no graph to describe.")
         waiting.batch.watch.undo()
+        _put_back(saved)
         start.restore()
         return waiting.batch, waiting.T
 
@@ -349,6 +353,13 @@ class Learner:
         named = self.model.named_parameters()
         return {name: p for name, p in named if p.requires_grad and p in held}
 
+    def _save(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """What a forward may write to, before the first: buffers, and weights of no optimizer."""
+        held = self._held() or set()
+        rest = [p for p in self.model.parameters() if p not in held]
+        tensors = [t for t in [*self.model.buffers(), *rest] if not (t.is_meta or is_lazy(t))]
+        return [(t, t.data, t.detach().clone()) for t in tensors]
+
     def _held(self) -> set[nn.Parameter] | None:
         """The parameters that the optimizer moves; None where it is not known."""
         if self.optimizer is None:
@@ -362,3 +373,12 @@ class Learner:
         )
         self._alerts.say("loss_terms", doubt)
         return terms
+
+
+@torch.no_grad()
+def _put_back(saved: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for tensor, data, content in saved:
+        if data.shape == content.shape:
+            data.copy_(content)
+        if tensor.data_ptr() != data.data_ptr() or tensor.shape != content.shape:
+            tensor.data = data if data.shape == content.shape else content

@@ -99,6 +99,7 @@ class Recorder(TorchFunctionMode):
         self._entries: dict[int, Entry] = {}
         self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
+        self._weights: set[int] = set()  # memory of what is trained
         self._memories: dict[int, int] = {}  # of constants that are written to -> slot
         self._undo: list[tuple[Tensor, Tensor]] = []
         self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
@@ -134,6 +135,7 @@ class Recorder(TorchFunctionMode):
                 self._unseen(tensor)
         slot = self._new_slot()
         self.given[slot] = tensor
+        self._weights.add(tensor.untyped_storage()._cdata)
         if isinstance(root, nn.Parameter):
             self.parameters[slot] = root
         same = next((s for s, p in self.parameters.items() if p is root), -1)
@@ -169,6 +171,9 @@ class Recorder(TorchFunctionMode):
 
     def _rewritten(self, tensor: Tensor, entry: Entry) -> Entry:
         """It shares memory with something that was written to since."""
+        if entry.slot in self.given:  # a weight, which stands as it is
+            entry.version = _version(tensor)
+            return entry
         memory = tensor.untyped_storage()._cdata
         since = [slot for at, slot in self._writes if at == memory and slot > entry.slot]
         if not since:
@@ -350,6 +355,7 @@ class Recorder(TorchFunctionMode):
         parameter is given to a recording as it stands.
         """
         found: list[int] = []
+        weights = False
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
             if versions is not None:
                 before = versions[i]
@@ -359,11 +365,13 @@ class Recorder(TorchFunctionMode):
                 continue
             if _version(tensor) == before or any(tensors[j] is tensor for j in found):
                 continue
-            if entry is not None and entry.slot in self.parameters:
-                entry.version = _version(tensor)
-                return None
-            found.append(i)
-        return found
+            if tensor.untyped_storage()._cdata in self._weights:
+                weights = True
+                if entry is not None:
+                    entry.version = _version(tensor)
+            else:
+                found.append(i)
+        return None if weights else found
 
     def _states(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> tuple[Draws, ...]:
         generators: list[torch.Generator] = [torch.default_generator]
