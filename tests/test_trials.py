@@ -340,6 +340,7 @@ class Semi(Module):
         return F.cross_entropy(self(x), y) + 0.1 * consistency
 
 
+@pytest.mark.filterwarnings("ignore:Cannot read off the training loss")
 @pytest.mark.parametrize("algorithm", ALGORITHMS[:2] + ALGORITHMS[3:])
 def test_an_iterator_in_training_step_gives_one_batch_a_step(algorithm):
     module = Semi()

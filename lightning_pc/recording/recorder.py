@@ -47,6 +47,15 @@ def _version(tensor: Tensor) -> int:
         return -1
 
 
+def _same(content: Tensor, tensor: Tensor) -> bool:
+    if content.shape != tensor.shape:
+        return False
+    try:
+        return torch.equal(content, tensor)
+    except (NotImplementedError, RuntimeError):  # float8, nested: nothing to compare by
+        return True
+
+
 def _is_continuous(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
@@ -284,6 +293,12 @@ class Recorder(TorchFunctionMode):
         rewritten = self._rewrites(tensors, entries, versions)
         if rewritten is None:
             return output
+        if function not in NORMS:  # some write without a new version, as observers do
+            rewritten += [
+                i
+                for i, content in copies.items()
+                if i not in rewritten and not _same(content, tensors[i])
+            ]
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
         if not rewritten and not any(map(_is_continuous, results)):
