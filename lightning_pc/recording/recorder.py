@@ -108,7 +108,7 @@ class Recorder(TorchFunctionMode):
         self._entries: dict[int, Entry] = {}
         self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
-        self._weights: set[int] = set()  # memory of what is trained
+        self._weights: list[Tensor] = []  # what is trained
         self._memories: dict[int, int] = {}  # of constants that are written to -> slot
         self._undo: list[tuple[Tensor, Tensor]] = []
         self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
@@ -144,7 +144,7 @@ class Recorder(TorchFunctionMode):
                 self._unseen(tensor)
         slot = self._new_slot()
         self.given[slot] = tensor
-        self._weights.add(tensor.untyped_storage()._cdata)
+        self._weights.append(tensor)
         if isinstance(root, nn.Parameter):
             self.parameters[slot] = root
         same = next((s for s, p in self.parameters.items() if p is root), -1)
@@ -293,7 +293,8 @@ class Recorder(TorchFunctionMode):
         rewritten = self._rewrites(tensors, entries, versions)
         if rewritten is None:
             return output
-        if function not in NORMS:  # some write without a new version, as observers do
+        # Some write without a new version, as observers do. (An attribute that is set is set once.)
+        if function not in NORMS and getattr(function, "__name__", "") != "__set__":
             rewritten += [
                 i
                 for i, content in copies.items()
@@ -380,7 +381,8 @@ class Recorder(TorchFunctionMode):
                 continue
             if _version(tensor) == before or any(tensors[j] is tensor for j in found):
                 continue
-            if tensor.untyped_storage()._cdata in self._weights:
+            memory = tensor.untyped_storage()._cdata
+            if any(weight.untyped_storage()._cdata == memory for weight in self._weights):
                 weights = True
                 if entry is not None:
                     entry.version = _version(tensor)
