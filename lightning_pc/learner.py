@@ -177,7 +177,7 @@ class Learner:
         """Says what is wrong with a tensor that was computed before the forward."""
         held = self._held()
         # A value of the batch before stands for the weights that predicted it.
-        behind = {key: (ref, weights) for key, (ref, weights) in self._behind.items()}
+        behind = self._behind
 
         def early(tensor: Tensor) -> str:
             reached: set[Tensor] = set()
@@ -346,6 +346,7 @@ class Learner:
             None if mover.own_rates else mover.momentum,
             self.auto is not None,
             self.schedule.incremental,
+            mover.remedy,
         )
 
     def _learnable(self) -> dict[str, nn.Parameter]:

@@ -68,7 +68,8 @@ def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise MisconfigurationException(
             f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
-            "PCStrategy runs it several times on each batch: take (batch, batch_idx)."
+            "PCStrategy asks the batch how many terms its loss is a mean of: take (batch, "
+            "batch_idx)."
         )
     if getattr(module, "_compiler_ctx", None) is not None:
         raise MisconfigurationException(

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_pc import explain
 from lightning_pc.errors import DivergenceError
+from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.insight.explain import LONG_PATIENCE, divergence, overshot
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 
@@ -101,11 +102,22 @@ def test_a_divergence_along_conjugate_gradients_tells_no_curvature():
     losses = [torch.tensor(1.0)] * 4
     told = {}
     for momentum in (0.0, None):
-        error = divergence(["a"], losses, energies, [1, 6, 51], 0, 0.1, momentum, True, False)
+        error = divergence(
+            *(["a"], losses, energies, [1, 6, 51], 0, 0.1, momentum, True, False, Conjugate.remedy)
+        )
         told[momentum] = str(error)
         assert "F has risen since t = 1" in told[momentum]
     assert "above the limit of 2" in told[0.0]
     assert told[None].endswith("too far along conjugate gradients: use momentum=0.")
+
+
+def test_a_divergence_of_an_optimizer_of_the_values_names_its_rate():
+    torch.manual_seed(0)
+    net, x = MLP((4, 8, 8, 3)), torch.randn(5, 4)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    optimizer = PC(sgd, net, T=400, inference=lambda values: torch.optim.SGD(values, 100.0))
+    with pytest.raises(DivergenceError, match="lower the rate of the optimizer that inference= "):
+        optimizer.step(lambda: F.mse_loss(net(x), torch.ones(5, 3)))
 
 
 def test_a_first_loss_that_is_not_finite_is_not_gammas_fault():

@@ -79,6 +79,7 @@ class Conjugate(Descent):
     """
 
     own_rates = True
+    remedy = "Values went too far along conjugate gradients: use momentum=0."
 
     def __init__(
         self,

@@ -35,6 +35,8 @@ class Mover(ABC):
 
     #: Each step has a rate and a momentum of its own, so that F's growth says nothing of gamma.
     own_rates: ClassVar[bool] = False
+    #: What to change where values went too far and gamma is not to blame.
+    remedy: ClassVar[str] = ""
     momentum: float = 0.0
 
     def __init__(self, gamma: float) -> None:
@@ -135,6 +137,7 @@ class OptimizerMover(Mover):
     """
 
     own_rates = True
+    remedy = "Values went too far: lower the rate of the optimizer that inference= makes."
 
     def __init__(self, make: Callable[[list[Tensor]], Optimizer]) -> None:
         super().__init__(float("nan"))

@@ -46,6 +46,7 @@ def divergence(
     momentum: float | None,
     automatic: bool,
     incremental: bool,
+    remedy: str = "",
 ) -> DivergenceError:
     """Names the first loss or energy that was not finite, and why it came to that.
 
@@ -59,6 +60,7 @@ def divergence(
         momentum: Of the values; None where their steps had rates of their own.
         automatic: It was chosen by ``gamma="auto"``.
         incremental: The weights moved between these evaluations.
+        remedy: What keeps values from going too far, where their steps had rates of their own.
     """
     for t, (loss, energy) in enumerate(zip(losses, energies, strict=True)):  # noqa: B007
         finite = energy.isfinite().tolist()
@@ -80,7 +82,7 @@ def divergence(
         if incremental:
             why += " The weights move at every step: lower the learning rate, or gamma."
         elif momentum is None:
-            why += " Values went too far along conjugate gradients: use momentum=0."
+            why += f" {remedy}"
         else:
             remedy = f"Use gamma='auto', or gamma < {limit(momentum) * gamma / product:.2g}."
             if automatic:

@@ -121,27 +121,6 @@ def read_loss_call(
     return LossCall(output, output.grad_fn, output.output_nr, reduction, batch, divisor)
 
 
-def ask_for_gradients(calls: list[LossCall], seed: float) -> None:
-    """Asks the coming backward, which starts from ``seed``, for d loss / d output.
-
-    Of sums, and of means where there are many.
-    """
-
-    # It may not hold the call, which holds the function that holds it: no collector sees that.
-    def keeper(place: int, seen: list[Tensor]) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def keep(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[place]
-            if gradient is not None:
-                seen[:] = [gradient / seed]
-
-        return keep
-
-    for call in calls:
-        if call.reduction == "sum" or (call.reduction == "mean" and len(calls) > 2):
-            # Not of the output, which may be written to.
-            call.function.register_prehook(keeper(call.place, call.seen))
-
-
 def loss_terms(calls: list[LossCall]) -> float | None:
     """M on which the calls agree, None where they do not or where there is none.
 

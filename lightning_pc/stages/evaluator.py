@@ -62,6 +62,7 @@ class Asked:
     scale: float
 
 
+@dataclass(eq=False)
 class Evaluator:
     """Evaluates one batch.
 
@@ -72,16 +73,14 @@ class Evaluator:
         steady: Weights stand while values move, so that what reads no value need not run again.
     """
 
-    def __init__(
-        self,
-        batch: Batch,
-        held: set[nn.Parameter] | None,
-        once: bool = False,
-        steady: bool = False,
-    ) -> None:
-        self.batch, self.held, self.once, self.steady = batch, held, once, steady
-        self.graph, self.form = batch.graph, batch.form
-        self.loss = batch.loss.detach()
+    batch: Batch
+    held: set[nn.Parameter] | None
+    once: bool = False
+    steady: bool = False
+
+    def __post_init__(self) -> None:
+        self.graph, self.form = self.batch.graph, self.batch.form
+        self.loss = self.batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
         self._zero = self.loss.new_zeros((), dtype=dtype)
 
@@ -149,21 +148,11 @@ class LocalErrors(Evaluator):
     serves as the first run of a piece, while nothing that the piece reads has moved.
     """
 
-    def __init__(
-        self,
-        batch: Batch,
-        held: set[nn.Parameter] | None,
-        once: bool = False,
-        steady: bool = False,
-    ) -> None:
-        super().__init__(batch, held, once, steady)
+    @override
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._fresh = [True] * len(self.form.pieces)
         self._fixed: dict[int, Tensor] = {}  # predictions that read no value
-        sites = batch.watch.sites
-        for number, index in enumerate(self.form.nodes):
-            first = sites[index].first
-            if first is not None and steady:
-                self._fixed[number] = first
 
     @override
     def __call__(self, asked: Asked) -> Tensor:
