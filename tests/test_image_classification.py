@@ -20,6 +20,7 @@ from torch import nn
 
 from lightning_pc.cli import main as lightning_pc_main
 from lightning_pc.errors import DivergenceError
+from lightning_pc.precisions import Spiking
 from recipes.common.queue import Results, key, ordered
 from recipes.common.queue import main as queue_main
 from recipes.common.training import train
@@ -125,7 +126,7 @@ def test_yaml_runs(path, data_dir, tmp_path, monkeypatch):
         assert not hasattr(strategy, "report")
         return
     assert strategy.report.algorithm == path.stem.removesuffix("_spiking")
-    assert (strategy.settings.precisions == "spiking") == path.stem.endswith("_spiking")
+    assert isinstance(strategy.settings.precisions, Spiking) == path.stem.endswith("_spiking")
     # a node at the input of every nonlinearity, and all of them were reached
     kinds = (nn.GELU, nn.ReLU, nn.Hardtanh)
     assert len(strategy.report.nodes) == sum(isinstance(m, kinds) for m in cli.model.modules())

@@ -109,6 +109,7 @@ class Recorder(TorchFunctionMode):
         self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
         self._weights: list[Tensor] = []  # what is trained
+        self._bases: list[Tensor] = []
         self._memories: dict[int, int] = {}  # of constants that are written to -> slot
         self._undo: list[tuple[Tensor, Tensor]] = []
         self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
@@ -206,6 +207,7 @@ class Recorder(TorchFunctionMode):
         call = Call(torch.clone, (base,), {}, (self._constant(base, base.detach().clone()),))
         self._entries.pop(id(base), None)
         self._memories[memory] = self._bind(base, self._append(call)).slot
+        self._bases.append(base)  # or its memory may become another tensor's
         return self._seen_in(target, memory)
 
     def _seen_in(self, tensor: Tensor, memory: int) -> Entry:
