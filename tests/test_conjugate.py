@@ -187,7 +187,7 @@ def test_values_that_follow_the_weights_do_not_run_ahead(gamma):
         conjugate.gamma = gamma
         for energy in energies:
             conjugate.observe(torch.tensor(energy))
-            node.below = 1e-4 * node.x.detach() - 1.0
+            node.gradient = 1e-4 * node.x.detach() - 1.0
             conjugate.move([node], 1.0)
         return float(node.x.detach()) / 0.1
 
@@ -290,7 +290,7 @@ def test_a_rate_on_the_device_is_as_good(dtype):
             conjugate.observe(torch.tensor(5.0 - t, dtype=dtype))
             conjugate.gamma = gamma
             for node in nodes:
-                node.below = slope if node.depth <= t + 1 else None
+                node.gradient = slope if node.depth <= t + 1 else None
             conjugate.move(nodes, 2.0)
         return [node.x.detach() for node in nodes]
 

@@ -102,7 +102,7 @@ def test_the_step_that_takes_up_an_error(gamma, curvature, weights, expected):
     conjugate.chosen_for = curvature
     for t, energy in enumerate((1.0, 2.0)):  # it has risen, so that gamma is half
         conjugate.observe(torch.tensor(energy))
-        nodes[0].below, nodes[1].below = torch.ones(1), torch.ones(1) if t else None
+        nodes[0].gradient, nodes[1].gradient = torch.ones(1), torch.ones(1) if t else None
         conjugate.move(nodes, 1.0)
     assert conjugate.gamma == gamma / 2
     torch.testing.assert_close(-nodes[1].x.detach(), torch.tensor([float(expected)]))

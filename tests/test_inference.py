@@ -16,10 +16,11 @@ def nodes():
     for energy, below in ((Gaussian(), True), (Gaussian(), False), (Categorical(), True)):
         node = Node("n", torch.randn(3, 4).requires_grad_(), energy)
         node.evaluate(torch.randn(3, 4), 0.25)
-        node.below = torch.randn(3, 4) if below else None
+        if below:
+            node.gradient += torch.randn(3, 4)
         made.append(node)
     fresh = Node("fresh", torch.randn(3, 4).requires_grad_(), Gaussian())  # no error of its own yet
-    fresh.below = torch.randn(3, 4)
+    fresh.gradient = torch.randn(3, 4)
     return [*made, fresh, Node("untouched", torch.randn(3, 4).requires_grad_(), Gaussian())]
 
 
@@ -30,11 +31,7 @@ def test_a_move_is_a_step_down_the_gradient_of_f(momentum, gamma):
     moved = nodes()
     expected = []
     for node in nodes():
-        slope = torch.zeros(3, 4)
-        if node.slopes is not None:
-            slope = slope + node.slopes.factor * node.slopes.dx
-        if node.below is not None:
-            slope = slope + 4.0 * node.below
+        slope = torch.zeros(3, 4) if node.gradient is None else 4.0 * node.gradient
         expected.append(node.x.detach() - 0.3 * (2 + momentum) * slope)
     inference = Descent(0.3, 1.0, momentum)
     inference.gamma = gamma

@@ -158,7 +158,7 @@ def largest_curvature(
     Args:
         nodes: The batch's nodes with the gradients at their values; both are left as they are.
         evaluate: Gives every node its gradients at the values where they are now.
-        scale: Factor from the gradients that come from below to those of F.
+        scale: Factor from the nodes' gradients to those of F.
         seed: Of the first, random direction; torch's own generators are left alone.
         fine: Go no further than the gradient at the values is long, which is about as far as
             inference goes, nor less than the rounding of the forward allows.
@@ -167,7 +167,7 @@ def largest_curvature(
         The curvature (nan where it cannot be had) and the node that has most of its direction.
     """
     starts = [node.coordinates.detach().clone() for node in nodes]
-    before = [(node.slopes, node.below) for node in nodes]
+    before = [(node.gradient, node.total) for node in nodes]
     generator = torch.Generator(starts[0].device).manual_seed(seed)
     direction = [
         torch.empty_like(x).uniform_(-1, 1, generator=generator).masked_fill_(~x.isfinite(), 0)
@@ -205,9 +205,9 @@ def largest_curvature(
         if not curvature > 0:  # as much down as up: the length of the product will do
             curvature = _length(direction)
     finally:
-        for node, x, (slopes, below) in zip(nodes, starts, before, strict=True):
+        for node, x, (gradient, total) in zip(nodes, starts, before, strict=True):
             node.coordinates.copy_(x)
-            node.slopes, node.below = slopes, below
+            node.gradient, node.total = gradient, total
     shares = torch.stack([torch.linalg.vector_norm(v).float() for v in direction])
     return curvature, nodes[int(shares.argmax())]
 

@@ -8,7 +8,6 @@ are in `lightning_pc.inference.conjugate`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -73,8 +72,8 @@ class Mover(ABC):
         """Moves every node that an error has reached.
 
         Args:
-            nodes: Nodes with their ``slopes`` and ``below`` (the gradient through the module).
-            scale: Factor that turns ``below`` into the gradient of the sum F.
+            nodes: Nodes with their ``gradient``.
+            scale: Factor from these to the gradient of the sum F.
         """
 
 
@@ -160,36 +159,26 @@ class OptimizerMover(Mover):
 
 def reached(node: Node) -> bool:
     """Whether an error has moved the node, or does so now."""
-    return any(g is not None for g in (node.slopes, node.below, node.velocity))
+    return node.gradient is not None or node.velocity is not None
 
 
 def slope(node: Node, scale: float) -> Tensor | None:
     """dF/dx of a node, [B, *]; None where no error has reached it.
 
     Args:
-        node: With the gradients of this evaluation.
-        scale: Factor from the gradients that come from below to those of F.
+        node: With the gradient of this evaluation.
+        scale: Factor from it to that of F.
     """
-    total = None if node.slopes is None else node.slopes.dx * node.slopes.factor
-    if node.below is not None:
-        below = node.below * scale
-        total = below if total is None else total.add_(below)
-    return total
+    return None if node.gradient is None else node.gradient * scale
 
 
 def descend(
     targets: Sequence[Tensor], nodes: Sequence[Node], scale: float, gamma: float | Tensor
 ) -> None:
     """Moves targets by -gamma dF/dx, each where an error has reached its node."""
-    pulls: dict[float, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-    for target, node in zip(targets, nodes, strict=True):
-        if node.slopes is not None:
-            pulls[node.slopes.factor].append((target, node.slopes.dx))
-        if node.below is not None:
-            pulls[scale].append((target, node.below))
-    for factor, pairs in pulls.items():
-        moved, gradients = [list(tensors) for tensors in zip(*pairs, strict=True)]
-        add(moved, gradients, factor, gamma)
+    pulls = [(x, n.gradient) for x, n in zip(targets, nodes, strict=True) if n.gradient is not None]
+    if pulls:
+        add([x for x, _ in pulls], [gradient for _, gradient in pulls], scale, gamma)
 
 
 def add(

@@ -21,14 +21,12 @@ class Slopes(NamedTuple):
     """What one inference step needs of a node's energy.
 
     Attributes:
-        dx: dE/dx up to ``factor``, [B, *]; may be the same tensor as ``dmu``.
-        factor: dE/dx is ``factor * dx``, with its weight in F.
-        dmu: dE/dmu in the scale of the parameter gradients, [B, *].
+        dx: dE/dx, [B, *]; like ``dmu`` with E's weight, in the scale of parameter gradients.
+        dmu: dE/dmu, [B, *].
         total: E summed over samples, with its weight, [].
     """
 
     dx: Tensor
-    factor: float
     dmu: Tensor
     total: Tensor
 
@@ -57,8 +55,8 @@ class Energy(ABC):
             scale: Factor from the energy's gradient to the parameters'.
             weight: The energy's weight in F, >= 0.
         """
-        dx, dmu = self.grads(x, mu)
-        return Slopes(dx, weight, dmu.mul_(scale * weight), self.value(x, mu).sum().mul_(weight))
+        dx, dmu = (gradient * (scale * weight) for gradient in self.grads(x, mu))
+        return Slopes(dx, dmu, self.value(x, mu).sum().mul_(weight))
 
 
 def _per_sample(energy: Tensor) -> Tensor:
@@ -83,9 +81,10 @@ class Gaussian(Energy):
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
         error = self._error(x, mu)
-        total = torch.linalg.vector_norm(error).square().mul_(0.5 * weight)
-        dmu = error.mul_(-scale * weight)  # one tensor serves as both gradients
-        return Slopes(dmu, -1.0 / scale, dmu, total)
+        flat = error.flatten()
+        total = torch.dot(flat, flat).mul_(0.5 * weight)
+        dx = error.mul_(scale * weight)
+        return Slopes(dx, dx.neg(), total)
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return x - mu
@@ -131,8 +130,8 @@ class Categorical(Energy):
         p, q, log_ratio = self._distributions(x, mu)
         divergence = (p * log_ratio).sum(self.dim, keepdim=True)
         dmu = q.sub_(p).mul_(scale * weight)
-        total = divergence.sum().mul_(weight)
-        return Slopes(p * log_ratio.sub_(divergence), weight, dmu, total)
+        dx = log_ratio.sub_(divergence).mul_(p).mul_(scale * weight)
+        return Slopes(dx, dmu, divergence.sum().mul_(weight))
 
     def _distributions(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """softmax(x), softmax(mu) and the logarithm of their ratio, zero where masked."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_pc.nodes.energies import Energy, Slopes
+from lightning_pc.nodes.energies import Energy
 from lightning_pc.nodes.following import Following
 
 
@@ -30,8 +30,9 @@ class Node:
         weight: Of its energy in F, at the coming evaluation.
         followed: How its value follows its prediction; None where it stays.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
-        slopes: The energy's gradients at this evaluation; None before an error arrives.
-        below: The gradient that comes from the stages that read it, [B, *], at this evaluation.
+        gradient: dF/dx at this evaluation, [B, *], in the scale of parameter gradients; None before
+            an error arrives.
+        total: Its energy at this evaluation, with its weight, []; None before an error arrives.
     """
 
     name: str
@@ -45,8 +46,8 @@ class Node:
     weight: float = 1.0
     followed: Following | None = None
     velocity: Tensor | None = None
-    slopes: Slopes | None = None
-    below: Tensor | None = None
+    gradient: Tensor | None = None
+    total: Tensor | None = None
 
     @property
     def coordinates(self) -> Tensor:
@@ -54,21 +55,28 @@ class Node:
         return self.x
 
     @torch.no_grad()
-    def evaluate(self, mu: Tensor, scale: float) -> None:
-        """Takes in this evaluation's prediction.
+    def evaluate(self, mu: Tensor, scale: float) -> Tensor:
+        """Takes in this evaluation's prediction: sets ``gradient`` (of its own energy) and ``total``.
 
         Args:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
+
+        Returns:
+            dE/dmu, [B, *], in the scale of parameter gradients.
         """
-        mu = mu.detach().to(self.x.dtype)
+        mu = mu.detach()
+        if mu.dtype is not self.x.dtype:
+            mu = mu.to(self.x.dtype)
         rule = self.followed
         if rule and rule.always:
             rule.follow(self.x, mu, self.energy)
-        self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
-        total = self.slopes.total
-        if rule and not rule.always and rule.moved(self.x, mu, self.energy, self.weight, total):
-            self.slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+        self.gradient, error, self.total = self.energy.evaluate(self.x, mu, scale, self.weight)
+        if rule and not rule.always:
+            if rule.moved(self.x, mu, self.energy, self.weight, self.total):
+                slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+                self.gradient, error, self.total = slopes
+        return error
 
     def stand(self, mu: Tensor) -> Tensor:
         """Its value, [B, *], where its prediction is ``mu``."""
@@ -84,7 +92,7 @@ class Node:
 
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
-        self.slopes = self.below = None
+        self.gradient = self.total = None
 
 
 @dataclass(eq=False)
@@ -125,11 +133,12 @@ class ErrorNode(Node):
 
     @override
     @torch.no_grad()
-    def evaluate(self, mu: Tensor, scale: float) -> None:
+    def evaluate(self, mu: Tensor, scale: float) -> Tensor:
         self.stand(mu)
         # Not of x and mu, whose difference rounds away an error that is small beside them.
         zero = self.e.new_zeros(())
-        self.slopes = self.energy.evaluate(self.e, zero, scale * self._gain, self.weight)
+        self.gradient, error, self.total = self.energy.evaluate(self.e, zero, scale, self.weight)
+        return error.mul_(self._gain)
 
     @override
     def moved(self, gamma: float, momentum: float) -> None:

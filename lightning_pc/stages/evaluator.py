@@ -1,7 +1,7 @@
 """Evaluators: one inference step's loss, energies and gradients, at the values and weights of now.
 
-An evaluator runs the pieces of a recording. It leaves dF/dx in the nodes (`Node.slopes` of the
-node's own energy, `Node.below` from the stages that read it) and adds dF/dtheta / M to ``.grad``.
+An evaluator runs the pieces of a recording. It leaves dF/dx and the energies in the nodes
+(`Node.gradient`, `Node.total`) and adds dF/dtheta / M to ``.grad``.
 """
 
 from __future__ import annotations
@@ -113,10 +113,8 @@ class Evaluator:
     def energies(self) -> Tensor:
         """Each node's energy at the last evaluation, [n]; zero where no error stands."""
         zero = self._zero
-        if all(node.slopes is None for node in self.nodes):
-            return zero.expand(len(self.nodes))
-        totals = [zero if n.slopes is None else n.slopes.total for n in self.nodes]
-        return torch.stack([total.to(zero.dtype) for total in totals])
+        totals = [zero if node.total is None else node.total for node in self.nodes]
+        return torch.stack([t if t.dtype is zero.dtype else t.to(zero.dtype) for t in totals])
 
     def _environment(self, values: Iterable[int], given: Iterable[int]) -> Environment:
         watch = self.batch.watch
@@ -163,9 +161,7 @@ class LocalErrors(Evaluator):
             if standing or (piece.loss and asked.root):
                 self._run(which, piece, standing, asked)
         for node in self.nodes:
-            gradient = node.x.grad
-            if gradient is not None:
-                node.below, node.x.grad = gradient, None
+            node.gradient, node.x.grad = node.x.grad, None
         return self.loss
 
     def _run(self, which: int, piece: Piece, standing: list[int], asked: Asked) -> None:
@@ -180,13 +176,15 @@ class LocalErrors(Evaluator):
         def meet(number: int, mu: Tensor, edge: Any = None) -> Tensor:
             node = nodes[number]
             if number in standing:
-                node.evaluate(mu, asked.scale)
+                error = node.evaluate(mu, asked.scale)
+                # Autograd adds to it what comes from the stages that read the value.
+                x, own = node.x, node.gradient
+                x.grad = own if x.grad is None or own is None else x.grad.add_(own)
                 if node.followed is not None:
                     self.moved([node])
                 if inputs and (edge is not None or mu.requires_grad):
-                    assert node.slopes is not None
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
-                    errors.append(node.slopes.dmu.to(mu.dtype))
+                    errors.append(error if error.dtype is mu.dtype else error.to(mu.dtype))
             if self.steady and not piece.values:
                 self._fixed[number] = mu.detach()
             return node.x

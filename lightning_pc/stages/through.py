@@ -26,11 +26,12 @@ class ThroughErrors(Evaluator):
         nodes, form, watch = self.nodes, self.form, self.batch.watch
         env: Environment = dict(watch.given)
         edges: list[tuple[Any, torch.dtype]] = []
+        errors: dict[int, Tensor] = {}
 
         def meet(number: int, mu: Tensor) -> Tensor:
             edges.append((get_gradient_edge(mu), mu.dtype))
             if nodes[number].arrival <= asked.t:
-                nodes[number].evaluate(mu, asked.scale)
+                errors[number] = nodes[number].evaluate(mu, asked.scale).to(mu.dtype)
                 return nodes[number].x
             return nodes[number].stand(mu)
 
@@ -43,11 +44,10 @@ class ThroughErrors(Evaluator):
         for number in reversed(range(len(nodes))):
             node, (edge, dtype) = nodes[number], edges[number]
             below, node.x.grad = node.x.grad, None
-            if asked.moves and node.arrival <= asked.t + 1:
-                node.below = below
-            error = None if node.slopes is None else node.slopes.dmu.to(dtype)
+            if below is not None and asked.moves and node.arrival <= asked.t + 1:
+                node.gradient = below if node.gradient is None else node.gradient.add_(below)
             through = None if below is None else below.to(dtype)
-            self._backward(edge, through, error, form.stages[number], asked)
+            self._backward(edge, through, errors.get(number), form.stages[number], asked)
         return self.loss
 
     def _backward(
