@@ -576,3 +576,90 @@ def test_a_backward_hook_of_a_module_is_refused():
     model[0].register_full_backward_hook(lambda *_: None)
     with pytest.raises(UnsupportedError, match="'0' has a backward hook"):
         PC(sgd(model), model).step(lambda: F.cross_entropy(model(x), y))
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+class Joined(nn.Module):
+    """Two values that a third stage only adds, as views or not."""
+
+    def __init__(self, views):
+        super().__init__()
+        self.one, self.other, self.sum = nn.Linear(6, 6), nn.Linear(6, 6), Sum(views)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.sum(self.one(x), self.other(x))))
+
+
+class Sum(nn.Module):
+    def __init__(self, views):
+        super().__init__()
+        self.views = views
+
+    def forward(self, u, v):
+        return u.view(-1, 2, 3).flatten(1) + v.view(-1, 6) if self.views else 1.0 * u + 1.0 * v
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC, EPC, IEPC])
+def test_gradients_share_no_memory(algorithm):
+    """Autograd gives two values that are only viewed and added one gradient's memory."""
+    x, y = data()
+    model = Joined(views=True).double()
+    other = Joined(views=False).double()
+    other.load_state_dict(model.state_dict())
+    for net in (model, other):
+        given = {"T": 6, "gamma": 0.2, "value_nodes": ["one", "other", "sum"]}
+        optimizer = algorithm(sgd(net), net, **given)
+        for _ in range(3):
+            optimizer.step(lambda: F.cross_entropy(net(x), y))  # noqa: B023
+    assert far(model, other)[0] < 1e-12
+
+
+class Reuses(nn.Module):
+    """Writes to its pre-activation once the activation has read it."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.net, self.in_place, self.now = chain(), in_place, True
+
+    def forward(self, x):
+        h = self.net[0](x)
+        a = torch.tanh(h)
+        if self.now:
+            h = h.add_(1.0) if self.in_place else h + 1.0
+        return self.net[2:](a + 0.1 * h)
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+@pytest.mark.parametrize("since", [0, 3], ids=["always", "later"])
+def test_a_value_is_not_what_was_written_to_its_prediction(algorithm, since):
+    x, y = data()
+    model = Reuses(in_place=True)
+    other = twin(model)
+    other.in_place = False
+    for net in (model, other):
+        optimizer = algorithm(sgd(net), net, T=6, gamma=0.2)
+        for step in range(6):
+            net.now = step >= since
+            optimizer.step(lambda: F.cross_entropy(net(x), y))  # noqa: B023
+    assert far(model, other)[0] < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:T=2")
+def test_values_take_no_memory_before_they_move():
+    x, y = data(256, 6)
+    model = chain(*[m for _ in range(6) for m in (nn.Linear(6, 6), nn.Tanh())])
+    optimizer = IPC(sgd(model), model, T=2, gamma=0.1)
+    outputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *a, name=name: outputs.update({name: a[2]}))
+    for _ in range(2):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    shared = [
+        value.data_ptr() == outputs[str(2 * place)].data_ptr()
+        for place, value in enumerate(optimizer.values.values())
+    ]
+    assert shared == [True] * 6 + [False] * 2

@@ -97,7 +97,6 @@ class Descent(Mover):
     @override
     @torch.no_grad()
     def observe(self, energy: Tensor) -> None:
-        """Takes in F of this step, [], before the values move; stays on the device."""
         if self.gamma_decay < 1.0 and self._last is not None:
             if energy.device.type == "cpu":
                 self.gamma *= 1.0 if energy < self._last else self.gamma_decay

@@ -47,6 +47,7 @@ class Phase:
     age: int
     kept: bool
     update: Callable[[], None]
+    _pull: float = 0.0
 
     def run(self, diverged: Callable[[Trace, Mover], Exception]) -> Trace:
         """Infers and learns.
@@ -80,13 +81,16 @@ class Phase:
 
     def _weigh(self, t: int) -> float:
         nodes = self.evaluator.nodes
+        if t and not self.precisions.varies:
+            return self._pull
         weights = {
             depth: checked_weight(self.precisions, depth, t, self._value_steps)
             for depth in (0, *{node.depth for node in nodes})
         }
         for node in nodes:
             node.weight = weights[node.depth]
-        return self.beta * weights[0]
+        self._pull = self.beta * weights[0]
+        return self._pull
 
     def _evaluate(self, t: int, moves: bool, learns: bool, pull: float) -> tuple[Tensor, Tensor]:
         now, root = self.age + t, self.seed * pull / self.beta

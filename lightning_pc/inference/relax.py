@@ -37,16 +37,13 @@ class Trace:
 
     def take_in(self, loss: Tensor, energies: Tensor, pull: float, terms: float) -> Tensor:
         """Keeps an evaluation; returns its F, []."""
-        self.losses.append(loss.to(torch.promote_types(loss.dtype, torch.float32)).reshape(()))
+        if loss.dim() or loss.element_size() < 4:
+            loss = loss.to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
+        self.losses.append(loss)
         self.energies.append(energies)
         self.pulls.append(pull)
-        self.free.append(torch.add(energies.sum(), self.losses[-1], alpha=terms * pull))
+        self.free.append(torch.add(energies.sum(), loss, alpha=terms * pull))
         return self.free[-1]
-
-    @property
-    def finite(self) -> bool:
-        """Whether the last loss and all of its energies are; waits for a device."""
-        return math.isfinite(self.losses[-1] + self.energies[-1].sum())
 
 
 def relax(
@@ -83,7 +80,7 @@ def relax(
         moves, learns = schedule.moves(t, T), schedule.learns(t, T)
         loss, energies = evaluate(t, moves, learns, pull)
         free = trace.take_in(loss, energies, pull, terms)
-        if (learns or not t) and not trace.finite:
+        if (learns or not t) and not math.isfinite(free):  # waits for a device
             raise diverged(trace)
         if moves:
             if not t:

@@ -21,14 +21,18 @@ class Slopes(NamedTuple):
     """What one inference step needs of a node's energy.
 
     Attributes:
-        dx: dE/dx, [B, *]; like ``dmu`` with E's weight, in the scale of parameter gradients.
-        dmu: dE/dmu, [B, *].
+        dmu: dE/dmu with E's weight, in the scale of parameter gradients, [B, *].
+        dx: dE/dx likewise, [B, *]; None where it is -dmu.
         total: E summed over samples, with its weight, [].
     """
 
-    dx: Tensor
     dmu: Tensor
+    dx: Tensor | None
     total: Tensor
+
+    def own(self) -> Tensor:
+        """dE/dx, [B, *]; may overwrite ``dmu``, which has served."""
+        return self.dmu.neg_() if self.dx is None else self.dx
 
 
 class Energy(ABC):
@@ -56,7 +60,7 @@ class Energy(ABC):
             weight: The energy's weight in F, >= 0.
         """
         dx, dmu = (gradient * (scale * weight) for gradient in self.grads(x, mu))
-        return Slopes(dx, dmu, self.value(x, mu).sum().mul_(weight))
+        return Slopes(dmu, dx, self.value(x, mu).sum().mul_(weight))
 
 
 def _per_sample(energy: Tensor) -> Tensor:
@@ -83,8 +87,7 @@ class Gaussian(Energy):
         error = self._error(x, mu)
         flat = error.flatten()
         total = torch.dot(flat, flat).mul_(0.5 * weight)
-        dx = error.mul_(scale * weight)
-        return Slopes(dx, dx.neg(), total)
+        return Slopes(error.mul_(-scale * weight), None, total)
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return x - mu
@@ -123,7 +126,7 @@ class Categorical(Energy):
     @override
     def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
         slopes = self.evaluate(x, mu, 1.0)
-        return slopes.dx, slopes.dmu
+        return slopes.own(), slopes.dmu
 
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
@@ -131,7 +134,7 @@ class Categorical(Energy):
         divergence = (p * log_ratio).sum(self.dim, keepdim=True)
         dmu = q.sub_(p).mul_(scale * weight)
         dx = log_ratio.sub_(divergence).mul_(p).mul_(scale * weight)
-        return Slopes(dx, dmu, divergence.sum().mul_(weight))
+        return Slopes(dmu, dx, divergence.sum().mul_(weight))
 
     def _distributions(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """softmax(x), softmax(mu) and the logarithm of their ratio, zero where masked."""

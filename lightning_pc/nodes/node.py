@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_pc.nodes.energies import Energy
+from lightning_pc.nodes.energies import Energy, Slopes
 from lightning_pc.nodes.following import Following
 
 
@@ -27,6 +27,7 @@ class Node:
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         rounding: Relative, of the arithmetic that computes its prediction.
+        lent: Its memory is its first prediction's, so that it must not be written to.
         weight: Of its energy in F, at the coming evaluation.
         followed: How its value follows its prediction; None where it stays.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
@@ -43,6 +44,7 @@ class Node:
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     rounding: float = torch.finfo(torch.float32).eps
+    lent: bool = False
     weight: float = 1.0
     followed: Following | None = None
     velocity: Tensor | None = None
@@ -55,15 +57,12 @@ class Node:
         return self.x
 
     @torch.no_grad()
-    def evaluate(self, mu: Tensor, scale: float) -> Tensor:
-        """Takes in this evaluation's prediction: sets ``gradient`` (of its own energy) and ``total``.
+    def evaluate(self, mu: Tensor, scale: float) -> Slopes:
+        """The energy and its gradients at a prediction; the value may follow that first.
 
         Args:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
-
-        Returns:
-            dE/dmu, [B, *], in the scale of parameter gradients.
         """
         mu = mu.detach()
         if mu.dtype is not self.x.dtype:
@@ -71,12 +70,12 @@ class Node:
         rule = self.followed
         if rule and rule.always:
             rule.follow(self.x, mu, self.energy)
-        self.gradient, error, self.total = self.energy.evaluate(self.x, mu, scale, self.weight)
-        if rule and not rule.always:
-            if rule.moved(self.x, mu, self.energy, self.weight, self.total):
-                slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
-                self.gradient, error, self.total = slopes
-        return error
+        slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+        strays = rule and not rule.always and rule.moved
+        if strays and strays(self.x, mu, self.energy, self.weight, slopes.total):
+            slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+        self.total = slopes.total
+        return slopes
 
     def stand(self, mu: Tensor) -> Tensor:
         """Its value, [B, *], where its prediction is ``mu``."""
@@ -84,6 +83,11 @@ class Node:
 
     def moved(self, gamma: float, momentum: float) -> None:
         """Takes in that its coordinates have made a step."""
+
+    def own_memory(self) -> None:
+        """The value is about to be written to."""
+        if self.lent:
+            self.x.data, self.lent = self.x.detach().clone(), False
 
     def restart(self, start: Tensor) -> None:
         """Its coordinates are back where they started, at rest."""
@@ -133,12 +137,12 @@ class ErrorNode(Node):
 
     @override
     @torch.no_grad()
-    def evaluate(self, mu: Tensor, scale: float) -> Tensor:
+    def evaluate(self, mu: Tensor, scale: float) -> Slopes:
         self.stand(mu)
         # Not of x and mu, whose difference rounds away an error that is small beside them.
-        zero = self.e.new_zeros(())
-        self.gradient, error, self.total = self.energy.evaluate(self.e, zero, scale, self.weight)
-        return error.mul_(self._gain)
+        slopes = self.energy.evaluate(self.e, self.e.new_zeros(()), scale, self.weight)
+        self.total = slopes.total
+        return Slopes(slopes.dmu * self._gain, slopes.own(), slopes.total)
 
     @override
     def moved(self, gamma: float, momentum: float) -> None:

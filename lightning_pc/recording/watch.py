@@ -242,18 +242,20 @@ class Watch(Recorder):
             self._know(handed, site.slot)
         else:
             if site.node is None:
+                site.lent = form is not None and form.lends[index] and _is_whole(mu)
                 dtype = torch.promote_types(mu.dtype, torch.float32)
-                site.value = mu.detach().to(dtype, copy=True).requires_grad_()
-                site.energy = energy()
+                value = mu.data if site.lent else mu.detach().to(dtype, copy=True)
+                site.value, site.energy = value.requires_grad_(), energy()
             assert site.value is not None
             site.cut, site.rounding = True, rounding_of(mu)
+            site.first, site.version = mu.detach(), mu._version
             if form is None:
                 site.leaves = leaves_of(mu)
             elif form.keeps[index] and not saved_elsewhere():
-                prediction = mu.detach()
                 site.edge = get_gradient_edge(mu)
-                site.first = prediction.clone() if overwritten else prediction
-                site.version = site.first._version
+                if overwritten:
+                    site.first = site.first.clone()
+                    site.version = site.first._version
             self._know(site.value, site.slot)
             handed = site.value
             if copy or site.value.dtype != mu.dtype:
@@ -505,6 +507,12 @@ def _is_metric(module: nn.Module) -> bool:
     """Whether it is a metric of torchmetrics, where that is loaded."""
     metrics: Any = sys.modules.get("torchmetrics")
     return metrics is not None and isinstance(module, (metrics.Metric, metrics.MetricCollection))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it has its memory to itself and is wide enough for a value."""
+    size = tensor.element_size()
+    return size >= 4 and tensor.untyped_storage().nbytes() == tensor.numel() * size
 
 
 def _is_activation(value: object) -> bool:

@@ -6,7 +6,7 @@ An evaluator runs the pieces of a recording. It leaves dF/dx and the energies in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from typing_extensions import override
 
+from lightning_pc.nodes.energies import Slopes
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import Environment, run
 from lightning_pc.recording.watch import Watch
@@ -102,10 +103,13 @@ class Evaluator:
         """Takes in that these parameters have moved."""
 
     def moved(self, nodes: Iterable[Node]) -> None:
-        """Takes in that these values have moved."""
+        """Takes in that these values are about to move."""
+        for node in nodes:
+            node.own_memory()
 
     def disturbed(self) -> None:
         """Takes in that all values have moved, or will be moved and put back."""
+        self.moved(self.nodes)
 
     def finish(self) -> None:
         """Lets go of what the first forward left."""
@@ -115,6 +119,23 @@ class Evaluator:
         zero = self._zero
         totals = [zero if node.total is None else node.total for node in self.nodes]
         return torch.stack([t if t.dtype is zero.dtype else t.to(zero.dtype) for t in totals])
+
+    @staticmethod
+    def differentiate(
+        roots: Sequence[Any], errors: Sequence[Tensor], inputs: Sequence[Tensor], keep: bool = False
+    ) -> None:
+        """Adds the gradients of ``roots``, by ``errors``, to the ``.grad`` of ``inputs``.
+
+        Each gains memory of its own: autograd may give several of them views of one error.
+        """
+        torch.autograd.backward(roots, errors, inputs=inputs, retain_graph=keep)
+        seen = {place(error) for error in errors}
+        for tensor in inputs:
+            if tensor.grad is None:
+                continue
+            if (at := place(tensor.grad)) in seen:
+                tensor.grad = tensor.grad.clone()
+            seen.add(at)
 
     def _environment(self, values: Iterable[int], given: Iterable[int]) -> Environment:
         watch = self.batch.watch
@@ -149,18 +170,19 @@ class LocalErrors(Evaluator):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._fresh = [True] * len(self.form.pieces)
+        self._fresh = set(range(len(self.form.pieces)))
         self._fixed: dict[int, Tensor] = {}  # predictions that read no value
 
     @override
     def __call__(self, asked: Asked) -> Tensor:
-        for which, piece in enumerate(self.form.pieces):
-            standing = [
-                n for n in piece.nodes if self.nodes[n].arrival <= asked.t and self.nodes[n].weight
-            ]
+        nodes, pieces = self.nodes, self.form.pieces
+        # The loss's first: the widest stages, which hold most, are mostly at the other end.
+        for which in reversed(range(len(pieces))):
+            piece = pieces[which]
+            standing = [n for n in piece.nodes if nodes[n].arrival <= asked.t and nodes[n].weight]
             if standing or (piece.loss and asked.root):
                 self._run(which, piece, standing, asked)
-        for node in self.nodes:
+        for node in nodes:
             node.gradient, node.x.grad = node.x.grad, None
         return self.loss
 
@@ -172,19 +194,18 @@ class LocalErrors(Evaluator):
         inputs += self.asked_parameters(piece.parameters, asked)
         roots: list[Any] = []
         errors: list[Tensor] = []
+        own: list[tuple[Tensor, Slopes]] = []
 
         def meet(number: int, mu: Tensor, edge: Any = None) -> Tensor:
             node = nodes[number]
             if number in standing:
-                error = node.evaluate(mu, asked.scale)
-                # Autograd adds to it what comes from the stages that read the value.
-                x, own = node.x, node.gradient
-                x.grad = own if x.grad is None or own is None else x.grad.add_(own)
+                slopes = node.evaluate(mu, asked.scale)
+                own.append((node.x, slopes))
                 if node.followed is not None:
                     self.moved([node])
                 if inputs and (edge is not None or mu.requires_grad):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
-                    errors.append(error if error.dtype is mu.dtype else error.to(mu.dtype))
+                    errors.append(slopes.dmu.to(mu.dtype))
             if self.steady and not piece.values:
                 self._fixed[number] = mu.detach()
             return node.x
@@ -195,7 +216,9 @@ class LocalErrors(Evaluator):
             errors.append(torch.full_like(loss, asked.root))
             self.loss = loss.detach()
         if inputs and roots:
-            torch.autograd.backward(roots, errors, inputs=inputs)
+            self.differentiate(roots, errors, inputs)
+        for x, slopes in own if asked.moves else ():
+            x.grad = slopes.own() if x.grad is None else x.grad.add_(slopes.own())
 
     def _forward(
         self,
@@ -208,7 +231,7 @@ class LocalErrors(Evaluator):
     ) -> Tensor | None:
         """Meets each node with its prediction; returns the loss where it counts."""
         sites = [self.batch.watch.sites[self.form.nodes[n]] for n in standing]
-        ready = self._fresh[which] and all(site.edge is not None for site in sites)
+        ready = which in self._fresh and all(site.edge is not None for site in sites)
         if ready and (self.batch.whole or not counts):
             firsts = [(site.first, site.edge) for site in sites]
             if differentiated:
@@ -228,9 +251,9 @@ class LocalErrors(Evaluator):
 
     def _spend(self, which: int) -> None:
         """The first forward's graph of a piece has served, or no longer may."""
-        if not self._fresh[which]:
+        if which not in self._fresh:
             return
-        self._fresh[which] = False
+        self._fresh.remove(which)
         for number in self.form.pieces[which].nodes:
             site = self.batch.watch.sites[self.form.nodes[number]]
             site.edge = site.first = None
@@ -238,6 +261,8 @@ class LocalErrors(Evaluator):
     @override
     def learned(self, parameters: Iterable[nn.Parameter]) -> None:
         moved, watch = set(parameters), self.batch.watch
+        if not self._fresh and not self._fixed:
+            return
         for which, piece in enumerate(self.form.pieces):
             if any(watch.parameters.get(slot) in moved for slot in piece.given):
                 self._spend(which)
@@ -246,20 +271,33 @@ class LocalErrors(Evaluator):
 
     @override
     def moved(self, nodes: Iterable[Node]) -> None:
-        numbers = {self.nodes.index(node) for node in nodes}
-        for which, piece in enumerate(self.form.pieces):
-            if self._fresh[which] and not numbers.isdisjoint(piece.values):
-                self._spend(which)
+        nodes = list(nodes)
+        super().moved(nodes)
+        if self._fresh:
+            numbers = {self.nodes.index(node) for node in nodes}
+            for which in list(self._fresh):
+                if not numbers.isdisjoint(self.form.pieces[which].values):
+                    self._spend(which)
 
     @override
     def disturbed(self) -> None:
-        for which in range(len(self.form.pieces)):
+        super().disturbed()
+        for which in list(self._fresh):
             self._spend(which)
 
     @override
     def finish(self) -> None:
-        self.disturbed()
+        for which in list(self._fresh):
+            self._spend(which)
         self._fixed.clear()
+
+
+def place(tensor: Tensor) -> int:
+    """Tells tensors apart that have no memory in common."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, nested
+        return id(tensor)
 
 
 def counted_calls(batch: Batch) -> None:

@@ -14,7 +14,7 @@ from lightning_pc.recording.calls import Draws, Environment, run
 from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
-from lightning_pc.stages.evaluator import Batch
+from lightning_pc.stages.evaluator import Batch, place
 from lightning_pc.stages.form import Form, Stage
 from lightning_pc.stages.graph import Graph, set_arrivals, set_depths
 
@@ -63,11 +63,17 @@ class Forms:
             form = Analysis(watch, entry.slot).form()
             batch = self._batch(watch, loss, form)
             check(batch)
+            for i, site in enumerate(watch.sites):
+                form.expected.lends[i] = site.first is not None and not self.through
+                site.edge = site.first = None
             self._forms = [form, *self._forms[: MOST - 1]]
             return batch
         self._forms.remove(form)
         self._forms.insert(0, form)
-        return self._batch(watch, loss, form)
+        batch = self._batch(watch, loss, form)
+        for site in watch.sites:
+            site.first = None if site.edge is None else site.first
+        return batch
 
     def _find(self, keys: list[object]) -> Form | None:
         return next((form for form in self._forms if form.expected.keys == keys), None)
@@ -88,7 +94,9 @@ class Forms:
             if site.node is None:
                 assert site.value is not None
                 assert site.energy is not None
-                site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
+                site.node = kind(
+                    site.name, site.value, site.energy, rounding=site.rounding, lent=site.lent
+                )
             nodes.append(site.node)
         for node, stage in zip(nodes, form.stages, strict=True):
             node.parents = [nodes[n] for n in stage.parents]
@@ -159,6 +167,8 @@ def check(batch: Batch) -> None:
         def meet(number: int, mu: Tensor) -> Tensor:
             site = watch.sites[form.nodes[number]]
             assert site.value is not None
+            if site.lent and site.first is None:  # what was expected does not write there
+                site.value.data = mu.detach().clone()
             _check_same(mu, site.value, f"'{site.name}'", site.rounding)
             return batch.graph.nodes[number].x
 
@@ -229,18 +239,11 @@ class _Held:
 
     def __init__(self, known: list[Tensor]) -> None:
         self.bytes = 0
-        self._seen = {_place(tensor) for tensor in known}
+        self._seen = {place(tensor) for tensor in known}
 
     def pack(self, tensor: Tensor) -> None:
         """Takes one in; nobody will ask for it."""
-        place = _place(tensor)
-        if place not in self._seen:
-            self._seen.add(place)
+        at = place(tensor)
+        if at not in self._seen:
+            self._seen.add(at)
             self.bytes += tensor.numel() * tensor.element_size()
-
-
-def _place(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, nested
-        return id(tensor)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from typing_extensions import override
 
+from lightning_pc.nodes.energies import Slopes
 from lightning_pc.recording.calls import Environment, run
 from lightning_pc.stages.evaluator import Asked, Evaluator
 from lightning_pc.stages.form import Stage
@@ -26,12 +27,12 @@ class ThroughErrors(Evaluator):
         nodes, form, watch = self.nodes, self.form, self.batch.watch
         env: Environment = dict(watch.given)
         edges: list[tuple[Any, torch.dtype]] = []
-        errors: dict[int, Tensor] = {}
+        errors: dict[int, Slopes] = {}
 
         def meet(number: int, mu: Tensor) -> Tensor:
             edges.append((get_gradient_edge(mu), mu.dtype))
             if nodes[number].arrival <= asked.t:
-                errors[number] = nodes[number].evaluate(mu, asked.scale).to(mu.dtype)
+                errors[number] = nodes[number].evaluate(mu, asked.scale)
                 return nodes[number].x
             return nodes[number].stand(mu)
 
@@ -44,10 +45,14 @@ class ThroughErrors(Evaluator):
         for number in reversed(range(len(nodes))):
             node, (edge, dtype) = nodes[number], edges[number]
             below, node.x.grad = node.x.grad, None
-            if below is not None and asked.moves and node.arrival <= asked.t + 1:
-                node.gradient = below if node.gradient is None else node.gradient.add_(below)
             through = None if below is None else below.to(dtype)
-            self._backward(edge, through, errors.get(number), form.stages[number], asked)
+            slopes = errors.get(number)
+            error = None if slopes is None else slopes.dmu.to(dtype)
+            self._backward(edge, through, error, form.stages[number], asked)
+            if slopes is not None:
+                node.gradient = slopes.own() if below is None else below.add_(slopes.own())
+            elif asked.moves and node.arrival <= asked.t + 1:
+                node.gradient = below
         return self.loss
 
     def _backward(
@@ -61,7 +66,7 @@ class ThroughErrors(Evaluator):
         """Hands the gradient on to the values above, and the error to the parameters."""
         values = [self.nodes[n].x for n in stage.parents]
         if asked.moves and values and through is not None:
-            torch.autograd.backward(of, through, inputs=values, retain_graph=True)
+            self.differentiate([of], [through], values, keep=True)
         learning = self.asked_parameters(stage.parameters, asked)
         if learning and error is not None:
-            torch.autograd.backward(of, error, inputs=learning, retain_graph=True)
+            self.differentiate([of], [error], learning, keep=True)
