@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.inference.precisions import Constant, Decaying, Precisions, precisions
+from lightning_pc.inference.precisions import Constant, Precisions, precisions
 from lightning_pc.inference.schedules import SCHEDULES, schedule
 from lightning_pc.nodes.energies import softmax_energy
 
@@ -52,9 +52,9 @@ class Settings:
             Trainer of the batch). Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: ``"categorical"`` (F_KL, Pinchetti et al. 2022) or
             ``"gaussian"``; zil, epc and iepc are Gaussian throughout.
-        precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"depth"``,
-            ``"spiking"`` or ``"decaying"`` (Qi et al. 2025), an object of lightning_pc.precisions,
-            or in Python a callable (depth, t) -> weight.
+        precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"spiking"``
+            (Qi et al. 2025), an object of lightning_pc.precisions, or in Python a callable
+            (depth, t) -> weight.
         beta: Factor of the loss in the F that values descend; parameters learn from F / beta
             (Scellier & Bengio 2017). 1 is plain predictive coding, a negative one pushes values
             away from the target, and of a pair such as (0.3, -0.3) parameters learn from the mean
@@ -169,8 +169,7 @@ class Settings:
                 f"precisions={weights.name!r} send one wave through a batch, but reset='never' "
                 "keeps values for the next, in which it would only add up: use reset='batch'."
             )
-        follows = weights.wave or isinstance(weights, Decaying)
-        if SCHEDULES[self.algorithm].through and follows:
+        if SCHEDULES[self.algorithm].through and weights.wave:
             raise ConfigError(
                 f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
                 f"{self.algorithm}'s errors start everywhere at once: use 'pc' or 'ipc'."

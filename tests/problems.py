@@ -12,6 +12,8 @@ import torch.nn.functional as F
 import transformers as hf
 from torch import nn
 
+from lightning_pc.precisions import Precisions
+
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
@@ -35,6 +37,18 @@ def far(model, other, entry=0.0):
 
 def twin(model):
     return copy.deepcopy(model)
+
+
+@dataclass(frozen=True)
+class ByDepth(Precisions):
+    """``ratio ** (depth - 1)`` at every step, as a user writes weights that do not vary."""
+
+    ratio: float
+    name = "by depth"
+    varies = False
+
+    def weight(self, depth, t, steps):
+        return self.ratio ** (depth - 1) if depth else 1.0
 
 
 def MLP(sizes, f="tanh"):

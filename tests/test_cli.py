@@ -173,7 +173,7 @@ def test_help(capsys):
         {"inference": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}}},
         {"precisions": "spiking"},
         {"precisions": 0.5},
-        {"precisions": {"class_path": "lightning_pc.precisions.Depth"}},
+        {"precisions": {"class_path": "lightning_pc.precisions.Constant"}},
     ],
     ids=str,
 )

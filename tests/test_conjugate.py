@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning_problems import Module, data, loader, trainer
 from oracle import ErrorCoordinates, Explicit
-from problems import MLP, classifier, sgd, twin, vectors
+from problems import MLP, ByDepth, classifier, sgd, twin, vectors
 from test_curvature import chain, squared
 from torch import nn
 
@@ -319,7 +319,7 @@ def test_the_trainer_hands_it_on(algorithm, momentum):
     ("algorithm", "given", "momentum"),
     [
         *((algorithm, {}, "conjugate") for algorithm in (PC, IPC)),
-        *((algorithm, {"precisions": "depth"}, "conjugate") for algorithm in (PC, IPC)),
+        *((algorithm, {"precisions": ByDepth(0.9)}, "conjugate") for algorithm in (PC, IPC)),
         *((algorithm, {}, 0.0) for algorithm in (EPC, IEPC)),
         *((algorithm, {"gamma": 0.2}, 0.0) for algorithm in (PC, IPC)),
         *((algorithm, {"precisions": "spiking"}, 0.0) for algorithm in (PC, IPC)),

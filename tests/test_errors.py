@@ -44,7 +44,7 @@ from lightning_pc.errors import (
     UnsupportedError,
 )
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
-from lightning_pc.precisions import Decaying, Depth, Spiking
+from lightning_pc.precisions import Constant, Spiking
 
 WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
     "ipc": IPC,
@@ -103,7 +103,10 @@ ARGUMENTS = [
     ({"loss_terms": math.nan}, "loss_terms=nan"),
     ({"loss_terms": "batch"}, "loss_terms='batch'"),
     ({"softmax_energy": "kl"}, "'kl'.*'categorical'"),
-    ({"precisions": "spikes"}, "'spikes': expected one of 'constant', 'depth', 'spiking', 'dec"),
+    ({"precisions": "spikes"}, "'spikes': expected one of 'constant', 'spiking', a pos"),
+    ({"precisions": "depth"}, r"'depth' is gone: write precisions=lambda depth, t: 0.9 \*\* \(d"),
+    ({"precisions": "lightning_pc.precisions.Depth"}, "Depth' is gone: write precisions=lambda d"),
+    ({"precisions": "decaying"}, "'decaying' is gone: write precisions=lambda depth, t: 0.0 if t"),
     ({"precisions": None}, "precisions=None: expected one of"),
     ({"precisions": True}, "precisions=True"),
     ({"precisions": Spiking}, "precisions=<class"),
@@ -155,9 +158,9 @@ def test_arguments(arguments, message):
     [
         (lambda: Spiking(rest=-0.1), r"Spiking: rest=-0.1: expected a number >= 0"),
         (lambda: Spiking(rest="0"), "Spiking: rest='0'"),
-        (lambda: Decaying(k=0.0), r"Decaying: k=0.0: expected a number > 0"),
-        (lambda: Depth(ratio=-1), "Depth: ratio=-1"),
-        (lambda: Depth(ratio=True), "Depth: ratio=True"),
+        (lambda: Constant(True), "precisions=True: expected a number > 0"),
+        (lambda: lightning_pc.precisions.Depth, "Depth is gone: write precisions=lamb"),
+        (lambda: lightning_pc.precisions.Decaying, "g is gone: write precisions=lambd"),
     ],
 )
 def test_arguments_of_precisions(make, message):

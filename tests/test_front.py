@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from problems import Thrice, classifier, sgd
+from problems import ByDepth, Thrice, classifier, sgd
 from torch import nn
 
 from lightning_pc.inference.conjugate import MENDING, Conjugate
@@ -65,12 +65,12 @@ def test_where_weights_learn_at_the_end_alone_steps_follow_that_mend(algorithm, 
 
 
 @pytest.mark.parametrize("algorithm", [PC, IPC])
-@pytest.mark.parametrize("precisions", ["depth", 0.1, 4.0])
+@pytest.mark.parametrize("precisions", [ByDepth(0.9), 0.1, 4.0])
 def test_energies_that_weigh_otherwise_do_not_stop_them(algorithm, precisions):
     """The same error comes to the top, that is, the same energy times its weight."""
     given = {"momentum": "conjugate", "T": 17 + MENDING, "precisions": precisions}
     plain, own = tops(algorithm, **given | {"precisions": 1}), tops(algorithm, **given)
-    weight = 0.9**15 if precisions == "depth" else precisions
+    weight = 0.9**15 if isinstance(precisions, ByDepth) else precisions
     assert own[-1] * weight**0.5 > 0.3 * plain[-1]  # a weighted error pulls by as much
     assert plain[-1] > 0.1 * tops(ZIL)[-1]
 

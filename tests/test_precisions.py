@@ -8,19 +8,24 @@ import torch.nn.functional as F
 from problems import MLP, far, relative, twin
 from torch import nn
 
+import lightning_pc.precisions
 from lightning_pc import describe, explain
 from lightning_pc.errors import ConfigError
 from lightning_pc.inference.precisions import (
+    GONE,
     PRECISIONS,
     Constant,
     Custom,
-    Decaying,
-    Depth,
     Precisions,
     Spiking,
     precisions,
 )
 from lightning_pc.optim import IPC, PC
+
+
+def fading(depth, t):
+    """Decaying precisions (Qi et al. 2025), as a user writes them."""
+    return 0.0 if t < depth else math.exp(depth - t)
 
 
 def test_weights_of_the_papers():
@@ -34,25 +39,37 @@ def test_weights_of_the_papers():
         [rest, rest, rest, 1.0],
         [1.0, 1.0, 1.0, 1.0],  # pc learns
     ]
-    e = math.exp(-1)
-    sums = [1 + e + e**2 + e**3, 1 + e + e**2, 1 + e, 1.0]
-    for d in depths:
-        weights = [Decaying().weight(d, t, 4) for t in range(4)]
-        assert weights == pytest.approx([0.0] * d + [e**i / sums[d] for i in range(4 - d)])
-        assert sum(weights) == pytest.approx(1.0)
-        assert Decaying().weight(d, 4, 4) == 1.0
-    assert Decaying().weight(9, 3, 4) == 0.0  # no error reaches it
-    assert [Depth(0.5).weight(d, 3, 4) for d in depths] == [1.0, 1.0, 0.5, 0.25]
     assert [Constant(3.0).weight(d, 3, 4) for d in depths] == [1.0, 3.0, 3.0, 3.0]
 
 
 def test_names_numbers_and_objects():
     assert precisions("spiking") == Spiking(0.0)
-    assert precisions("decaying") == Decaying(1.0)
     assert precisions(2) == Constant(2.0)
-    assert precisions(Depth(0.5)) == Depth(0.5)
+    assert precisions(Spiking(0.5)) == Spiking(0.5)
     assert isinstance(precisions(max), Custom)
     assert all(precisions(name).name == name for name in PRECISIONS)
+
+
+def test_the_callables_that_errors_name_work():
+    """They are what stands for the schedules of earlier versions, which they call gone."""
+    steps = {}
+    for name, written in GONE.items():
+        with pytest.raises(ConfigError) as told:
+            precisions(name)
+        assert str(told.value).endswith(f"is gone: write precisions={written}.")
+        made = precisions(eval(written))
+        steps[name] = [[made.weight(d, t, 4) for t in range(4)] for d in range(1, 4)]
+        assert made.weight(0, 0, 4) == 1.0  # a callable is asked for nodes alone
+    assert steps["depth"] == [[0.9**d] * 4 for d in range(3)]
+    e = math.exp(-1)
+    assert steps["decaying"] == [
+        pytest.approx([0.0] * d + [e**i for i in range(4 - d)]) for d in range(1, 4)
+    ]
+
+
+def test_no_other_name_is_gone():
+    with pytest.raises(AttributeError, match="no attribute 'Waves'"):
+        lightning_pc.precisions.Waves  # noqa: B018
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, None, "much"])
@@ -99,7 +116,7 @@ def test_a_weight_on_all_nodes_is_a_weaker_nudging(algorithm, reset):
     torch.testing.assert_close(one.report.free_energy, c * two.report.free_energy)
 
 
-@pytest.mark.parametrize("given", ["spiking", "decaying"])
+@pytest.mark.parametrize("given", ["spiking", fading])
 def test_gamma_is_kept_where_weights_move_f(given):
     model = MLP((6, 7, 5, 4))
     sgd = torch.optim.SGD(model.parameters(), 0.1)
@@ -134,7 +151,7 @@ def test_a_wave_is_backprop_damped_by_gamma_per_stage(gamma):
 @pytest.mark.parametrize("algorithm", [PC, IPC])
 @pytest.mark.parametrize(
     ("given", "T", "steps"),
-    [("spiking", None, 3), ("spiking", 9, 9), ("decaying", None, 8), ("constant", None, 8)],
+    [("spiking", None, 3), ("spiking", 9, 9), (fading, None, 8), ("constant", None, 8)],
 )
 def test_a_wave_ends_where_the_module_does(given, T, steps, algorithm):
     model = MLP((6, 7, 5, 4))
@@ -183,7 +200,7 @@ def test_a_shortcut_is_told_where_the_wave_strays():
     assert min(alike("a.weight"), alike("c.weight"), alike("head.weight")) > 0.95
     optimizer.step(lambda: F.cross_entropy(model(x), y))  # a second warning would be an error
     # said of no other weights, which do not end with the wave
-    IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions="decaying").step(
+    IPC(torch.optim.SGD(model.parameters(), 0.1), model, precisions=fading).step(
         lambda: F.cross_entropy(model(x), y)
     )
 

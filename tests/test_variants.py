@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import ErrorCoordinates, Explicit
-from problems import MLP, Residual, far, relative, twin
+from problems import MLP, ByDepth, Residual, far, relative, twin
 from test_efficiency import chain, matrix_products
 from test_oracle import Attends, Recurrent, Skips, tokens
 from torch import nn
 
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
-from lightning_pc.precisions import Decaying, Depth, Spiking
+from lightning_pc.precisions import Spiking
 
 T = 7
 STEPS = {PC: T - 1, IPC: T}  # at which values move
@@ -56,19 +56,17 @@ def spiking(rest, depth, t, steps):
     return 1.0 if t in (depth, steps) else rest
 
 
-def decaying(k, depth, t, steps):
-    left = [math.exp(-k * s) for s in range(steps - depth)]
-    return 1.0 if t == steps else left[t - depth] / sum(left) if t >= depth else 0.0
+def decaying(depth, t):
+    return 0.0 if t < depth else math.exp(depth - t)
 
 
 WEIGHTS = {  # precisions=, and the weight at (depth, t) with so many value steps
     "number": (0.3, lambda d, t, n: 0.3 if d else 1.0),
-    "depth": ("depth", lambda d, t, n: 0.9 ** (d - 1) if d else 1.0),
-    "depth 2": (Depth(2.0), lambda d, t, n: 2.0 ** (d - 1) if d else 1.0),
+    "depth": (ByDepth(0.9), lambda d, t, n: 0.9 ** (d - 1) if d else 1.0),
+    "depth 2": (ByDepth(2.0), lambda d, t, n: 2.0 ** (d - 1) if d else 1.0),
     "spiking": ("spiking", partial(spiking, 0.0)),
     "spiking 0.001": (Spiking(0.001), partial(spiking, 0.001)),
-    "decaying": ("decaying", partial(decaying, 1.0)),
-    "decaying slow": (Decaying(0.3), partial(decaying, 0.3)),
+    "decaying": (decaying, lambda d, t, n: decaying(d, t) if d else 1.0),
     "callable": (lambda d, t: 1.5 * d / (1 + t), lambda d, t, n: 1.5 * d / (1 + t) if d else 1.0),
     "callable 0": (lambda d, t: float(t % 2), lambda d, t, n: float(t % 2) if d else 1.0),
 }
@@ -147,7 +145,7 @@ def test_error_coordinates_take_all(weights, momentum, algorithm, nudging, graph
     assert far(model, other)[0] < 1e-9
 
 
-@pytest.mark.parametrize("weights", ["spiking", "decaying"])
+@pytest.mark.parametrize("weights", ["spiking", Spiking(0.001)])
 @pytest.mark.parametrize("algorithm", [EPC, IEPC])
 def test_no_wave_runs_through_error_coordinates(algorithm, weights):
     model = MLP((6, 5, 4))
@@ -195,7 +193,7 @@ def gradients(model, loss, nudging, beta, given="constant", T=200):
 
 SMOOTH = {  # any fixed weights have the same limit; F_KL is flat, which its weight makes up for
     "mlp": "constant",
-    "recurrent": "depth",
+    "recurrent": lambda depth, t: 0.9 ** (depth - 1),
     "attention": lambda depth, t: 5.0 if depth == 2 else 1.0,
 }
 

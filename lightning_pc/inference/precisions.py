@@ -1,8 +1,8 @@
 """Precisions: the weight of each energy in F, by depth and step. One small class and a row each.
 
-F(t) = sum over nodes of w(depth, t) E + w(0, t) * loss: depth 0 is the loss, which only the
-schedules of `Spiking` and `Decaying` weigh. A weight multiplies all of an energy: its gradients to
-values and to parameters, and what the report shows of it.
+F(t) = sum over nodes of w(depth, t) E + w(0, t) * loss: depth 0 is the loss, which `Spiking` alone
+weighs. A weight multiplies all of an energy: its gradients to values and to parameters, and what
+the report shows of it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Constant(Precisions):
     varies = False
 
     def __post_init__(self) -> None:
-        _require_number("precisions", self.value)
+        if not (_is_weight(self.value) and self.value):
+            raise ConfigError(f"precisions={self.value!r}: expected a number > 0.")
 
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -63,49 +64,17 @@ class Constant(Precisions):
 
 
 @dataclass(frozen=True)
-class Depth(Precisions):
-    """``ratio ** (depth - 1)``: the further from the loss, the more a value gives way.
-
-    At equilibrium the weighted errors are what backprop propagates, so that the errors themselves
-    grow by 1 / ratio per stage against the pile-up at the output. With a ratio of at most 1 the
-    rates that are stable without are so with it.
-
-    Args:
-        ratio: Weight of a stage against the one below it, > 0.
-    """
-
-    ratio: float = 0.9
-    name = "depth"
-    varies = False
-
-    def __post_init__(self) -> None:
-        _require_number("Depth: ratio", self.ratio)
-
-    @override
-    def weight(self, depth: int, t: int, steps: int) -> float:
-        return float(self.ratio ** (depth - 1)) if depth else 1.0
-
-
-@dataclass(frozen=True)
 class Spiking(Precisions):
     """Spiking precision (Qi et al. 2025, Eq. 4): 1 at the step the error arrives, else ``rest``.
 
-    The error of depth d arrives at t = d, so that it travels on at the full rate while all that
-    has passed is held back. As in the authors' code (DeepPCNs, T value steps and then the weights)
-    the loss is weighed as the layer of depth 0, and pc learns from unweighted energies.
-
-    ipc learns from the weighted ones: of its T - d steps a stage of depth d has one at full
-    weight, the first (momentum and weight decay of the optimizer act at all of them). What plain
-    iPC does after that, pulling predictions back to values that stay, is left out: in a convolution
-    all positions pull the same few weights, which learn next to nothing else.
+    The error of depth d arrives at t = d and travels on at the full rate; all that it has passed is
+    held back. As in the authors' code (DeepPCNs) the loss is weighed as depth 0, and pc learns from
+    unweighted energies. ipc learns from the weighted ones: a stage has one step at full weight, the
+    first of its T - d. So values that stay do not pull predictions back to where they were.
 
     On a chain of Gaussian nodes, with ``rest`` 0, weights that hardly move and values without
     momentum, a step of depth d is gamma^d times backprop's in ipc. pc learns after the wave, which
     leaves about (1 - gamma) gamma^d of it but at the top: there gamma is to stay well below 1.
-
-    A value makes two steps at full weight, by the error below it and back by its own, which no
-    gamma turns into a run-away within a batch: a stable one is limited by ``rest``, and by the loss
-    itself.
 
     Args:
         rest: Weight before and after, >= 0; 0 lets each stage run once, theirs is 0.001.
@@ -116,7 +85,8 @@ class Spiking(Precisions):
     wave = True
 
     def __post_init__(self) -> None:
-        _require_number("Spiking: rest", self.rest, zero=True)
+        if not _is_weight(self.rest):
+            raise ConfigError(f"Spiking: rest={self.rest!r}: expected a number >= 0.")
 
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -124,6 +94,7 @@ class Spiking(Precisions):
 
     @override
     def lasting(self, depth: int, steps: int) -> float:
+        # A value makes two steps at full weight, which no gamma turns into a run-away.
         return self.rest
 
 
@@ -140,40 +111,8 @@ class Wave(Precisions):
 
 
 @dataclass(frozen=True)
-class Decaying(Precisions):
-    """Decaying precision (Qi et al. 2025): zero before the error arrives, exponential from then on.
-
-    ``exp(-k (t - d))`` at t >= d, divided by its sum over the value steps that are left, so that
-    every layer's weights sum to 1 (``get_sequences`` of the authors' first code, Deep_PCNs). The
-    loss is the layer of depth 0, and pc learns from unweighted energies, as with `Spiking`.
-
-    Args:
-        k: Rate of the decay, > 0; theirs is 1.
-    """
-
-    k: float = 1.0
-    name = "decaying"
-
-    def __post_init__(self) -> None:
-        _require_number("Decaying: k", self.k)
-
-    @override
-    def weight(self, depth: int, t: int, steps: int) -> float:
-        if t >= steps:
-            return 1.0
-        if t < depth:
-            return 0.0
-        k = self.k
-        return math.exp(-k * (t - depth)) * math.expm1(-k) / math.expm1(-k * (steps - depth))
-
-
-@dataclass(frozen=True)
 class Custom(Precisions):
-    """A callable ``(depth, t) -> weight`` of the user's, which is asked for nodes alone.
-
-    Args:
-        function: Gives the weight, at every step of the batch.
-    """
+    """A callable ``(depth, t) -> weight`` of the user's, which is asked for nodes alone."""
 
     function: Callable[[int, int], float]
     name = "custom"
@@ -184,28 +123,28 @@ class Custom(Precisions):
 
 
 #: Name -> class, made with its defaults.
-PRECISIONS: dict[str, Callable[[], Precisions]] = {
-    "constant": Constant,
-    "depth": Depth,
-    "spiking": Spiking,
-    "decaying": Decaying,
+PRECISIONS: dict[str, Callable[[], Precisions]] = {"constant": Constant, "spiking": Spiking}
+#: Names of earlier versions, and the callable that says the same.
+GONE = {
+    "depth": "lambda depth, t: 0.9 ** (depth - 1)",
+    "decaying": "lambda depth, t: 0.0 if t < depth else math.exp(depth - t)",
 }
 
 
 def precisions(given: object) -> Precisions:
     """What the argument ``precisions=`` stands for.
 
-    Args:
-        given: A name of `PRECISIONS`, a positive number, a `Precisions`, or a callable
-            ``(depth, t) -> weight``.
-
     Raises:
-        ConfigError: It is none of these.
+        ConfigError: It is no name of `PRECISIONS`, positive number, `Precisions` or callable
+            ``(depth, t) -> weight``.
     """
     if isinstance(given, Precisions):
         return given
     if isinstance(given, str) and given in PRECISIONS:
         return PRECISIONS[given]()
+    name = given.rpartition(".")[2].lower() if isinstance(given, str) else ""
+    if name in GONE:  # in YAML by its class_path, too
+        raise ConfigError(f"precisions={given!r} is gone: write precisions={GONE[name]}.")
     if isinstance(given, (int, float)) and not isinstance(given, bool):
         return Constant(float(given))
     if callable(given) and not isinstance(given, type):
@@ -236,14 +175,13 @@ def checked_weight(given: Precisions, depth: int, t: int, steps: int) -> float:
         value = float(weight)
     except (TypeError, ValueError):
         value = math.nan
-    if not math.isfinite(value) or value < 0 or (not value and depth == t == 0):
+    if not _is_weight(value) or (not value and depth == t == 0):
         raise ConfigError(
             f"precisions gave {weight!r} at depth {depth}, step {t}: expected a weight >= 0."
         )
     return value
 
 
-def _require_number(what: str, value: float, zero: bool = False) -> None:
+def _is_weight(value: object) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and (value > 0 or (zero and not value))):
-        raise ConfigError(f"{what}={value!r}: expected a number {'>=' if zero else '>'} 0.")
+    return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
