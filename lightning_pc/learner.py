@@ -319,7 +319,7 @@ class Learner:
             self._age,
             self._learnable(),
         )
-        self._alerts.after(graph.nodes, self._age, traces[-1], phase.mover, beginning, self.report)
+        self._alerts.after(graph.nodes, phase.mover, beginning, self.report)
         if kept:
             self._kept, self._age = evaluator.batch.watch.sites, self._age + T
         return traces[0].losses[0]
@@ -336,18 +336,8 @@ class Learner:
         return Descent(gamma, decay, momentum)
 
     def _divergence(self, trace: Trace, mover: Mover) -> DivergenceError:
-        return divergence(
-            list(self.values),
-            trace.losses,
-            trace.energies,
-            [float(free) for free in trace.free],
-            self._age,
-            mover.start_gamma,
-            None if mover.own_rates else mover.momentum,
-            self.auto is not None,
-            self.schedule.incremental,
-            mover.remedy,
-        )
+        names, automatic = list(self.values), self.auto is not None
+        return divergence(names, trace, self._age, mover, automatic, self.schedule.name)
 
     def _learnable(self) -> dict[str, nn.Parameter]:
         held = self._held() or set()

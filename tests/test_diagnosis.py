@@ -1,5 +1,6 @@
 """What the user is told: which node, since when, and what to change."""
 
+import inspect
 import math
 import re
 import warnings
@@ -15,8 +16,13 @@ from torch import nn
 from lightning_pc import explain
 from lightning_pc.errors import DivergenceError
 from lightning_pc.inference.conjugate import Conjugate
-from lightning_pc.insight.explain import LONG_PATIENCE, divergence, overshot
+from lightning_pc.inference.movers import Descent
+from lightning_pc.inference.relax import Trace
+from lightning_pc.insight.alerts import Alerts
+from lightning_pc.insight.explain import divergence
 from lightning_pc.optim import EPC, IEPC, IPC, PC
+
+PATIENCE = inspect.signature(Alerts).parameters["patience"].default
 
 
 def steep(gain=4.0, layers=5):
@@ -50,13 +56,10 @@ def test_a_divergence_says_since_when_where_and_what_to_do():
     with pytest.raises(DivergenceError) as error:
         frozen(PC, net, gamma=1000.0, T=20).step(loss)
     message = str(error.value)
-    assert "F has risen since t = 1" in message
-    assert "gamma = 1e+03 times its curvature is at least" in message
-    product = float(message.split("is at least ")[1].split(",")[0])
-    assert 2 < product < 1.5 * 1000 * curvature(net, loss)
-    assert any(f"energy was at '{name}'" in message for name in ("1", "3", "5", "7", "9"))
-    rate = float(message.split("gamma < ")[1].rstrip("."))
-    assert rate == pytest.approx(2 * 1000 / product, rel=0.1)
+    assert re.search(r"At inference step t = \d+ the energy at value node '\d' is not", message)
+    grew = r"F rose before: the energy at value node '\d' went from \S+ to \S+ between evaluations"
+    assert re.search(grew, message)
+    assert message.endswith("Use gamma='auto', or gamma < 1e+03.")
 
 
 def test_an_automatic_gamma_is_not_advised_to_be_automatic():
@@ -88,27 +91,41 @@ def test_a_rise_along_conjugate_gradients_is_not_gammas_fault():
     optimizer = PC(torch.optim.SGD(net.parameters(), 0.0), net, value_nodes="linear", T=6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nor that of weights, which stand
-        for _ in range(LONG_PATIENCE + 2):
+        for _ in range(PATIENCE + 2):
             optimizer.step(lambda: F.mse_loss(net(x), y))
             assert rose(optimizer.report)
-    assert "It rose: F is steeper further off than steps had seen, momentum=0 makes" in explain(
-        optimizer.report
-    )
+    assert "Use momentum=0." in explain(optimizer.report)
 
 
-def test_a_divergence_along_conjugate_gradients_tells_no_curvature():
-    """Their steps have lengths of their own, so that F's growth says nothing of gamma."""
-    energies = [torch.tensor([e]) for e in (0.0, 5.0, 50.0, torch.inf)]
-    losses = [torch.tensor(1.0)] * 4
-    told = {}
-    for momentum in (0.0, None):
-        error = divergence(
-            *(["a"], losses, energies, [1, 6, 51], 0, 0.1, momentum, True, False, Conjugate.remedy)
-        )
-        told[momentum] = str(error)
-        assert "F has risen since t = 1" in told[momentum]
-    assert "above the limit of 2" in told[0.0]
-    assert told[None].endswith("too far along conjugate gradients: use momentum=0.")
+@pytest.mark.parametrize(
+    ("mover", "automatic", "algorithm", "cure"),
+    [
+        (Descent(0.1), False, "pc", "Use gamma='auto', or gamma < 0.1."),
+        (Descent(0.1), True, "pc", "since gamma was chosen: lower the learning rate."),
+        (Conjugate(0.1, 0.9), True, "pc", "too far along conjugate gradients: use momentum=0."),
+        (Conjugate(0.1, 0.9), True, "iepc", "Lower the learning rate, scale down what the modules"),
+    ],
+)
+def test_a_divergence_says_what_to_change(mover, automatic, algorithm, cure):
+    trace = Trace()
+    for a, b, loss in ((0.0, 0.0, 1.0), (5.0, 1.0, 1.0), (6.0, 20.0, 1.0), (1.0, math.inf, 2.0)):
+        trace.take_in(torch.tensor(loss), torch.tensor([a, b]), 1.0, 3.0)
+    message = str(divergence(["a", "b"], trace, 4, mover, automatic, algorithm))
+    assert "t = 7 the energy at value node 'b' is not finite (loss 2). No weight" in message
+    assert "F rose before: the energy at value node 'b' went from 1 to 20" in message
+    assert cure in message
+
+
+def test_a_divergence_of_the_loss_or_of_a_sum_alone():
+    """Energies may be finite when their sum no longer is."""
+    told = []
+    for loss, energies in ((math.nan, [1.0, 2.0]), (1.0, [2e38, 3e38])):
+        trace = Trace()
+        for a, b in ((1.0, [0.0, 0.0]), (1.0, [0.5, 0.1]), (loss, energies)):
+            trace.take_in(torch.tensor(a), torch.tensor(b), 1.0, 1.0)
+        told.append(str(divergence(["a", "b"], trace, 0, Descent(0.1), False, "pc")))
+    assert "At inference step t = 2 the loss is not finite (loss nan)" in told[0]
+    assert "At inference step t = 2 the energy at value node 'b' is not finite (loss 1)" in told[1]
 
 
 def test_a_divergence_of_an_optimizer_of_the_values_names_its_rate():
@@ -137,12 +154,12 @@ def test_a_gamma_that_raises_the_energy_is_told_once(algorithm):
         for _ in range(6):
             right.step(loss)
     wrong = frozen(algorithm, net, gamma=3.0)
-    with pytest.warns(UserWarning, match="Since batch 1 inference raises the energy") as told:
-        run(wrong, loss, 8)
+    with pytest.warns(UserWarning, match="Since batch 1 F rises within each batch") as told:
+        run(wrong, loss, PATIENCE + 2)
     assert len(told) == 1
     message = str(told[0].message)
-    assert float(message.split("gamma < ")[1].rstrip(".")) < 1
-    assert "value node '" in message
+    assert float(re.search(r"Use gamma='auto', or gamma < (\S+)\.", message).group(1)) < 1
+    assert re.search(r"largest at value node '\d': gamma 3 times the curvature \S+ is", message)
 
 
 def test_looking_at_the_curvature_changes_nothing():
@@ -151,9 +168,10 @@ def test_looking_at_the_curvature_changes_nothing():
     for patience in (3, 10**6):
         net, loss = steep(2.0)
         optimizer = IPC(torch.optim.Adam(net.parameters(), 1e-3), net, gamma=1.0)
-        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
+        learner = optimizer._learner
+        learner._alerts = Alerts(learner.schedule, learner.auto, False, patience)
+        with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            patch.setattr("lightning_pc.insight.alerts.PATIENCE", patience)
             for _ in range(6):
                 optimizer.step(loss)
         runs.append((torch.cat([p.detach().flatten() for p in net.parameters()]), len(told)))
@@ -186,123 +204,119 @@ def rose(report):
     return bool(report.free_energy[-1] > report.free_energy[0])
 
 
-def test_a_leap_of_f_is_told_at_once():
-    """The first rise by a hundred times all F at a start, at an automatic gamma."""
-    told, reports = wide(100.0, momentum=0)
-    largest, leaps = 0.0, []
-    for batch, free in enumerate((report.free_energy for report in reports), 1):
-        largest = max(largest, float(free[0]))
-        leaps += [batch] if free[-1] - free[0] > 100 * largest else []
-    ((batch, message),) = [each for each in told if each[1].startswith("In batch")]
-    assert batch == leaps[0]
-    start, end = reports[batch - 1].free_energy[[0, -1]]
-    assert f"In batch {batch} F rose from {start:.3g} to {end:.3g}: the weights" in message
-    assert "value node '1' went from" in message
-    assert not any("In batch" in message for _, message in wide(100.0, gamma=0.3)[0])
-
-
-def test_a_leap_along_a_loss_that_is_pushed_up_is_told():
-    """F rises there in any case, but not a hundredfold."""
-    told, _ = wide(1.0, lr=0.3, epochs=3, beta=-0.1)
-    assert [message.startswith("In batch ") for _, message in told] == [True]
+def test_what_is_right_is_not_told():
+    for given in ({}, {"momentum": 0}, {"gamma": 0.3}):
+        assert wide(1.0, **given)[0] == []
 
 
 @pytest.mark.parametrize("given", [{"momentum": 0}, {"gamma": 0.3}])
-def test_weights_that_go_too_far_are_told_once(given, monkeypatch):
-    monkeypatch.setattr("lightning_pc.insight.alerts.LEAP", math.inf)
-    assert wide(1.0, **given)[0] == []
+def test_weights_that_go_too_far_are_told_once(given):
     ((batch, message),), reports = wide(100.0, **given)
-    since = batch - LONG_PATIENCE + 1
+    since = batch - PATIENCE + 1
     assert all(map(rose, reports[since - 1 : batch]))
     assert not rose(reports[since - 2])
-    assert f"Since batch {since} F rises within each batch" in message
-    assert "and gamma is not to blame: the weights" in message
     report = reports[batch - 1]
+    start, end = report.free_energy[[0, -1]]
+    assert message.startswith(f"Since batch {since} F rises within each batch (in this one from ")
+    assert f"from {start:.3g} to {end:.3g}): the energy at value node '1' went" in message
     t = int(report.free_energy.diff().argmax())
     before, after = report.energy[t : t + 2, 0]
     leap = f"value node '1' went from {before:.3g} to {after:.3g} between evaluations {t + 1} and"
     assert leap in message
     assert leap in explain(report)
+    assert "Use gamma" not in message  # it is far from its limit
+    assert "; the limit is 2. Lower the learning rate, scale down what" in message
+    assert ("leave gamma, momentum and inference at their defaults" in message) == (
+        "gamma" in given
+    )
+    assert "or take precisions='spiking' where the nodes form a chain" in message
 
 
-def test_weights_are_not_blamed_for_what_is_not_theirs():
-    """Weights that stand, a loss that is pushed up, data known by heart."""
-    for algorithm, gamma in product((IPC, PC), (1.7, 2.0, 2.3)):
-        told, reports = wide(1.0, algorithm, gamma=gamma, gamma_decay=1.0, lr=0.0)
-        assert all(map(rose, reports))
-        assert told
-        assert not any("not to blame" in message for _, message in told)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_pc.insight.explain.KNOWN", 10.0)  # F is below zero
-        told, reports = wide(1.0, IEPC, beta=-0.3, lr=1e-3)
-    assert sum(map(rose, reports)) > 2 * LONG_PATIENCE
-    assert told == []
-    assert "a loss that values push up" in explain(reports[-1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "lightning_pc.insight.explain.KNOWN", 1e6
-        )  # F is as good as zero in all batches
-        told, reports = wide(100.0, gamma=0.3)
-    assert sum(map(rose, reports)) > LONG_PATIENCE
-    assert told == []
-
-
-@pytest.mark.parametrize(("share", "told"), [(0.005, False), (0.02, True)])
-def test_an_f_below_a_hundredth_of_the_first_may_rise(share, told):
-    report = wide(1.0)[1][0]
-    first = float(report.free_energy[-1]) / share
-    assert bool(overshot(report, 0.5, 0.0, 1.0, False, first, 1)) is told
-
-
-def test_a_gamma_that_ipc_mostly_bears_is_named_where_f_rises():
-    """Between the limit and the four times curvature of `unstable`, where nothing was said."""
-    ((batch, message),), reports = wide(1.0, gamma=2.3, gamma_decay=1.0, lr=1e-3)
-    assert batch == LONG_PATIENCE
-    assert all(map(rose, reports[:batch]))
-    found = re.search(r"gamma = 2.3 times the curvature of (\S+) is (\S+), where the", message)
-    curvature, times = map(float, found.groups())
-    assert 2.0 < times < 4.0
-    assert times == pytest.approx(2.3 * curvature, rel=0.01)
-    least = float(re.search(r"Give gamma < (\S+), lower the learning rate", message).group(1))
-    assert least == pytest.approx(1.4 / curvature, rel=0.05)
-    assert wide(1.0, gamma=least, gamma_decay=1.0, lr=1e-3)[0] == []
-
-
-def test_a_gamma_that_has_been_blamed_is_not_excused_later():
-    ((batch, message),), reports = wide(1.0, gamma=3.5, gamma_decay=1.0, lr=0.0)
+def test_a_loss_that_is_pushed_up_is_told_only_where_energies_exceed_it():
+    """F begins below zero there, and weights that lower the loss raise it to that in any case."""
+    told, reports = wide(1.0, IEPC, beta=-0.3, lr=1e-3)
     assert all(map(rose, reports))
-    assert len(reports) > 3 * LONG_PATIENCE
-    assert batch < LONG_PATIENCE
-    assert "above the limit" in message
+    assert told == []
+    assert "It rose" not in explain(reports[-1])
+    ((batch, message),), reports = wide(1.0, lr=0.3, epochs=3, beta=-0.1)
+    assert batch == PATIENCE
+    assert all(report.free_energy[-1] > 0 for report in reports)
+    assert message.startswith("Since batch 1 F rises within each batch")
+    assert "It rose" in explain(reports[-1])
 
 
-def test_an_automatic_gamma_is_not_to_be_given():
-    """Near the limit of 2 by its own choice, times a curvature that is seen now more, now less."""
-    (message,) = [said for _, said in wide(100.0, momentum=0)[0] if said.startswith("Since")]
-    assert "gamma is not to blame" in message
-    report = wide(1.0)[1][0]
-    for times, blamed in ((1.5, False), (2.2, True)):
-        said = overshot(report, 0.5, 0.0, 2 * times, given=False, first=0.0, since=1)
-        assert ("values or weights" in said) == blamed
-        assert "Give gamma" not in said
-    assert overshot(report, 0.5, 0.0, math.nan, given=False, first=0.0, since=1) == ""
-    assert "Give gamma < 0.93, lower" in overshot(report, 1.0, 0.0, 1.5, True, 0.0, 1)
-    assert "not to blame" in overshot(report, 1.0, 0.5, 1.5, True, 0.0, 1)  # its limit is 3
+def test_a_loss_below_zero_is_told_as_any_other():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(16, 6).double(), torch.randn(16, 3).double()
+    optimizer = frozen(PC, net, gamma=3.0)
+    with pytest.warns(UserWarning, match="F rises within each batch .in this one from -"):
+        run(optimizer, lambda: F.mse_loss(net(x), y) - 1e3, PATIENCE)
 
 
-def test_where_gamma_is_given_its_default_is_named():
-    for given in ({}, {"gamma": 0.5}):
-        said = overshot(wide(1.0, **given)[1][0], 0.5, 0.0, 1.0, False, 0.0, 1)
-        assert ("leave gamma and momentum at their defaults" in said) == bool(given)
+@pytest.mark.parametrize(("algorithm", "gamma"), [*product((IPC, PC), (1.7, 2.0, 2.3))])
+def test_a_gamma_near_its_limit_is_named(algorithm, gamma):
+    ((batch, message),), reports = wide(1.0, algorithm, gamma=gamma, gamma_decay=1.0, lr=0.0)
+    assert all(map(rose, reports))
+    assert batch == PATIENCE
+    found = re.search(r"times the curvature (\S+) is (\S+); the limit is 2\.", message)
+    curvature, times = map(float, found.groups())
+    assert times == pytest.approx(gamma * curvature, rel=0.05)
+    least = float(re.search(r"Use gamma='auto', or gamma < (\S+)\.", message).group(1))
+    assert least == pytest.approx(1.4 / curvature, rel=0.05)
+    assert wide(1.0, algorithm, gamma=0.9 * least, gamma_decay=1.0, lr=0.0)[0] == []
+    assert ("learning rate" in message) == (algorithm is IPC)
 
 
-def test_spiking_precisions_are_named_where_ipc_has_them_and_help():
+def alerts(first, ends, patience=3):
+    """What is said of batches of the same ends of F, after one that begins at `first`."""
+    net, loss = steep(1.0)
+    optimizer = frozen(PC, net, gamma=0.1)
+    optimizer.step(loss)
+    report, told = optimizer.report, Alerts(optimizer._learner.schedule, None, False, patience)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for start, end in [(first, first - 1), *ends]:
+            mover = Descent(0.1)
+            mover.observe(torch.tensor(start))
+            mover.finish(torch.tensor(end))
+            told.after([], mover, Unlooked, report)
+    return [str(each.message) for each in said]
+
+
+class Unlooked:
+    seen = None
+
+
+def test_a_small_f_may_rise():
+    """Data that are known by heart, whose F any step raises."""
+    assert alerts(100.0, [(0.1, 0.9)] * 20) == []
+    assert len(alerts(100.0, [(0.1, 1.1)] * 20)) == 1
+    assert alerts(100.0, [(3.0, 2.0), (2.0, 3.0), (2.0, 3.0)] * 5) == []  # not on end
+
+
+def test_where_the_curvature_is_not_known_f_is_told_all_the_same():
+    (said,) = alerts(100.0, [(1.0, 2.0)] * 3)
+    assert said.startswith("Since batch 2 F rises within each batch")
+    assert said.endswith(". Use gamma='auto', or gamma < 0.1.")
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC])
+def test_an_optimizer_of_the_values_that_raises_f_is_named(algorithm):
+    torch.manual_seed(0)
+    net, x, y = MLP((4, 8, 8, 3)), torch.randn(5, 4), torch.randn(5, 3)
+    optimizer = algorithm(
+        torch.optim.SGD(net.parameters(), 0.0),
+        net,
+        inference=lambda values: torch.optim.SGD(values, 2.5),
+    )
+    with pytest.warns(UserWarning, match="lower the rate of the optimizer that inference=") as told:
+        run(optimizer, lambda: F.mse_loss(net(x), y), PATIENCE + 2)
+    assert len(told) == 1
+    assert "gamma" not in str(told[0].message)
+
+
+def test_spiking_precisions_help_where_they_are_named():
     """They take one step of full weight from each error, which no later one takes back."""
-    said = [message for _, message in wide(100.0, momentum=0)[0]]
-    assert said
-    assert all("or precisions='spiking' where the nodes form a chain" in each for each in said)
-    report = wide(1.0, IEPC)[1][0]
-    assert overshot(report, 0.5, 0.0, 1.0, False, 0.0, 1).endswith(", or use a smaller T.")
     plain, spiking = (
         wide(100.0, lr=1e-3, epochs=4, **given)[1]
         for given in ({"momentum": 0}, {"precisions": "spiking"})
@@ -313,7 +327,7 @@ def test_spiking_precisions_are_named_where_ipc_has_them_and_help():
 
 def test_the_loss_is_named_where_it_rises():
     report = replace(
-        wide(1.0)[1][0],
+        wide(1.0, epochs=1)[1][0],
         loss=torch.tensor([1.0, 2.0, 1.0]),
         loss_terms=10.0,
         pulls=(1.0, 1.0, 1.0),
@@ -348,7 +362,7 @@ def test_explain():
     lines = explain(report).splitlines()
     free = report.free_energy
     assert f"F went from {free[0]:.4g} to {free[-1]:.4g} in 8 evaluations" in lines[0]
-    assert f"curvature {report.curvature:.3g} is" in lines[1]
+    assert f"the curvature {report.curvature:.3g} is" in lines[1]
     assert "next to the loss (depth 1)" in lines[2]
     assert "(depth 5)" in lines[2]
     shares = report.energy_by_depth
@@ -358,9 +372,10 @@ def test_explain():
     assert list(shares.values()) == pytest.approx(by_hand.flip(0).tolist())
     net, loss = steep()
     wrong = frozen(PC, net, gamma=3.0)
-    with pytest.warns(UserWarning, match="Since batch"):
-        run(wrong, loss, 5)
-    assert "It rose: gamma is too large; most of the energy is at '" in explain(wrong.report)
+    run(wrong, loss, 2)
+    assert re.search(
+        r"It rose: the energy at value node '\d' went .* \d\. Lower gamma\.", explain(wrong.report)
+    )
 
 
 def test_momentum_widens_the_limit():
@@ -379,11 +394,9 @@ def test_momentum_widens_the_limit():
         assert (found.report.free_energy[-1] < found.report.free_energy[0]) == falls
     with pytest.raises(DivergenceError) as error:
         optimizer(6.0 / 5, 400).step(loss)
-    message = str(error.value)
-    assert "is at least 6, above the limit of 3;" in message
-    assert "or gamma < 0.6." in message
-    with pytest.warns(UserWarning, match=r"above the limit of 3\. Use .* gamma < 0\.6"):
-        run(optimizer(3.3 / 5, 30), loss, 8)
+    assert str(error.value).endswith("or gamma < 1.2.")
+    with pytest.warns(UserWarning, match=r"the limit is 3\. Use gamma='auto', or gamma < 0\.42"):
+        run(optimizer(3.3 / 5, 30), loss, PATIENCE)
     automatic = frozen(PC, net, momentum=0.5, value_nodes="linear")
     automatic.step(loss)
     assert automatic.report.momentum == 0.5

@@ -25,8 +25,6 @@ class Schedule(ABC):
     #: With more stages in a row than these gamma="auto" is smaller by (deep / stages) ** 2, and
     #: weights learn from errors as if they had come all of their way. None for never.
     deep: int | None = None
-    #: The user is told of a gamma whose product with the curvature exceeds this.
-    bearable = 2.0
     #: Weights move while values do.
     incremental = False
     #: One wave of weights, 1 at t = depth and 0 else: each stage counts once.
@@ -71,7 +69,6 @@ class IPC(Schedule):
     # Weights that learn at every step keep the curvature near 2 / gamma by themselves, and learn
     # less well where gamma gives way.
     band = (0.7, 2.5)
-    bearable = 4.0
     incremental = True
     conjugate = True
 
