@@ -56,7 +56,6 @@ class Node:
         """What inference moves, [B, *]: the value."""
         return self.x
 
-    @torch.no_grad()
     def evaluate(self, mu: Tensor, scale: float) -> Slopes:
         """The energy and its gradients at a prediction; the value may follow that first.
 
@@ -64,16 +63,15 @@ class Node:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
-        mu = mu.detach()
-        if mu.dtype is not self.x.dtype:
-            mu = mu.to(self.x.dtype)
-        rule = self.followed
+        x, mu, rule = self.x.detach(), mu.detach(), self.followed
+        if mu.dtype is not x.dtype:
+            mu = mu.to(x.dtype)
         if rule and rule.always:
-            rule.follow(self.x, mu, self.energy)
-        slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+            rule.follow(x, mu, self.energy)
+        slopes = self.energy.evaluate(x, mu, scale, self.weight)
         strays = rule and not rule.always and rule.moved
-        if strays and strays(self.x, mu, self.energy, self.weight, slopes.total):
-            slopes = self.energy.evaluate(self.x, mu, scale, self.weight)
+        if strays and strays(x, mu, self.energy, self.weight, slopes.total):
+            slopes = self.energy.evaluate(x, mu, scale, self.weight)
         self.total = slopes.total
         return slopes
 
@@ -131,12 +129,11 @@ class ErrorNode(Node):
         return self.e
 
     @override
-    @torch.no_grad()
     def stand(self, mu: Tensor) -> Tensor:
-        return self.x.copy_(mu).add_(self.e)
+        self.x.detach().copy_(mu.detach()).add_(self.e)
+        return self.x
 
     @override
-    @torch.no_grad()
     def evaluate(self, mu: Tensor, scale: float) -> Slopes:
         self.stand(mu)
         # Not of x and mu, whose difference rounds away an error that is small beside them.

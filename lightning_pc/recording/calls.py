@@ -113,11 +113,9 @@ class Call:
         self.draws: tuple[Draws, ...] = ()
         self.copies: tuple[int, ...] = ()
         self.hooks: list[tuple[int, Any, int, Any]] = []
-        counter = iter(range(len(reads)))
-        self.args = tuple([_with_refs(value, counter) for value in args])
-        self.kwargs: dict[str, Any] = (
-            {key: _with_refs(value, counter) for key, value in kwargs.items()} if kwargs else {}
-        )
+        refs = iter(_REFS if len(reads) <= len(_REFS) else map(Ref, range(len(reads))))
+        self.args = _with_refs(args, refs)
+        self.kwargs: dict[str, Any] = _with_refs(kwargs, refs) if kwargs else {}
         self.flat = [type(a) for a in self.args].count(Ref) == len(reads)
 
     def run(self, env: Environment) -> None:
@@ -147,19 +145,25 @@ class Call:
                 result.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def _with_refs(value: Any, counter: Iterator[int]) -> Any:
-    if isinstance(value, Tensor):
-        index = next(counter)
-        return _REFS[index] if index < 64 else Ref(index)
+def _with_refs(value: Any, refs: Iterator[Ref]) -> Any:
     kind = type(value)
-    if kind in _PLAIN:
-        return value
     if kind is tuple or kind is list:
-        return kind(_with_refs(v, counter) for v in value)
+        return kind(
+            [
+                v
+                if (k := type(v)) in _PLAIN
+                else next(refs)
+                if k is Tensor
+                else _with_refs(v, refs)
+                for v in value
+            ]
+        )
+    if isinstance(value, Tensor):
+        return next(refs)
     if kind is dict:
-        return {k: _with_refs(v, counter) for k, v in value.items()}
+        return {k: _with_refs(v, refs) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(_with_refs(v, counter) for v in value))
+        return kind(*(_with_refs(v, refs) for v in value))
     return value
 
 
@@ -180,6 +184,8 @@ def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """The tensors among the arguments of a call, in order."""
     found: list[Tensor] = []
     for value in (*args, *kwargs.values()) if kwargs else args:
+        if type(value) in _PLAIN:
+            continue
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list, dict)):

@@ -109,6 +109,7 @@ class Recorder(TorchFunctionMode):
         self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
         self._weights: list[Tensor] = []  # what is trained
+        self._slot_of: dict[int, int] = {}  # id of a parameter -> its first slot
         self._bases: list[Tensor] = []
         self._memories: dict[int, int] = {}  # of constants that are written to -> slot
         self._undo: list[tuple[Tensor, Tensor]] = []
@@ -148,7 +149,7 @@ class Recorder(TorchFunctionMode):
         self._weights.append(tensor)
         if isinstance(root, nn.Parameter):
             self.parameters[slot] = root
-        same = next((s for s, p in self.parameters.items() if p is root), -1)
+        same = self._slot_of.setdefault(id(tensor if root is None else root), slot)
         self.keys.append(("trainable", tensor is root, same))
         entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
         return entry
@@ -193,7 +194,7 @@ class Recorder(TorchFunctionMode):
                 "PyTorch version of that call while training."
             )
         call = Call(first, (tensor, *(tensor for _ in since)), {}, (entry.slot, *since))
-        return self._bind(tensor, self._append(call))
+        return self._insert(tensor, call)
 
     def _take_memory(self, target: Tensor) -> Entry | None:
         """A view of a constant is about to be written to: its memory becomes part of the recording.
@@ -206,7 +207,7 @@ class Recorder(TorchFunctionMode):
         memory = base.untyped_storage()._cdata
         call = Call(torch.clone, (base,), {}, (self._constant(base, base.detach().clone()),))
         self._entries.pop(id(base), None)
-        self._memories[memory] = self._bind(base, self._append(call)).slot
+        self._memories[memory] = self._insert(base, call).slot
         self._bases.append(base)  # or its memory may become another tensor's
         return self._seen_in(target, memory)
 
@@ -217,23 +218,31 @@ class Recorder(TorchFunctionMode):
         tensors = [tensor for _ in since]
         reads = (self._memories[memory], *since)
         call = Call(view_of, (tensor, *tensors, place), {}, reads)
-        return self._bind(tensor, self._append(call))
+        return self._insert(tensor, call)
 
     def _new_slot(self) -> int:
         self.slots += 1
         return self.slots - 1
 
-    def _bind(self, tensor: Tensor, call: Call) -> Entry:
-        """Gives the tensor a new slot, which the call fills."""
-        slot = self._new_slot()
-        call.fills += (slot,)
-        self._producers[slot] = call
-        if not tensor.requires_grad:
+    def _bind(self, tensor: Tensor, call: Call, written: bool = False) -> int:
+        """Gives a tensor that a call has made, or ``written`` to, a new slot."""
+        slot = self.slots
+        self.slots = slot + 1
+        if tensor.requires_grad:
+            self._producers[slot] = call
+        elif written or _is_continuous(tensor):
             self.inert.add(slot)
+        else:
+            return slot  # whole numbers are constants
         if tensor.numel() == 1:
             self.scalars.add(slot)
-        entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
-        return entry
+        self._entries[id(tensor)] = Entry(tensor, slot, True)
+        return slot
+
+    def _insert(self, tensor: Tensor, call: Call) -> Entry:
+        """Keeps a call of ours that stands for the tensor from now on."""
+        call.fills = (self._bind(tensor, self._append(call)),)
+        return self._entries[id(tensor)]
 
     def _know(self, tensor: Tensor, slot: int) -> None:
         """The tensor is what a slot holds."""
@@ -266,42 +275,43 @@ class Recorder(TorchFunctionMode):
         tensors = arguments(args, kwargs)
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
-        entries: list[Entry | None] = []
-        depends = False
-        for tensor in tensors:
-            entry = self.entry(tensor)
-            entries.append(entry)
-            depends = depends or (entry is not None and entry.depends)
+        entries = [self.entry(tensor) for tensor in tensors]
         traits = self.known.get(function)
         if traits is None:
             traits = self.known[function] = guess(function)
-        if not depends:
+        for entry in entries:
+            if entry is not None and entry.depends:
+                break
+        else:
             return self._constantly(function, args, kwargs, tensors, traits)
-        first_entry = entries[0]
-        if traits.writes and (first_entry is None or not first_entry.depends):
-            entries[0] = self._take_memory(tensors[0]) or first_entry
-        watched = not traits.met or traits.writes or "out" in kwargs
-        copies = self._copies(tensors, entries) if watched else {}
-        draws = self._states(tensors, kwargs) if not traits.met or traits.draws else ()
-        versions = [_version(tensor) for tensor in tensors] if watched else None
-        traits.met = not isinstance(function, Applied)  # what the user wrote may do so now and then
-        output = function(*args, **kwargs)
+        draws: tuple[Draws, ...] = ()
+        if traits.draws or not traits.met:
+            draws = self._states(tensors, kwargs)
+        if traits.met and not traits.writes and "out" not in kwargs:
+            copies, output = {}, function(*args, **kwargs)
+            rewritten = self._rewrites(tensors, entries, None)
+        else:
+            first_entry = entries[0]
+            if traits.writes and (first_entry is None or not first_entry.depends):
+                entries[0] = self._take_memory(tensors[0]) or first_entry
+            copies, versions = self._copies(tensors, entries), [*map(_version, tensors)]
+            # What the user wrote may draw or write now and then.
+            traits.met = not isinstance(function, Applied)
+            output = function(*args, **kwargs)
+            rewritten = self._rewrites(tensors, entries, versions)
+            # Some write without a new version, as observers do. (An attribute is set once.)
+            if function not in NORMS and getattr(function, "__name__", "") != "__set__":
+                told = rewritten or ()
+                silent = [i for i in copies if i not in told and not _same(copies[i], tensors[i])]
+                rewritten = None if rewritten is None else rewritten + silent
         if type(output) in TELLS:
             traits.passive = True
             return output
-        if draws:
-            draws = tuple(d for d in draws if not torch.equal(d.state, d.generator.get_state()))
-            traits.draws = traits.draws or bool(draws)
-        rewritten = self._rewrites(tensors, entries, versions)
         if rewritten is None:
             return output
-        # Some write without a new version, as observers do. (An attribute that is set is set once.)
-        if function not in NORMS and getattr(function, "__name__", "") != "__set__":
-            rewritten += [
-                i
-                for i, content in copies.items()
-                if i not in rewritten and not _same(content, tensors[i])
-            ]
+        if draws and not traits.draws:
+            draws = tuple(d for d in draws if not torch.equal(d.state, d.generator.get_state()))
+            traits.draws = bool(draws)
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
         if not rewritten and not any(map(_is_continuous, results)):
@@ -320,18 +330,9 @@ class Recorder(TorchFunctionMode):
         call.draws, call.copies = draws, tuple(copied)
         self._append(call, context, tuple(rewritten), len(results))
         for i in rewritten:
-            slot = self._new_slot()
-            call.rewrites += ((i, slot),)
-            self._producers[slot] = call
-            if not tensors[i].requires_grad:
-                self.inert.add(slot)
-            self._entries[id(tensors[i])] = Entry(tensors[i], slot, True)
-            self._writes.append((tensors[i].untyped_storage()._cdata, slot))
-        for result in results:
-            if _is_continuous(result):
-                self._bind(result, call)
-            else:
-                call.fills += (self._new_slot(),)
+            self._writes.append((tensors[i].untyped_storage()._cdata, self.slots))
+            call.rewrites += ((i, self._bind(tensors[i], call, written=True)),)
+        call.fills = tuple([self._bind(result, call) for result in results])
         return output
 
     def _constantly(

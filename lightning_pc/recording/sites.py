@@ -42,6 +42,7 @@ class Site:
         first: That prediction, [B, *].
         version: Of ``first``, by which later writes to it are told.
         lent: The value is in the prediction's memory.
+        overwritten: The prediction is written to as soon as the value stands.
         cut: Autograd was cut there.
         node: The node that stands there, once it is known that one does.
     """
@@ -62,6 +63,7 @@ class Site:
     first: Tensor | None = None
     version: int = 0
     lent: bool = False
+    overwritten: bool = False
     cut: bool = False
     node: Node | None = None
 

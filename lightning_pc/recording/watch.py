@@ -224,7 +224,7 @@ class Watch(Recorder):
         index = len(self.sites)
         self.keys.append((key, entry is None))
         form = self._expected()
-        site = Site(key, name(), tuple(mu.shape), at=len(self.calls))
+        site = Site(key, name(), tuple(mu.shape), at=len(self.calls), overwritten=overwritten)
         self.sites.append(site)
         if entry is None:
             site.why = FROZEN
@@ -260,10 +260,7 @@ class Watch(Recorder):
             handed = site.value
             if copy or site.value.dtype != mu.dtype:
                 handed = hand(site.value, mu.dtype, copy)
-                self._bind(
-                    handed,
-                    self._append(Call(hand, (site.value, mu.dtype, copy), {}, (site.slot,))),
-                )
+                self._insert(handed, Call(hand, (site.value, mu.dtype, copy), {}, (site.slot,)))
         return handed
 
     def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:
@@ -414,11 +411,11 @@ class Watch(Recorder):
             return None
         if self._suppressed or not self.placement.nonlinearities or not torch.is_grad_enabled():
             return None
-        if not _may_be_nonlinearity(module, args):
-            return None
         kind = self._kind(module)
         verdict = self.learned.nonlinearity.get(kind)
-        if verdict is False:
+        if verdict is None and not _may_be_nonlinearity(module):
+            verdict = self.learned.nonlinearity[kind] = False
+        if verdict is False or len(args) != 1 or not _is_activation(args[0]):
             return None
         call.start, mu = len(self.sites), args[0]
         copy = verdict is None or kind in self.learned.writes
@@ -529,10 +526,9 @@ def _bends(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 _TRANSPARENT = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _may_be_nonlinearity(module: nn.Module, args: tuple[Any, ...]) -> bool:
+def _may_be_nonlinearity(module: nn.Module) -> bool:
     """Torch's own modules call the functional on their input, which serves as well."""
     kind = type(module)
     if kind.__module__.startswith("torch.nn.modules.") or isinstance(module, _TRANSPARENT):
         return False
-    one = len(args) == 1 and _is_activation(args[0])
-    return one and next(module.parameters(), None) is None
+    return next(module.parameters(), None) is None

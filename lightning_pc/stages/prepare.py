@@ -64,7 +64,8 @@ class Forms:
             batch = self._batch(watch, loss, form)
             check(batch)
             for i, site in enumerate(watch.sites):
-                form.expected.lends[i] = site.first is not None and not self.through
+                lends = site.first is not None and not site.overwritten
+                form.expected.lends[i] = lends and not self.through
                 site.edge = site.first = None
             self._forms = [form, *self._forms[: MOST - 1]]
             return batch
