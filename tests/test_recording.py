@@ -578,6 +578,51 @@ def test_a_backward_hook_of_a_module_is_refused():
         PC(sgd(model), model).step(lambda: F.cross_entropy(model(x), y))
 
 
+class Gated(nn.Module):
+    """Takes a branch by `torch.cond`, after an embedding that is clipped as it is read."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.net = nn.Embedding(9, 6, max_norm=1.0), chain()
+
+    def forward(self, tokens, x):
+        h = self.net[0](x + self.tokens(tokens))
+        h = torch.cond(x.sum() > 0, lambda h: 2.0 * h, lambda h: -h, (h,))
+        return self.net[1:](h)
+
+
+def test_a_clipped_embedding_and_a_branch_equal_backprop():
+    (x, y), tokens = data(), torch.randint(0, 9, (12,))
+    model = Gated().double()
+    with torch.no_grad():
+        model.tokens.weight.mul_(3.0)
+    equals_backprop(model, lambda net: F.cross_entropy(net(tokens, x), y))
+
+
+class Caches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cache):
+        if cache:
+            raise ValueError("the cache is full")
+        cache.append(1)
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2.0 * gradient, None
+
+
+def test_a_call_that_does_not_run_twice_is_an_error():
+    x, y = data()
+    model, cache = chain(), []
+    before = twin(model)
+    with pytest.raises(RecordingError, match=r"does not run a second time \(the cache is full"):
+        IPC(sgd(model), model).step(
+            lambda: F.cross_entropy(model[1:](Caches.apply(model[0](x), cache)), y)
+        )
+    assert far(model, before)[0] == 0
+
+
 # Memory -------------------------------------------------------------------------------------------
 
 

@@ -158,6 +158,12 @@ def attention(
     return weights @ value
 
 
+def branch(pred: Any, true_fn: Function, false_fn: Function, operands: Any = ()) -> Any:
+    """``torch.cond`` written out: which branch it takes is a constant of the batch."""
+    return (true_fn if pred else false_fn)(*operands)
+
+
+COND: Function = torch.ops.higher_order.cond
 SDPA: Function = F.scaled_dot_product_attention
 #: Composites that hide a softmax from the mode -> a copy that shows it.
 COMPOSITES: dict[Function, Function] = {

@@ -289,7 +289,7 @@ class Recorder(TorchFunctionMode):
             draws = self._states(tensors, kwargs)
         if traits.met and not traits.writes and "out" not in kwargs:
             copies, output = {}, function(*args, **kwargs)
-            rewritten = self._rewrites(tensors, entries, None)
+            rewritten, weights = self._rewrites(tensors, entries, None)
         else:
             first_entry = entries[0]
             if traits.writes and (first_entry is None or not first_entry.depends):
@@ -298,16 +298,17 @@ class Recorder(TorchFunctionMode):
             # What the user wrote may draw or write now and then.
             traits.met = not isinstance(function, Applied)
             output = function(*args, **kwargs)
-            rewritten = self._rewrites(tensors, entries, versions)
+            rewritten, weights = self._rewrites(tensors, entries, versions)
             # Some write without a new version, as observers do. (An attribute is set once.)
             if function not in NORMS and getattr(function, "__name__", "") != "__set__":
-                told = rewritten or ()
-                silent = [i for i in copies if i not in told and not _same(copies[i], tensors[i])]
-                rewritten = None if rewritten is None else rewritten + silent
+                told = (*rewritten, *weights)
+                rewritten += [
+                    i for i in copies if i not in told and not _same(copies[i], tensors[i])
+                ]
         if type(output) in TELLS:
             traits.passive = True
             return output
-        if rewritten is None:
+        if weights and all(any(r is t for t in tensors) for r in tensors_in(output)):
             return output
         if draws and not traits.draws:
             draws = tuple(d for d in draws if not torch.equal(d.state, d.generator.get_state()))
@@ -318,7 +319,7 @@ class Recorder(TorchFunctionMode):
             if function is Tensor.register_hook:
                 self._hook(entries[0], args[1], output)
             return output
-        copied = [i for i in copies if i in rewritten or function in NORMS]
+        copied = [i for i in copies if i in rewritten or function in NORMS] + weights
         reads = []
         for i, entry in enumerate(entries):
             if entry is None or not entry.depends:
@@ -367,14 +368,15 @@ class Recorder(TorchFunctionMode):
 
     def _rewrites(
         self, tensors: list[Tensor], entries: list[Entry | None], versions: list[int] | None
-    ) -> list[int] | None:
-        """Indices of the tensors that the call has written to; None where it wrote to weights.
+    ) -> tuple[list[int], list[int]]:
+        """Indices of the tensors that the call has written to, and of the weights among them.
 
         A write to a trainable parameter (clipping it within the forward) happens once: the
-        parameter is given to a recording as it stands.
+        parameter is given to a recording as it stands. What such a call makes beside (an embedding
+        with ``max_norm``) it makes again from a copy of its own.
         """
         found: list[int] = []
-        weights = False
+        weights: list[int] = []
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
             if versions is not None:
                 before = versions[i]
@@ -386,12 +388,12 @@ class Recorder(TorchFunctionMode):
                 continue
             memory = tensor.untyped_storage()._cdata
             if any(weight.untyped_storage()._cdata == memory for weight in self._weights):
-                weights = True
+                weights.append(i)
                 if entry is not None:
                     entry.version = _version(tensor)
             else:
                 found.append(i)
-        return None if weights else found
+        return found, weights
 
     def _states(self, tensors: list[Tensor], kwargs: Mapping[str, Any]) -> tuple[Draws, ...]:
         generators: list[torch.Generator] = [torch.default_generator]

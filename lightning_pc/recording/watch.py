@@ -30,11 +30,13 @@ from lightning_pc.recording.applied import Applied, active_modes, functions_met
 from lightning_pc.recording.calls import Call
 from lightning_pc.recording.functions import (
     COMPOSITES,
+    COND,
     L1_LOSS,
     NONLINEAR,
     NONLINEARITIES,
     SDPA,
     attention,
+    branch,
     out_of_place,
     rectifies,
     softmax_dim,
@@ -178,6 +180,9 @@ class Watch(Recorder):
                 call.nonlinear = True
         if self._inside:
             return func(*args, **kwargs)
+        if func is COND:
+            with self:
+                return branch(*args, **kwargs)
         if self.placement.nonlinearities and not self._suppressed and torch.is_grad_enabled():
             name = NONLINEARITIES.get(func)
             if name is not None:

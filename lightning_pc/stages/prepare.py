@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_pc.errors import ClosureError, RecordingError
+from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.recording.calls import Draws, Environment, run
 from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
@@ -174,7 +174,16 @@ def check(batch: Batch) -> None:
             return batch.graph.nodes[number].x
 
         with torch.enable_grad(), saved_tensors_hooks(holds.pack, lambda _: None):  # type: ignore[arg-type,return-value]
-            run(watch.calls, piece.program, env, meet)
+            try:
+                run(watch.calls, piece.program, env, meet)
+            except PCError:
+                raise
+            except Exception as error:
+                raise RecordingError(
+                    f"A call of the forward does not run a second time ({error}): it keeps "
+                    "something from one call to the next, such as the cache of an "
+                    "autograd.Function (transformers: use_cache=False)."
+                ) from error
         draws = any(watch.calls[i].draws for i in piece.program.calls)
         if not draws and not torch.equal(before, torch.get_rng_state()):
             raise RecordingError(
