@@ -30,8 +30,9 @@ from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.losses import count_terms
+from lightning_pc.recording.modules import Learned
 from lightning_pc.recording.sites import Site, leaves_of
-from lightning_pc.recording.watch import Learned, Watch
+from lightning_pc.recording.watch import Watch
 from lightning_pc.settings import Settings
 from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
@@ -42,8 +43,9 @@ from lightning_pc.stages.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.stages.evaluator import Batch, Evaluator, LocalErrors, counted_calls
+from lightning_pc.stages.evaluator import Batch, Evaluator, counted_calls
 from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.prepare import Forms
 from lightning_pc.stages.through import ThroughErrors
 

@@ -3,7 +3,7 @@ import torch
 
 from lightning_pc.inference.movers import Descent
 from lightning_pc.optim import IPC
-from lightning_pc.stages.evaluator import LocalErrors
+from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.through import ThroughErrors
 
 

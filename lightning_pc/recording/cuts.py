@@ -1,0 +1,191 @@
+"""Sites of a forward: where its recording is cut, and what is handed on there.
+
+`Site` is a place that was met: the input of a nonlinearity, or the output of a module that the user
+named. What comes in is the prediction; what is handed on is the value, which starts at the
+prediction. Whether a node really stands there is known once the forward is over
+(`lightning_pc.stages.form`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from lightning_pc.errors import RecordingError
+from lightning_pc.nodes.energies import Energy
+from lightning_pc.recording.calls import Call
+from lightning_pc.recording.recorder import Recorder
+from lightning_pc.recording.sites import (
+    FROZEN,
+    KNOWN_AT_ONCE,
+    OVERWRITES,
+    Expected,
+    Site,
+    hand,
+    leaves_of,
+    rounding_of,
+    saved_elsewhere,
+)
+from lightning_pc.recording.slots import first
+from lightning_pc.recording.traits import Traits
+
+
+class Cuts(Recorder):
+    """Records one forward and cuts it at sites.
+
+    Args:
+        known: As of `Recorder`.
+        own: As of `Recorder`.
+        early: As of `Recorder`.
+        forms: What this recording may turn out to be, the likeliest first.
+        kept: Sites with values to stand again instead of fresh ones (``reset="never"``).
+
+    Attributes:
+        sites: Every place in call order.
+        form: What it has been so far, None for nothing that was expected.
+    """
+
+    def __init__(
+        self,
+        known: dict[Any, Traits],
+        own: frozenset[int],
+        early: Callable[[Tensor], str],
+        forms: Sequence[Expected],
+        kept: list[Site] | None,
+    ) -> None:
+        super().__init__(known, own, early)
+        self.kept = kept
+        self.sites: list[Site] = []
+        self._forms, self._checked = forms, 0
+        self.form: Expected | None = next(iter(forms), None)
+
+    def place(
+        self,
+        key: object,
+        name: Callable[[], str],
+        mu: Tensor,
+        energy: Callable[[], Energy],
+        copy: bool = False,
+        overwritten: bool = False,
+    ) -> Tensor | None:
+        """What stands at a place instead of ``mu``, None where no node can.
+
+        Args:
+            key: Tells the kind of place.
+            name: Gives the place's dotted name.
+            mu: The prediction, [B, *].
+            energy: Makes the node's energy.
+            copy: The module may write to what it is handed.
+            overwritten: The prediction is about to be overwritten.
+        """
+        entry = self.entry(mu) if mu.requires_grad else None
+        index = len(self.sites)
+        self.keys.append((key, entry is None))
+        form = self._expected()
+        site = Site(key, name(), tuple(mu.shape), at=len(self.calls), overwritten=overwritten)
+        self.sites.append(site)
+        if entry is None:
+            site.why = FROZEN
+            return None
+        call = self._append(Call(first, (mu,), {}, (entry.slot,)))
+        site.mu, site.slot = entry.slot, self._new_slot()
+        call.fills = (site.slot,)
+        # Whether the loss reads a place is known at the end alone, whatever it was the last time.
+        expected = "" if form is None else form.why[index]
+        site.why = expected if expected in KNOWN_AT_ONCE else ""
+        if self.kept is not None:
+            self._stand_again(site, index, mu)
+        if site.why:
+            handed = mu.view_as(mu)
+            self._know(handed, site.slot)
+        else:
+            if site.node is None:
+                site.lent = form is not None and form.lends[index] and _is_whole(mu)
+                dtype = torch.promote_types(mu.dtype, torch.float32)
+                value = mu.data if site.lent else mu.detach().to(dtype, copy=True)
+                site.value, site.energy = value.requires_grad_(), energy()
+            assert site.value is not None
+            site.cut, site.rounding = True, rounding_of(mu)
+            site.first, site.version = mu.detach(), mu._version
+            if form is None:
+                site.leaves = leaves_of(mu)
+            elif form.keeps[index] and not saved_elsewhere():
+                site.edge = get_gradient_edge(mu)
+                if overwritten:
+                    site.first = site.first.clone()
+                    site.version = site.first._version
+            self._know(site.value, site.slot)
+            handed = site.value
+            if copy or site.value.dtype != mu.dtype:
+                handed = hand(site.value, mu.dtype, copy)
+                self._insert(handed, Call(hand, (site.value, mu.dtype, copy), {}, (site.slot,)))
+        return handed
+
+    def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:
+        """The node of an earlier call stands there again (``reset="never"``).
+
+        Raises:
+            RecordingError: There was another place.
+        """
+        assert self.kept is not None
+        if index >= len(self.kept) or self.kept[index].key != site.key:
+            raise RecordingError(
+                f"reset='never' keeps the values of the first call, but '{site.name}' was not met "
+                "there: the module takes another path now. Use reset='batch'."
+            )
+        before = self.kept[index]
+        site.why, site.node = before.why, before.node
+        if site.node is None:
+            return
+        if site.node.x.shape != mu.shape:
+            raise RecordingError(
+                f"reset='never' keeps values of shape {before.shape} at '{site.name}', but this "
+                f"batch has {site.shape}: give the same full batch each time or use reset='batch'."
+            )
+        site.value, site.energy = site.node.stand(mu), site.node.energy
+
+    def _overwrite(self, tensor: Tensor, value: Tensor) -> Tensor:
+        """Writes ``value`` to all of ``tensor``, as an in-place activation does."""
+        self.record(Tensor.copy_, (tensor, value), {})
+        entry, base = self.entry(value), tensor._base
+        if entry is not None and (base is None or base.numel() == tensor.numel()):
+            self._know(tensor, entry.slot)  # it owes nothing to what it held
+            if base is not None and base.grad_fn is not None:
+                metadata: Any = base.grad_fn.metadata
+                metadata[OVERWRITES] = True  # a view, but of everything
+        return tensor
+
+    def skip(self, key: object, name: Callable[[], str]) -> None:
+        """Takes in a place at which no node can stand, known before its prediction was computed."""
+        self.sites.append(Site(key, name(), (), FROZEN, at=len(self.calls)))
+        self.keys.append((key, None))
+
+    def _expected(self) -> Expected | None:
+        """The form that the recording has had so far, if it is one that was expected."""
+        done = len(self.keys)
+        if self.form is not None and (
+            self.keys[self._checked : done] != self.form.keys[self._checked : done]
+        ):
+            self.form = next((f for f in self._forms if f.keys[:done] == self.keys), None)
+        self._checked = done
+        return self.form
+
+    def number_calls(self) -> None:
+        """Tells the calls of one place apart: the second is ``name#2``."""
+        used: dict[str, int] = {}
+        for site in self.sites:
+            if not site.reported:
+                continue
+            times = used[site.name] = used.get(site.name, 0) + 1
+            if times > 1:
+                site.name = f"{site.name}#{times}"
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether it has its memory to itself and is wide enough for a value."""
+    size = tensor.element_size()
+    return size >= 4 and tensor.untyped_storage().nbytes() == tensor.numel() * size
