@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_pc.errors import ClosureError, DivergenceError, PCError
+from lightning_pc.errors import ClosureError, DivergenceError
 from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.conjugate import conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
@@ -28,18 +26,12 @@ from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
-from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.losses import count_terms
-from lightning_pc.recording.modules import Learned
-from lightning_pc.recording.sites import Site, leaves_of
-from lightning_pc.recording.watch import Watch
 from lightning_pc.settings import Settings
 from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
     check_held,
     check_nodes,
-    checked_loss,
-    early_message,
     shortcut,
     unreached,
 )
@@ -47,6 +39,7 @@ from lightning_pc.stages.evaluator import Batch, Evaluator, counted_calls
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.prepare import Forms
+from lightning_pc.stages.recordings import Recordings
 from lightning_pc.stages.through import ThroughErrors
 
 Output = TypeVar("Output")
@@ -87,16 +80,16 @@ class Learner:
         if settings.fixed_gamma is None and settings.inference is None:
             self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
-        self._softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
-        self._model, self._learned = Model(model, settings.value_nodes), Learned()
-        self._forms = Forms(self.schedule.incremental, self.schedule.through)
+        softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
+        self._recordings = Recordings(
+            Model(model, settings.value_nodes),
+            Forms(self.schedule.incremental, self.schedule.through),
+            softmax,
+            settings.reset == "never",
+        )
         self._waiting: _Waiting | None = None
         self._alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
-        # reset="never": the sites with their values, steps taken, and the draws they saw.
-        self._kept: list[Site] | None = None
-        self._age = 0
-        self._behind: dict[int, tuple[weakref.ref[Tensor], list[nn.Parameter]]] = {}
-        self._draws: RandomStates | None = None
+        self._age = 0  # inference steps that kept values have behind them
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside model and optimizer: numbers and a name, often none."""
@@ -117,13 +110,13 @@ class Learner:
         Raises:
             PCError: Naming the module and what to do.
         """
-        self._model.look()
+        self._recordings.model.look()
 
     def begin(
         self,
         forward: Callable[[], Output],
         loss_of: Callable[[Output], Tensor | None],
-        batch: Any = (),
+        given: Any = (),
         batch_size: Callable[[], float | None] = lambda: None,
         must: str = "",
     ) -> Output:
@@ -132,7 +125,7 @@ class Learner:
         Args:
             forward: The user's forward, which computes the loss.
             loss_of: The scalar loss in what ``forward`` returns, None to skip the batch.
-            batch: What ``forward`` is given, for ``loss_terms``.
+            given: What ``forward`` is given, for ``loss_terms``.
             batch_size: Asked where no call of a loss function tells the number of terms.
             must: Whose closure it is, where one that runs the model must give a loss.
 
@@ -144,74 +137,19 @@ class Learner:
         """
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
-        early = self._early()
-        saved = [] if self._forms.expected else self._save()
-        start = RandomStates(everywhere=self.settings.reset == "never")
-        if self._draws is not None:
-            self._draws.restore()
-        placement = self._model.look()
-        watch = self._watch(placement, early)
-        try:
-            with watch.watching():
-                output = forward()
-                loss = loss_of(output)
-            if loss is None and must and watch.calls:
-                raise ClosureError(
-                    f"The closure given to {must}.step ran the model and returned nothing: "
-                    "end it with 'return loss'. To skip a batch, return before the forward."
-                )
-            if loss is not None:
-                self._waiting = self._prepare(watch, placement, loss, batch, batch_size)
-        except BaseException as error:
-            if isinstance(error, PCError):
-                watch.undo()
-                _put_back(saved)
-            if isinstance(error, PCError) or self._draws is not None:
-                start.restore()
-            raise
-        if self.settings.reset == "never" and self._draws is None:
-            self._draws = start
-        elif self._draws is not None:
-            start.restore()
-        return output
 
-    def _early(self) -> Callable[[Tensor], str]:
-        """Says what is wrong with a tensor that was computed before the forward."""
-        held = self._held()
-        # A value of the batch before stands for the weights that predicted it.
-        behind = self._behind
+        def prepare(batch: Batch, placement: Placement) -> None:
+            self._waiting = self._prepare(batch, placement, given, batch_size)
 
-        def early(tensor: Tensor) -> str:
-            reached: set[Tensor] = set()
-            for leaf in leaves_of(tensor):
-                ref, weights = behind.get(id(leaf), (None, []))
-                reached.update(weights if ref is not None and ref() is leaf else [leaf])
-            trained = {leaf for leaf in reached if held is None or leaf in held}
-            return early_message(trained, self.model) if trained else ""
-
-        return early
-
-    def _watch(self, placement: Placement, early: Callable[[Tensor], str]) -> Watch:
-        return Watch(
-            placement,
-            self._learned,
-            self._softmax,
-            self._model.names,
-            self._model.own,
-            self._forms.expected,
-            self._kept,
-            early,
-        )
+        return self._recordings.record(forward, loss_of, self._held(), prepare, must)
 
     def _prepare(
         self,
-        watch: Watch,
+        batch: Batch,
         placement: Placement,
-        loss: Tensor,
         given: Any,
         batch_size: Callable[[], float | None],
     ) -> _Waiting:
-        batch = self._forms.prepare(watch, checked_loss(loss))
         graph, held = batch.graph, self._held()
         check_nodes(placement, graph, self.model)
         if held is not None:
@@ -255,7 +193,8 @@ class Learner:
         except BaseException as error:
             if self.auto is not None and isinstance(error, DivergenceError):
                 self.auto.after_divergence()
-            self._kept, self._age, self._draws = None, 0, None
+            self._recordings.forget()
+            self._age = 0
             raise
         finally:
             evaluator.finish()
@@ -268,23 +207,24 @@ class Learner:
         self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
     ) -> tuple[Batch, int]:
         """The batch that a forward gives and the T it would get; what it changed is put back."""
-        start, saved = RandomStates(), self._save()
-        self.begin(forward, loss_of)
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
-            raise ClosureError("The forward returned no loss, so there is no graph to describe.")
-        waiting.batch.watch.undo()
-        _put_back(saved)
-        start.restore()
+        with self._recordings.undone(self._held()):
+            self.begin(forward, loss_of)
+            waiting, self._waiting = self._waiting, None
+            if waiting is None:
+                raise ClosureError(
+                    "The forward returned no loss, so there is no graph to describe."
+                )
+            waiting.batch.watch.undo()
         return waiting.batch, waiting.T
 
     def _infer(
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
         graph, T, betas = evaluator.graph, waiting.T, self.settings.betas
+        held = self._held() or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self.values = {node.name: node.x for node in graph.nodes}
-        self._behind = {id(n.x): (weakref.ref(n.x), n.parameters) for n in graph.nodes}
+        self._recordings.keep_in_mind(graph.nodes)
         if self.schedule.incremental:
             clear_gradients(evaluator.moving)
         begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
@@ -319,11 +259,11 @@ class Learner:
             terms,
             float(phase.mover.gamma),
             self._age,
-            self._learnable(),
+            {name: p for p, name in self._recordings.model.trained.items() if p in held},
         )
         self._alerts.after(graph.nodes, phase.mover, beginning, self.report)
         if kept:
-            self._kept, self._age = evaluator.batch.watch.sites, self._age + T
+            self._recordings.kept, self._age = evaluator.batch.watch.sites, self._age + T
         return traces[0].losses[0]
 
     def _mover(self, graph: Graph, T: int) -> Mover:
@@ -341,18 +281,6 @@ class Learner:
         names, automatic = list(self.values), self.auto is not None
         return divergence(names, trace, self._age, mover, automatic, self.schedule.name)
 
-    def _learnable(self) -> dict[str, nn.Parameter]:
-        held = self._held() or set()
-        named = self.model.named_parameters()
-        return {name: p for name, p in named if p.requires_grad and p in held}
-
-    def _save(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What a forward may write to, before the first: buffers, and weights of no optimizer."""
-        held = self._held() or set()
-        rest = [p for p in self.model.parameters() if p not in held]
-        tensors = [t for t in [*self.model.buffers(), *rest] if not (t.is_meta or is_lazy(t))]
-        return [(t, t.data, t.detach().clone()) for t in tensors]
-
     def _held(self) -> set[nn.Parameter] | None:
         """The parameters that the optimizer moves; None where it is not known."""
         if self.optimizer is None:
@@ -366,12 +294,3 @@ class Learner:
         )
         self._alerts.say("loss_terms", doubt)
         return terms
-
-
-@torch.no_grad()
-def _put_back(saved: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    for tensor, data, content in saved:
-        if data.shape == content.shape:
-            data.copy_(content)
-        if tensor.data_ptr() != data.data_ptr() or tensor.shape != content.shape:
-            tensor.data = data if data.shape == content.shape else content

@@ -417,7 +417,9 @@ def test_kept_errors_count_as_what_has_come_of_them():
     for _ in range(120):
         losses.append(float(optimizer.step(lambda: squared(model, x, y) / 8)))
     assert optimizer.report.gamma * optimizer.report.curvature > 0.4
-    assert not any(node.whole for node in [s.node for s in optimizer._learner._kept] if node)
+    assert not any(
+        node.whole for node in [s.node for s in optimizer._learner._recordings.kept] if node
+    )
     assert losses[-1] < 0.8 * losses[0]
 
 

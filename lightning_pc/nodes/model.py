@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from torch import nn
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_pc.errors import UnsupportedError
 from lightning_pc.nodes.placement import Placement, ValueNodes, resolve
@@ -51,6 +55,7 @@ class Model:
         modules: The module and all in it.
         names: Their dotted names.
         own: Ids of its buffers and of the parameters that are not trained.
+        trained: Its trainable parameters -> their dotted names.
     """
 
     def __init__(self, model: nn.Module, value_nodes: ValueNodes) -> None:
@@ -58,6 +63,7 @@ class Model:
         self.modules: tuple[nn.Module, ...] = ()
         self.names: dict[nn.Module, str] = {}
         self.own: frozenset[int] = frozenset()
+        self.trained: dict[nn.Parameter, str] = {}
         self._placement: Placement | None = None
 
     def look(self) -> Placement:
@@ -73,8 +79,41 @@ class Model:
             self._placement = resolve(self._value_nodes, self.model)
             self.modules = modules
             self.names = {module: name for name, module in self.model.named_modules()}
-        # A buffer may have been replaced since the last batch.
-        buffers = [b for module in modules for b in module._buffers.values() if b is not None]
-        still = [p for module in modules for p in module._parameters.values() if p is not None]
-        self.own = frozenset(map(id, [*buffers, *(p for p in still if not p.requires_grad)]))
+        # Any of these may have been replaced since the last batch.
+        own: list[Tensor] = []
+        self.trained = {}
+        for module, name in self.names.items():
+            own += [b for b in module._buffers.values() if b is not None]
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    self.trained.setdefault(parameter, f"{name}.{key}" if name else key)
+                elif parameter is not None:
+                    own.append(parameter)
+        self.own = frozenset(map(id, own))
         return self._placement
+
+    def save(self, held: set[nn.Parameter]) -> Saved:
+        """What a forward may write to: buffers, and weights of no optimizer."""
+        rest = [p for p in self.model.parameters() if p not in held]
+        tensors = [t for t in [*self.model.buffers(), *rest] if not (t.is_meta or is_lazy(t))]
+        return Saved([(t, t.data, t.detach().clone()) for t in tensors])
+
+
+@dataclass
+class Saved:
+    """Tensors as they were.
+
+    Attributes:
+        tensors: Each with its data and a copy of that.
+    """
+
+    tensors: list[tuple[Tensor, Tensor, Tensor]]
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """They are so again."""
+        for tensor, data, content in self.tensors:
+            if data.shape == content.shape:
+                data.copy_(content)
+            if tensor.data_ptr() != data.data_ptr() or tensor.shape != content.shape:
+                tensor.data = data if data.shape == content.shape else content
