@@ -11,10 +11,11 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_pc.plots import plot_history
+from lightning_pc.refusals import at_the_door
+from lightning_pc.settings import refuse
 from lightning_pc.strategy import PCStrategy
 
 #: Batches that an `EnergyMonitor` remembers.
@@ -39,38 +40,33 @@ class EnergyMonitor(pl.Callback):
     Attributes:
         history: ``(batch, {node: energy per loss term})`` of batches evenly spread over this fit,
             1,000 at most; the energies are scalar tensors.
-
-    Raises:
-        MisconfigurationException: The Trainer's strategy is no `PCStrategy`, or matplotlib is
-            missing.
     """
 
     def __init__(self, per_node: bool = False, plot: str | None = None) -> None:
         self.per_node, self.plot = per_node, plot
         self.history: list[tuple[int, dict[str, Tensor]]] = []
-        self._batches, self._every = 0, 1
 
+    @at_the_door()
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the strategy."""
         if stage != "fit":
             return
-        if not isinstance(trainer.strategy, PCStrategy):
-            raise MisconfigurationException(
-                f"EnergyMonitor watches a PCStrategy, the Trainer uses "
-                f"{type(trainer.strategy).__name__}: remove one of the two."
-            )
         self.history.clear()
         self._batches, self._every = 0, 1
-        if self.plot is not None and not str(self.plot).endswith(FORMATS):
-            raise MisconfigurationException(
-                f"EnergyMonitor(plot={self.plot!r}): expected a file name that ends in one of "
-                f"{', '.join(FORMATS)}."
-            )
-        if self.plot is not None and find_spec("matplotlib") is None:
-            raise MisconfigurationException(
-                f"EnergyMonitor(plot={self.plot!r}) needs matplotlib: pip install "
-                "'lightning_pc[plots]'."
-            )
+        given, plot = self.plot is not None, f"EnergyMonitor(plot={self.plot!r})"
+        refused = {
+            f"EnergyMonitor watches a PCStrategy, the Trainer uses "
+            f"{type(trainer.strategy).__name__}: remove one of the two.": (
+                not isinstance(trainer.strategy, PCStrategy)
+            ),
+            f"{plot}: expected a file name that ends in one of {', '.join(FORMATS)}.": (
+                given and not str(self.plot).endswith(FORMATS)
+            ),
+            f"{plot} needs matplotlib: pip install 'lightning_pc[plots]'.": (
+                given and find_spec("matplotlib") is None
+            ),
+        }
+        refuse(refused)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -81,33 +77,24 @@ class EnergyMonitor(pl.Callback):
         if report is None:
             return
         last = report.energies[-1] / report.loss_terms
+        each = dict(zip(report.nodes, last, strict=True))
         log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
         log("pc/energy", last.sum(), prog_bar=True)
         log("pc/gamma", report.gamma)
         if report.curvature is not None:
             log("pc/curvature", report.curvature)
         log("pc/steps", float(report.steps))
-        if self.per_node:
-            for name, energy in zip(report.nodes, last, strict=True):
-                log(f"pc/energy/{name}", energy)
+        for name, energy in each.items() if self.per_node else ():
+            log(f"pc/energy/{name}", energy)
         if self._batches % self._every == 0:
-            self.history.append((self._batches, dict(zip(report.nodes, last, strict=True))))
+            self.history.append((self._batches, each))
         if len(self.history) > MOST:
             del self.history[1::2]
             self._every *= 2
         self._batches += 1
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves the picture."""
-        self._save()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Saves the picture of how it came to that."""
-        self._save()
-
-    def _save(self) -> None:
+    def on_fit_end(self, *args: Any) -> None:
+        """Saves the picture; where the fit failed, of how it came to that."""
         if self.plot is None or not self.history:
             return
         from matplotlib.figure import Figure
@@ -117,14 +104,17 @@ class EnergyMonitor(pl.Callback):
         Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.plot, dpi=150)
 
+    def on_exception(self, *args: Any) -> None:
+        """Saves the picture."""
+        self.on_fit_end()
+
 
 class RandomState(pl.Callback):
     """Saves the random generators with every checkpoint, so that a resumed run is exact.
 
-    Plain Lightning resumes with whatever state the generators happen to have. With this callback
-    dropout masks and shuffles of the resumed run are those of the run that was never interrupted,
-    where the checkpoint is of the end of an epoch: in mid-epoch the order in which the rest of it
-    was to come is the data loader's to keep.
+    Plain Lightning resumes with whatever state they happen to have. With this callback dropout
+    masks and shuffles are those of the run that was never interrupted, from a checkpoint of the end
+    of an epoch. In mid-epoch the order of what is left of it is the data loader's to keep.
     """
 
     def __init__(self) -> None:

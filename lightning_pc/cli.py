@@ -8,9 +8,5 @@ import lightning_pc  # noqa: F401  (registers the strategies ipc, pc, zil, epc a
 
 
 def main(args: ArgsType = None) -> LightningCLI:
-    """Runs LightningCLI; model and data are named in the YAML by ``class_path``.
-
-    Args:
-        args: Command-line arguments, default ``sys.argv``.
-    """
+    """Runs LightningCLI on ``args`` (default ``sys.argv``): ``class_path`` names model and data."""
     return LightningCLI(args=args, save_config_kwargs={"overwrite": True})

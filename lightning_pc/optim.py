@@ -14,8 +14,18 @@ from torch.optim import LBFGS, Optimizer
 from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
-from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.settings import Settings, refuse, refuse_unknown
 from lightning_pc.wrapping import STATE, once, with_state, without_state
+
+
+def _wrapped(name: str) -> Any:
+    """An attribute of the wrapped optimizer; super().__init__ sets its own, which is dropped."""
+
+    def put(self: PredictiveCodingOptimizer, value: Any) -> None:
+        if not self._adopting:
+            setattr(self.optimizer, name, value)
+
+    return property(lambda self: getattr(self.optimizer, name), put)
 
 
 class PredictiveCodingOptimizer(Optimizer):
@@ -29,12 +39,11 @@ class PredictiveCodingOptimizer(Optimizer):
         model: The module that is trained, as it is.
         settings: By name, as `lightning_pc.settings.Settings` describes them: ``T``, ``gamma``,
             ``value_nodes`` and the others.
-
-    Raises:
-        ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
     """
 
     algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"]
+    param_groups = _wrapped("param_groups")
+    state = _wrapped("state")
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **settings: Any) -> None:
         door = type(self).__name__
@@ -50,31 +59,21 @@ class PredictiveCodingOptimizer(Optimizer):
         self._wrap(optimizer, model, Settings(algorithm=self.algorithm, **settings))
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
-        self._learner = Learner(model, settings, optimizer)
+        self.settings, self._learner = settings, Learner(model, settings, optimizer)
         self._learner.check()
         self.optimizer = optimizer
-        self._adopting = True  # super() sets param_groups and state, which the wrapped one owns
+        self._adopting = True
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._adopting = False
 
     def __getstate__(self) -> dict[str, Any]:
-        learner = self._learner
-        return {
-            "optimizer": self.optimizer,
-            "model": learner.model,
-            "settings": learner.settings,
-            STATE: learner.state_dict(),
-        }
+        given = {"model": self._learner.model, "settings": self.settings}
+        return {"optimizer": self.optimizer, **given, STATE: self._learner.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest, ours = without_state(state)
         self._wrap(**rest)
         self._learner.load_state_dict(ours)
-
-    @property
-    def settings(self) -> Settings:
-        """What was given by name, and the defaults of the rest."""
-        return self._learner.settings
 
     @property
     def report(self) -> StepReport | None:
@@ -97,9 +96,8 @@ class PredictiveCodingOptimizer(Optimizer):
             The loss, detached; None where the closure skipped the batch, before the forward.
 
         Raises:
-            ClosureError: No closure, or it differentiated the loss itself.
-            DivergenceError: Loss or an energy is not finite.
-            PCError: The module or its nodes cannot be trained.
+            PCError: ClosureError without a closure, or where it differentiated the loss itself;
+                DivergenceError where the loss or an energy is not finite; others of the module.
         """
         door = type(self).__name__
         if closure is None:
@@ -120,23 +118,24 @@ class PredictiveCodingOptimizer(Optimizer):
                 return None
             first = loss.detach()
             self.zero_grad()
-            with _fabric_agrees():
-                self._learner.infer(1.0, lambda: self._update(first))
-            self._update(first)
-        return first
 
-    def _update(self, loss: Tensor) -> None:
-        self.optimizer.step(once(lambda: loss, self.optimizer))
-        torch.clear_autocast_cache()  # or the next forward sees the old weights' bf16 copies
+            def update() -> None:
+                self.optimizer.step(once(lambda: first, self.optimizer))
+                torch.clear_autocast_cache()  # or the next forward sees old weights' bf16 copies
+
+            with _fabric_agrees():
+                self._learner.infer(1.0, update)
+            update()
+        return first
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's."""
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, which loads into that optimizer alone as well.
+        """The wrapped optimizer's, with what ``gamma="auto"`` knows under ``"lightning_pc"``.
 
-        With ``gamma="auto"`` the rate stands beside it, under ``"lightning_pc"``.
+        It loads into the wrapped optimizer alone as well.
         """
         return with_state(self.optimizer.state_dict(), self._learner)
 
@@ -150,26 +149,6 @@ class PredictiveCodingOptimizer(Optimizer):
         """As the wrapped optimizer's."""
         if not self._adopting:
             self.optimizer.add_param_group(param_group)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        if not self._adopting:
-            self.optimizer.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, state: Any) -> None:
-        if not self._adopting:
-            self.optimizer.state = state
 
     def __getattr__(self, name: str) -> Any:
         """What else the wrapped optimizer has (``train()``, ``eval()`` of schedule-free ones)."""
@@ -185,26 +164,20 @@ class IPC(PredictiveCodingOptimizer):
     """Incremental predictive coding: values and weights move at every inference step (Alg. 1).
 
     ``step`` takes T steps of the wrapped optimizer; its learning rate, weight decay and clipping
-    act at each. Arguments as in `PredictiveCodingOptimizer`.
+    act at each.
     """
 
     algorithm = "ipc"
 
 
 class PC(PredictiveCodingOptimizer):
-    """Predictive coding: values move first, then weights once (Alg. 2).
-
-    Arguments as in `PredictiveCodingOptimizer`.
-    """
+    """Predictive coding: values move first, then weights once (Alg. 2)."""
 
     algorithm = "pc"
 
 
 class ZIL(PredictiveCodingOptimizer):
-    """Zero-divergence inference learning: backprop's update, found by local errors (Alg. 3).
-
-    The value nodes must form a chain. Arguments as in `PredictiveCodingOptimizer`.
-    """
+    """Backprop's update, found by local errors (Alg. 3); the value nodes must form a chain."""
 
     algorithm = "zil"
 
@@ -214,7 +187,7 @@ class EPC(PredictiveCodingOptimizer):
 
     The equilibrium of `PC`, in far fewer inference steps on a deep module: values are x = mu + e,
     and e moves by the gradient of the whole network's loss, which no depth dampens. Weights learn
-    from local errors, as in `PC`. Arguments as in `PredictiveCodingOptimizer`.
+    from local errors, as in `PC`.
     """
 
     algorithm = "epc"
@@ -224,8 +197,7 @@ class IEPC(PredictiveCodingOptimizer):
     """`IPC` in error coordinates: errors and weights move at every inference step.
 
     As in `EPC` the signal crosses any depth at once, and the values go along with the weights. For
-    pretrained modules with value nodes everywhere. ``step`` takes T steps of the wrapped optimizer,
-    as in `IPC`. Arguments as in `PredictiveCodingOptimizer`.
+    pretrained modules with value nodes everywhere. ``step`` takes T steps, as in `IPC`.
     """
 
     algorithm = "iepc"
@@ -260,34 +232,25 @@ def _fabric_agrees() -> Iterator[None]:
             wrappers._in_fabric_backward = flag
 
 
-def refuse_optimizer(optimizer: object, model: nn.Module) -> None:
-    """Refuses what cannot take a predictive coding step of ``model``.
-
-    Raises:
-        ConfigError: Naming the optimizer and what to do.
-    """
-    name = type(optimizer).__name__
-    if isinstance(optimizer, PredictiveCodingOptimizer):
-        raise ConfigError(
-            f"{name} would do predictive coding twice: give the plain optimizer that it wraps."
-        )
-    if isinstance(optimizer, LBFGS):
-        raise ConfigError(
-            "LBFGS evaluates its closure several times a step, each of which would be a whole "
-            "inference: use SGD, Adam(W) or another optimizer of one gradient a step."
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise ConfigError(f"Expected a torch optimizer, got {name}.")
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not isinstance(parameter, nn.Parameter):
-                raise ConfigError(
-                    f"{name} holds a tensor of shape {tuple(parameter.shape)} that is no "
-                    "nn.Parameter: predictive coding trains the parameters of a module."
-                )
-    theirs = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if theirs.isdisjoint(map(id, model.parameters())):
-        raise ConfigError(
-            f"The optimizer ({name}) holds no parameter of {type(model).__name__}, which would "
-            "learn nothing: make it from model.parameters(), after anything that replaces them."
-        )
+def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
+    """Refuses what cannot take a predictive coding step of ``model``."""
+    name, is_one = type(optimizer).__name__, isinstance(optimizer, Optimizer)
+    held = [p for group in optimizer.param_groups for p in group["params"]] if is_one else []
+    others = [tuple(p.shape) for p in held if not isinstance(p, nn.Parameter)]
+    refused = {
+        f"{name} would do predictive coding twice: give the plain optimizer that it wraps.": (
+            isinstance(optimizer, PredictiveCodingOptimizer)
+        ),
+        "LBFGS evaluates its closure several times a step, each of which would be a whole "
+        "inference: use SGD, Adam(W) or another optimizer of one gradient a step.": (
+            isinstance(optimizer, LBFGS)
+        ),
+        f"Expected a torch optimizer, got {name}.": not is_one,
+        f"{name} holds a tensor of shape {others[:1] and others[0]} that is no "
+        "nn.Parameter: predictive coding trains the parameters of a module.": others,
+        f"The optimizer ({name}) holds no parameter of {type(model).__name__}, which would learn "
+        "nothing: make it from model.parameters(), after anything that replaces them.": (
+            set(held).isdisjoint(model.parameters())
+        ),
+    }
+    refuse(refused)

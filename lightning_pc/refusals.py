@@ -8,20 +8,15 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.plugins.precision import (
-    DeepSpeedPrecision,
-    FSDPPrecision,
-    HalfPrecision,
-    MixedPrecision,
-    Precision,
-)
+from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch.optim import Optimizer
 
-from lightning_pc.errors import PCError
+from lightning_pc.errors import ConfigError, PCError
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.optim import refuse_optimizer
+from lightning_pc.settings import refuse
 
 
 @contextmanager
@@ -33,81 +28,67 @@ def at_the_door() -> Iterator[None]:
         raise MisconfigurationException(str(error)) from error
 
 
-def refuse_precision(plugin: Precision) -> None:
-    """Refuses float16 and the plugins of strategies for several devices."""
-    if isinstance(plugin, (FSDPPrecision, DeepSpeedPrecision)):
-        raise MisconfigurationException(
-            f"PCStrategy trains on one device and cannot use {type(plugin).__name__}."
-        )
-    half = isinstance(plugin, (MixedPrecision, HalfPrecision)) and plugin.precision.startswith("16")
-    if half:
-        raise MisconfigurationException(
-            "PCStrategy does not train in float16: prediction errors fall below its range, "
-            "and a gradient scaler would skip single updates within a batch. Use "
-            "precision='bf16-mixed', 'bf16-true' or '32-true'."
-        )
+@at_the_door()
+def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: str) -> None:
+    """Refuses float16 and what is for several devices, by the Trainer's precision plugin.
 
-
-def refuse_module(module: pl.LightningModule, trainer: pl.Trainer, algorithm: str) -> None:
-    """Refuses modules that run their own backward, steps or batches or are compiled.
-
-    For algorithms that step within a batch also planned accumulation.
+    Also modules that run their own backward, steps or batches or are compiled, and for algorithms
+    that step within a batch planned accumulation.
     """
-    name = type(module).__name__
-    if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{name} uses manual optimization, but PCStrategy decides when values and weights "
-            "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
-            "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "
-            "call optimizer.step(closure)."
-        )
-    if is_overridden("backward", module, pl.LightningModule):
-        raise MisconfigurationException(
-            f"{name} overrides `backward`, which PCStrategy replaces: remove the override."
-        )
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        raise MisconfigurationException(
-            f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
-            "PCStrategy asks the batch how many terms its loss is a mean of: take (batch, "
-            "batch_idx)."
-        )
-    if getattr(module, "_compiler_ctx", None) is not None:
-        raise MisconfigurationException(
-            f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
-            "nodes: give the Trainer the module itself."
-        )
-    if SCHEDULES[algorithm].incremental and is_overridden(
-        "optimizer_step", module, pl.LightningModule
-    ):
-        raise MisconfigurationException(
-            f"{name} overrides `optimizer_step`, but {algorithm} steps T times a "
-            "batch and only the last of these would go through it: remove the override, or use "
-            "'pc'."
-        )
-    planned = [
-        batches
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, GradientAccumulationScheduler)
-        for batches in callback.scheduling.values()
-    ]
+    name, plugin = type(module).__name__, trainer.precision_plugin
+    refused = {
+        f"PCStrategy trains on one device and cannot use {type(plugin).__name__}.": (
+            isinstance(plugin, (precision.FSDPPrecision, precision.DeepSpeedPrecision))
+        ),
+        "PCStrategy does not train in float16: prediction errors fall below its range, "
+        "and a gradient scaler would skip single updates within a batch. Use "
+        "precision='bf16-mixed', 'bf16-true' or '32-true'.": (
+            isinstance(plugin, (precision.MixedPrecision, precision.HalfPrecision))
+            and plugin.precision.startswith("16")
+        ),
+        f"{name} uses manual optimization, but PCStrategy decides when values and weights "
+        "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
+        "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "
+        "call optimizer.step(closure).": not module.automatic_optimization,
+        f"{name} overrides `backward`, which PCStrategy replaces: remove the override.": (
+            is_overridden("backward", module, pl.LightningModule)
+        ),
+        f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
+        "PCStrategy asks the batch how many terms its loss is a mean of: take (batch, "
+        "batch_idx).": (
+            is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+        ),
+        f"{name} is compiled by torch.compile, which hides its nonlinearities from value "
+        "nodes: give the Trainer the module itself.": getattr(module, "_compiler_ctx", None),
+        f"{name} overrides `optimizer_step`, but {algorithm} steps T times a batch and only "
+        "the last of these would go through it: remove the override, or use 'pc'.": (
+            SCHEDULES[algorithm].incremental
+            and is_overridden("optimizer_step", module, pl.LightningModule)
+        ),
+    }
+    refuse(refused)
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    plans = [c.scheduling for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    planned = [batches for plan in plans for batches in plan.values()]
     refuse_accumulation(algorithm, max([trainer.accumulate_grad_batches, *planned]))
 
 
+@at_the_door()
 def refuse_accumulation(algorithm: str, batches: int) -> None:
     """Refuses several batches an optimizer step, for algorithms that step within a batch."""
     if SCHEDULES[algorithm].incremental and batches > 1:
-        raise MisconfigurationException(
+        raise ConfigError(
             f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
             "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
         )
 
 
+@at_the_door()
 def refuse_optimizers(module: pl.LightningModule, optimizers: Sequence[object]) -> None:
     """Refuses all but one optimizer that can take a predictive coding step of the module."""
     if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
-        raise MisconfigurationException(
+        raise ConfigError(
             f"PCStrategy needs exactly one optimizer, {type(module).__name__}."
             f"configure_optimizers gave {len(optimizers)}."
         )
-    with at_the_door():
-        refuse_optimizer(optimizers[0], module)
+    refuse_optimizer(optimizers[0], module)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.inference.precisions import Constant, Precisions, precisions
-from lightning_pc.inference.schedules import SCHEDULES, schedule
+from lightning_pc.inference.precisions import Constant, Precisions, is_number, precisions
+from lightning_pc.inference.schedules import schedule
 from lightning_pc.nodes.energies import softmax_energy
+from lightning_pc.nodes.placement import Entry
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,6 @@ class Settings:
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a
             callable that makes it from their list, such as
             ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc"
@@ -73,12 +70,7 @@ class Settings:
     gamma_decay: float | None = None
     momentum: float | Literal["conjugate"] | None = None
     # The list before the function: jsonargparse saves a value as the first that it may be.
-    value_nodes: (
-        str
-        | list[str | type[nn.Module] | Callable[[str, nn.Module], bool]]
-        | type[nn.Module]
-        | Callable[[str, nn.Module], bool]
-    ) = "auto"
+    value_nodes: str | list[Entry] | Entry = "auto"
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
     softmax_energy: Literal["categorical", "gaussian"] = "categorical"
@@ -87,132 +79,78 @@ class Settings:
     inference: Callable[[list[Tensor]], Optimizer] | None = None
 
     def __post_init__(self) -> None:
-        fixed = schedule(self.algorithm).fixed_gamma
-        T, gamma = self.T, self.gamma
-        if T is not None and not (_is_whole(T) and T >= 1):
-            raise ConfigError(
-                f"T={T!r}: expected a whole number of inference steps, >= 1, or None."
-            )
-        schedule(self.algorithm).steps(1, T)
-        automatic = isinstance(gamma, str) and gamma == "auto"
-        if not automatic and not (_is_number(gamma) and gamma > 0):  # type: ignore[operator]
-            raise ConfigError(f"gamma={gamma!r}: expected a positive inference rate or 'auto'.")
-        if fixed is not None and gamma not in ("auto", fixed):
-            raise ConfigError(
-                f"gamma={gamma}: {self.algorithm} is exact at gamma = {fixed:g} alone, "
-                "leave gamma at 'auto'."
-            )
-        decay = self.gamma_decay
-        if decay is not None and not (_is_number(decay) and 0 < decay <= 1):
-            raise ConfigError(
-                f"gamma_decay={self.gamma_decay!r}: expected a factor in (0, 1]; 1 keeps gamma."
-            )
-        if self.reset not in ("batch", "never"):
-            raise ConfigError(f"reset={self.reset!r}: expected 'batch' or 'never'.")
-        if self.reset == "never" and self.algorithm == "zil":
-            raise ConfigError("reset='never': zil starts from the forward pass, use reset='batch'.")
-        terms = self.loss_terms
-        if terms is not None and not callable(terms) and not (_is_number(terms) and terms > 0):
-            raise ConfigError(
-                f"loss_terms={terms!r}: expected the number of terms that the loss is a mean of, "
-                "or a callable of the batch."
-            )
+        way, weights = schedule(self.algorithm), precisions(self.precisions)
+        zil, never, betas = self.algorithm == "zil", self.reset == "never", self.betas
+        T, gamma, decay, momentum = self.T, self.gamma, self.gamma_decay, self.momentum
+        terms, conjugate, pair = self.loss_terms, momentum == "conjugate", len(betas) == 2
+        idle = {"gamma": gamma != "auto", "gamma_decay": decay, "momentum": momentum is not None}
+        given = [name for name, is_given in idle.items() if is_given]
+        refused = {
+            f"T={T!r}: expected a whole number of inference steps, >= 1, or None.": (
+                T is not None and (isinstance(T, bool) or not isinstance(T, Integral) or T < 1)
+            ),
+            f"gamma={gamma!r}: expected a positive inference rate or 'auto'.": (
+                gamma != "auto" and not (is_number(gamma) and gamma > 0)
+            ),
+            f"gamma={gamma}: zil is exact at gamma = 1 alone, leave gamma at 'auto'.": (
+                zil and gamma not in ("auto", 1)
+            ),
+            f"gamma_decay={decay!r}: expected a factor in (0, 1]; 1 keeps gamma.": (
+                decay is not None and not (is_number(decay) and 0 < decay <= 1)
+            ),
+            f"reset={self.reset!r}: expected 'batch' or 'never'.": (
+                self.reset not in ("batch", "never")
+            ),
+            "reset='never': zil starts from the forward pass, use reset='batch'.": zil and never,
+            f"loss_terms={terms!r}: expected the number of terms that the loss is a mean of, "
+            "or a callable of the batch.": (
+                not (terms is None or callable(terms) or (is_number(terms) and terms > 0))
+            ),
+            f"momentum={momentum!r}: expected the share of their velocity that values keep "
+            "from step to step, in [0, 1), 'conjugate' or None.": (
+                not (momentum is None or conjugate or (is_number(momentum) and 0 <= momentum < 1))
+            ),
+            f"momentum={momentum!r}: zil is exact at 0 alone.": zil and momentum,
+            f"momentum={momentum!r} leads towards the minimum of F, but {self.algorithm} stays "
+            "near its start on purpose: give a number, or use 'ipc'.": conjugate and way.whole,
+            f"momentum={momentum!r} tells from two gradients how F bends between them, but "
+            "varying precisions change F itself: give a number.": conjugate and weights.varies,
+            f"beta={self.beta!r}: expected the loss's factor in F, a number that is not 0 "
+            "(negative pushes values away from the target), or a pair such as (0.3, -0.3).": (
+                len(betas) not in (1, 2) or not all(is_number(beta) and beta for beta in betas)
+            ),
+            "zil is exact for plain predictive coding alone: leave precisions and beta at "
+            "their defaults.": zil and (betas != (1,) or weights != Constant()),
+            f"precisions={weights.name!r} send one wave through a batch, but reset='never' "
+            "keeps values for the next, in which it would only add up: use reset='batch'.": (
+                weights.wave and never
+            ),
+            f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
+            f"{self.algorithm}'s errors start everywhere at once: use 'pc' or 'ipc'.": (
+                weights.wave and way.through
+            ),
+            f"reset='never': {self.algorithm} would go on learning from gradients of calls "
+            "long past, since its errors forget as slowly as they move. Use 'ipc' or 'pc'.": (
+                never and way.whole
+            ),
+            f"inference={self.inference!r}: expected a callable that makes an optimizer of the "
+            "values, e.g. lambda values: torch.optim.Adam(values, 0.05).": (
+                not (self.inference is None or callable(self.inference))
+            ),
+            f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would "
+            "have no effect, leave it out.": self.inference is not None and (given or zil),
+            f"beta={self.beta!r}: {self.algorithm} moves the weights at every step, and the "
+            "second phase would not start where the first did. Use 'pc' or 'epc', or one beta.": (
+                pair and way.incremental
+            ),
+            f"beta={self.beta!r}: both phases start from the forward pass, use reset='batch'.": (
+                pair and never
+            ),
+            f"beta={self.beta!r}: T=1 leaves the values no step, use T >= 2.": pair and T == 1,
+        }
+        refuse(refused)
+        way.steps(1, T)
         softmax_energy(self.softmax_energy, -1)
-        self._check_momentum()
-        self._check_variants()
-
-    def _check_momentum(self) -> None:
-        momentum = self.momentum
-        if momentum is None:
-            return
-        conjugate = isinstance(momentum, str) and momentum == "conjugate"
-        if not conjugate and not (_is_number(momentum) and 0 <= momentum < 1):  # type: ignore[operator]
-            raise ConfigError(
-                f"momentum={momentum!r}: expected the share of their velocity that values keep "
-                "from step to step, in [0, 1), 'conjugate' or None."
-            )
-        if momentum and self.algorithm == "zil":
-            raise ConfigError(f"momentum={momentum!r}: zil is exact at 0 alone.")
-        if conjugate and SCHEDULES[self.algorithm].whole:
-            raise ConfigError(
-                f"momentum={momentum!r} leads towards the minimum of F, but {self.algorithm} stays "
-                "near its start on purpose: give a number, or use 'ipc'."
-            )
-        if conjugate and precisions(self.precisions).varies:
-            raise ConfigError(
-                f"momentum={momentum!r} tells from two gradients how F bends between them, but "
-                "varying precisions change F itself: give a number."
-            )
-
-    def _check_whole(self) -> None:
-        if self.reset == "never":
-            raise ConfigError(
-                f"reset='never': {self.algorithm} would go on learning from gradients of calls "
-                "long past, since its errors forget as slowly as they move. Use 'ipc' or 'pc'."
-            )
-
-    def _check_variants(self) -> None:
-        betas = self.betas
-        if not betas or len(betas) > 2 or not all(_is_number(b) and b for b in betas):
-            raise ConfigError(
-                f"beta={self.beta!r}: expected the loss's factor in F, a number that is not 0 "
-                "(negative pushes values away from the target), or a pair such as (0.3, -0.3)."
-            )
-        weights = precisions(self.precisions)
-        if self.algorithm == "zil" and (self.betas != (1,) or weights != Constant()):
-            raise ConfigError(
-                "zil is exact for plain predictive coding alone: leave precisions and beta at "
-                "their defaults."
-            )
-        if weights.wave and self.reset == "never":
-            raise ConfigError(
-                f"precisions={weights.name!r} send one wave through a batch, but reset='never' "
-                "keeps values for the next, in which it would only add up: use reset='batch'."
-            )
-        if SCHEDULES[self.algorithm].through and weights.wave:
-            raise ConfigError(
-                f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
-                f"{self.algorithm}'s errors start everywhere at once: use 'pc' or 'ipc'."
-            )
-        if SCHEDULES[self.algorithm].whole:
-            self._check_whole()
-        self._check_inference()
-        if len(betas) == 1:
-            return
-        if SCHEDULES[self.algorithm].incremental:
-            raise ConfigError(
-                f"beta={self.beta!r}: {self.algorithm} moves the weights at every step, and the "
-                "second phase would not start where the first did. Use 'pc' or 'epc', or one beta."
-            )
-        if self.reset == "never":
-            raise ConfigError(
-                f"beta={self.beta!r}: both phases start from the forward pass, use reset='batch'."
-            )
-        if self.T == 1:
-            raise ConfigError(f"beta={self.beta!r}: T=1 leaves the values no step, use T >= 2.")
-
-    def _check_inference(self) -> None:
-        if self.inference is None:
-            return
-        if not callable(self.inference):
-            raise ConfigError(
-                f"inference={self.inference!r}: expected a callable that makes an optimizer of the "
-                "values, e.g. lambda values: torch.optim.Adam(values, 0.05)."
-            )
-        given = [
-            name
-            for name, value, default in (
-                ("gamma", self.gamma, "auto"),
-                ("gamma_decay", self.gamma_decay, None),
-                ("momentum", self.momentum, None),
-            )
-            if value != default
-        ]
-        if given or self.algorithm == "zil":
-            raise ConfigError(
-                f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would "
-                "have no effect, leave it out."
-            )
 
     @property
     def betas(self) -> tuple[float, ...]:
@@ -222,21 +160,18 @@ class Settings:
     @property
     def fixed_gamma(self) -> float | None:
         """Gamma at the start of each batch, None where it is chosen automatically."""
-        fixed = schedule(self.algorithm).fixed_gamma
-        return fixed if self.gamma == "auto" else self.gamma
+        return schedule(self.algorithm).fixed_gamma if self.gamma == "auto" else self.gamma
 
     @property
     def chosen_momentum(self) -> float | Literal["conjugate"]:
         """Of the values: the one given, else conjugate gradients where the algorithm has them.
 
-        With a given gamma values descend as in the paper. Where they are kept from call to call
-        they do, too: what they do must not depend on how many steps a call has. And where the loss
-        is pushed up: F may have no minimum.
+        Values descend as in the paper where gamma is given. So do values that are kept: what they
+        do must not depend on how many steps a call has. Where the loss is pushed up F may have no
+        minimum.
         """
-        if self.inference is not None:
-            return 0.0
-        if self.momentum is not None:
-            return self.momentum
+        if self.inference is not None or self.momentum is not None:
+            return self.momentum or 0.0
         steady = self.reset == "batch" and not precisions(self.precisions).varies
         downhill = schedule(self.algorithm).conjugate and min(self.betas) > 0
         return "conjugate" if self.gamma == "auto" and steady and downhill else 0.0
@@ -254,12 +189,15 @@ class Settings:
 _GONE = {"nudging": "beta=0.3 (positive), beta=-0.3 (negative), beta=(0.3, -0.3) (centered)"}
 
 
-def refuse_unknown(door: str, given: Iterable[str]) -> None:
-    """Refuses arguments that no setting has.
+def refuse(told: Mapping[str, object]) -> None:
+    """Raises a ConfigError of the first message that holds, of message -> whether it holds."""
+    for message, holds in told.items():
+        if holds:
+            raise ConfigError(message)
 
-    Raises:
-        ConfigError: Naming the argument, and the one that may be meant.
-    """
+
+def refuse_unknown(door: str, given: Iterable[str]) -> None:
+    """Refuses arguments that no setting has, and names the one that may be meant."""
     known = [f.name for f in fields(Settings)]
     for name in given:
         if name in _GONE:
@@ -267,14 +205,5 @@ def refuse_unknown(door: str, given: Iterable[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"Did you mean {close[0]}=? " if close else ""
-            raise ConfigError(
-                f"{door} has no argument {name}=. {meant}It takes {', '.join(known)}."
-            )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            known_names = ", ".join(known)
+            raise ConfigError(f"{door} has no argument {name}=. {meant}It takes {known_names}.")

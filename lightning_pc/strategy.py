@@ -7,6 +7,7 @@ Two seams: `PCStrategy.training_step` runs the first forward with the nodes in p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,13 +27,7 @@ from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
-from lightning_pc.refusals import (
-    at_the_door,
-    refuse_accumulation,
-    refuse_module,
-    refuse_optimizers,
-    refuse_precision,
-)
+from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_optimizers, refuse_set_up
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.wrapping import once, with_state, without_state
 
@@ -41,15 +36,13 @@ class PCStrategy(SingleDeviceStrategy):
     """Trains a LightningModule with predictive coding on one device.
 
     Args:
-        algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
-            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"`` or
-            ``"iepc"`` (pc or ipc in error coordinates).
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``; what they are and what
+            follows by name stands in `lightning_pc.settings.Settings`.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
         checkpoint_io: How checkpoints are written.
         precision_plugin: Filled in by the Trainer.
-        settings: By name, as `lightning_pc.settings.Settings` describes them: ``T``, ``gamma``,
-            ``value_nodes`` and the others.
+        settings: By name: ``T``, ``gamma``, ``value_nodes`` and the others.
 
     Raises:
         MisconfigurationException: An argument, or later the model or the Trainer, does not fit.
@@ -67,12 +60,14 @@ class PCStrategy(SingleDeviceStrategy):
         precision_plugin: Precision | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(
-            device=_device(device),
-            accelerator=accelerator,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-        )
+        try:
+            root = torch.device(device)
+        except RuntimeError as error:
+            raise MisconfigurationException(
+                f"PCStrategy(device={device!r}): {str(error).splitlines()[0]} Leave device= out, "
+                "and give the Trainer accelerator= and devices=."
+            ) from error
+        super().__init__(root, accelerator, checkpoint_io, precision_plugin)
         with at_the_door():
             refuse_unknown("PCStrategy", settings)
             self.settings = Settings(algorithm=algorithm, **settings)
@@ -115,8 +110,7 @@ class PCStrategy(SingleDeviceStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        refuse_precision(self.precision_plugin)
-        refuse_module(self._module, trainer, self.settings.algorithm)
+        refuse_set_up(self._module, trainer, self.settings.algorithm)
         super().setup(trainer)
         refuse_optimizers(self._module, self.optimizers)
         with at_the_door():
@@ -128,24 +122,27 @@ class PCStrategy(SingleDeviceStrategy):
         step = super().training_step
 
         def batch_size() -> float | None:
-            try:
+            with suppress(MisconfigurationException, IndexError):
                 return extract_batch_size(args[0])
-            except (MisconfigurationException, IndexError):
-                return None
+            return None
 
         learner = self._require_learner()
         learner.optimizer = self.optimizers[0]  # a callback may have replaced it
         output = learner.begin(lambda: step(*args, **kwargs), _loss_of, args, batch_size)
-        return _without_graph(output)
+        loss = _loss_of(output)
+        if loss is None:
+            return output
+        leaf = loss.detach().requires_grad_()  # the learner owns the loss's graph
+        return {**output, "loss": leaf} if isinstance(output, Mapping) else leaf
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Inference and learning, between the hooks that surround an ordinary backward."""
         trainer, precision = self._module.trainer, self.precision_plugin
+        accumulated = trainer.accumulate_grad_batches
         self.pre_backward(closure_loss)
         closure_loss = precision.pre_backward(closure_loss, self._module)
-        accumulated = trainer.accumulate_grad_batches
         refuse_accumulation(self.settings.algorithm, accumulated)
 
         def update() -> None:
@@ -160,7 +157,8 @@ class PCStrategy(SingleDeviceStrategy):
         try:
             self._require_learner().infer(1.0 / accumulated, update)
         except DivergenceError:
-            if not _finds_a_rate(trainer):
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            if not any(isinstance(callback, _LRCallback) for callback in callbacks):
                 raise
             trainer.should_stop = True  # the curve of a learning rate finder ends here
             self._module.zero_grad()
@@ -191,9 +189,8 @@ class PCStrategy(SingleDeviceStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Loads the optimizers' states, and the automatic gamma where the checkpoint has it."""
         states = [without_state(state) for state in checkpoint["optimizer_states"]]
-        super().load_optimizer_state_dict(
-            {**checkpoint, "optimizer_states": [rest for rest, _ in states]}
-        )
+        plain = [rest for rest, _ in states]
+        super().load_optimizer_state_dict({**checkpoint, "optimizer_states": plain})
         for _, ours in states:
             self._require_learner().load_state_dict(ours)
 
@@ -202,9 +199,8 @@ class PCStrategy(SingleDeviceStrategy):
         """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` and ``"iepc"``."""
         for name, schedule in SCHEDULES.items():
             if name not in strategy_registry:
-                strategy_registry.register(
-                    name, cls, description=f"{name}: {schedule.paper}", algorithm=name
-                )
+                told = f"{name}: {schedule.paper}"
+                strategy_registry.register(name, cls, description=told, algorithm=name)
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -216,35 +212,10 @@ class PCStrategy(SingleDeviceStrategy):
         return self._learner
 
 
-def _finds_a_rate(trainer: pl.Trainer) -> bool:
-    """Whether Lightning drives the learning rate up until the loss diverges."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return any(isinstance(callback, _LRCallback) for callback in callbacks)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise MisconfigurationException(
-            f"PCStrategy(device={device!r}): {str(error).splitlines()[0]} Leave device= out, and "
-            "give the Trainer accelerator= and devices=."
-        ) from error
-
-
 def _loss_of(output: Any) -> Tensor | None:
     if isinstance(output, Mapping):
         return output.get("loss")
     return output if isinstance(output, Tensor) else None
-
-
-def _without_graph(output: Any) -> Any:
-    """The output for Lightning to hold while values move: the learner owns the loss's graph."""
-    loss = _loss_of(output)
-    if loss is None:
-        return output
-    leaf = loss.detach().requires_grad_()
-    return {**output, "loss": leaf} if isinstance(output, Mapping) else leaf
 
 
 PCStrategy.register_strategies(StrategyRegistry)

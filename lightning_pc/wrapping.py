@@ -28,17 +28,16 @@ def without_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
 def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
     """``closure``, for an optimizer that reads its loss; it computes no gradient anew.
 
-    Raises:
-        ConfigError: When called: the optimizer wants gradients at other weights, or once more.
+    Called once more, or at other weights, it is a ConfigError: it would need another gradient.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    learning = any(p.grad is not None for p in parameters)
+    versions = [p._version for p in parameters]
     called = False
 
     def first() -> Any:
         nonlocal called
-        moved = [
-            p for p, version in zip(parameters, versions, strict=True) if p._version != version
-        ]
+        moved = [p._version for p in parameters] != versions
         if called or moved or (learning and all(p.grad is None for p in parameters)):
             raise ConfigError(
                 f"{type(optimizer).__name__} evaluates its closure more than once a step, or at "
@@ -48,6 +47,4 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         called = True
         return closure()
 
-    learning = any(p.grad is not None for p in parameters)
-    versions = [p._version for p in parameters]
     return first

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from typing_extensions import override
 
@@ -21,7 +22,7 @@ from lightning_pc.errors import ConfigError
 class Precisions(ABC):
     """The weight of an energy in F; a variant is a subclass."""
 
-    name: str
+    name = "custom"
     #: Whether weights differ from step to step, so that F moves by itself.
     varies = True
     #: Whether all is done once the error has arrived everywhere: T is depth + 1 by default.
@@ -44,18 +45,14 @@ class Precisions(ABC):
 
 @dataclass(frozen=True)
 class Constant(Precisions):
-    """Every node energy weighs the same; 1 is plain predictive coding.
-
-    Args:
-        value: The weight, > 0.
-    """
+    """Every node energy weighs ``value`` > 0; 1 is plain predictive coding."""
 
     value: float = 1.0
     name = "constant"
     varies = False
 
     def __post_init__(self) -> None:
-        if not (_is_weight(self.value) and self.value):
+        if not (is_number(self.value) and self.value > 0):
             raise ConfigError(f"precisions={self.value!r}: expected a number > 0.")
 
     @override
@@ -85,7 +82,7 @@ class Spiking(Precisions):
     wave = True
 
     def __post_init__(self) -> None:
-        if not _is_weight(self.rest):
+        if not (is_number(self.rest) and self.rest >= 0):
             raise ConfigError(f"Spiking: rest={self.rest!r}: expected a number >= 0.")
 
     @override
@@ -98,7 +95,6 @@ class Spiking(Precisions):
         return self.rest
 
 
-@dataclass(frozen=True)
 class Wave(Precisions):
     """1 at t = depth and 0 else: Z-IL, in which each stage counts once."""
 
@@ -115,7 +111,6 @@ class Custom(Precisions):
     """A callable ``(depth, t) -> weight`` of the user's, which is asked for nodes alone."""
 
     function: Callable[[int, int], float]
-    name = "custom"
 
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -132,12 +127,7 @@ GONE = {
 
 
 def precisions(given: object) -> Precisions:
-    """What the argument ``precisions=`` stands for.
-
-    Raises:
-        ConfigError: It is no name of `PRECISIONS`, positive number, `Precisions` or callable
-            ``(depth, t) -> weight``.
-    """
+    """What the argument ``precisions=`` stands for; anything else is a ConfigError."""
     if isinstance(given, Precisions):
         return given
     if isinstance(given, str) and given in PRECISIONS:
@@ -150,12 +140,11 @@ def precisions(given: object) -> Precisions:
     if callable(given) and not isinstance(given, type):
         try:
             inspect.signature(given).bind(1, 0)
-        except TypeError as error:
-            raise ConfigError(
-                f"precisions={given!r} cannot be called with (depth, t): {error}."
-            ) from None
         except ValueError:  # a builtin does not tell
             pass
+        except TypeError as error:
+            told = f"precisions={given!r} cannot be called with (depth, t): {error}."
+            raise ConfigError(told) from None
         return Custom(given)
     known = ", ".join(map(repr, PRECISIONS))
     raise ConfigError(
@@ -165,23 +154,19 @@ def precisions(given: object) -> Precisions:
 
 
 def checked_weight(given: Precisions, depth: int, t: int, steps: int) -> float:
-    """The weight as a float.
-
-    Raises:
-        ConfigError: It is no finite number >= 0; for the first loss, on which all depends, > 0.
-    """
+    """The weight as a float >= 0, else a ConfigError; the first loss, which all needs, is > 0."""
     weight = given.weight(depth, t, steps)
     try:
         value = float(weight)
     except (TypeError, ValueError):
         value = math.nan
-    if not _is_weight(value) or (not value and depth == t == 0):
+    if not 0 <= value < math.inf or (not value and depth == t == 0):
         raise ConfigError(
             f"precisions gave {weight!r} at depth {depth}, step {t}: expected a weight >= 0."
         )
     return value
 
 
-def _is_weight(value: object) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
