@@ -20,16 +20,16 @@ from lightning_pc.settings import Settings, refuse_unknown
 
 @dataclass(frozen=True)
 class NodeRow:
-    """One line of `describe`.
+    """One line of `describe`; where no node stands all but name and shape is empty.
 
     Attributes:
         name: Dotted name of the place.
         shape: [B, *].
-        energy: Name of its node energy, "" where no node stands.
+        energy: Name of its node energy.
         parents: Nodes from which it is predicted.
-        depth: Fewest stages to the loss, 0 where no node stands.
+        depth: Fewest stages to the loss.
         parameters: Number of trainable weights of its stage.
-        why: Why no node stands there, "" where one does.
+        why: Why no node stands there.
     """
 
     name: str
@@ -71,15 +71,15 @@ class Description:
         table.add_column("#", justify="right")
         table.add_column("value node", overflow="fold", min_width=16)
         table.add_column("shape", no_wrap=True)
-        for title in ("energy", "parents"):
-            table.add_column(title)
+        table.add_column("energy")
+        table.add_column("parents")
         table.add_column("depth", justify="right")
         table.add_column("weights", justify="right")
         number = {row.name: i for i, row in enumerate(self.rows, 1)}
-        for i, row in enumerate(self.rows, 1):
+        for row in self.rows:
             parents = _ranges([number[name] for name in row.parents]) or "input"
-            cells = (row.name, _shape(row), row.energy, parents, str(row.depth))
-            table.add_row(str(i), *cells, f"{row.parameters:,}")
+            cells = (row.energy, parents, str(row.depth), f"{row.parameters:,}")
+            table.add_row(str(number[row.name]), row.name, _shape(row), *cells)
         for row in self.passed_over:
             table.add_row("", row.name, _shape(row), row.why, style="dim")
         return table
@@ -118,14 +118,8 @@ def describe(
         how: The `PCStrategy`, or the optimizer of `lightning_pc.optim`, whose settings count.
         print_table: Print the table; False to get the `Description` alone.
         settings: Others than of ``how``, by name: ``algorithm``, ``value_nodes`` and so on.
-
-    Returns:
-        The nodes, and the places that hold none.
-
-    Raises:
-        PCError: The nodes cannot stand there.
     """
-    given = getattr(how, "settings", None) if how is not None else Settings()
+    given = Settings() if how is None else getattr(how, "settings", None)
     if not isinstance(given, Settings):
         raise ConfigError(
             f"describe(model, batch, {how!r}): expected a PCStrategy or an optimizer of "
@@ -161,13 +155,12 @@ def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:
         return closure
     step = getattr(model, "training_step", None)
     if callable(step):
-        arguments = (given, 0)[: len(inspect.signature(step).parameters)]  # batch_idx is optional
-        return lambda: step(*arguments)
+        taken = len(inspect.signature(step).parameters)  # batch_idx is optional
+        return lambda: step(*(given, 0)[:taken])
     if isinstance(given, Mapping):
         return lambda: model(**given)
-    if isinstance(given, (tuple, list)):
-        return lambda: model(*given)
-    return lambda: model(given)
+    arguments = given if isinstance(given, (tuple, list)) else (given,)
+    return lambda: model(*arguments)
 
 
 def _any_loss(output: Any) -> Tensor:

@@ -24,9 +24,6 @@ class AdaptiveCalibrationError(Metric):
             that belong to it, and takes the mean over classes; otherwise the highest probability of
             each sample is asked about.
         kwargs: Of `torchmetrics.Metric`.
-
-    Raises:
-        ValueError: ``bins`` is not positive.
     """
 
     is_differentiable = False
@@ -47,14 +44,11 @@ class AdaptiveCalibrationError(Metric):
         self.add_state("labels", [], dist_reduce_fx="cat")
 
     def update(self, probabilities: Tensor, labels: Tensor) -> None:
-        """Adds a batch.
+        """Adds a batch; a ValueError says what is wrong with it.
 
         Args:
             probabilities: [B, classes], each row with sum 1; not logits.
             labels: Classes [B].
-
-        Raises:
-            ValueError: They are not that.
         """
         if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
             raise ValueError(
@@ -76,15 +70,8 @@ class AdaptiveCalibrationError(Metric):
         self.labels.append(labels.detach())
 
     def compute(self) -> Tensor:
-        """The error, a scalar.
-
-        Raises:
-            ValueError: There is no sample.
-        """
-        errors = []
-        for confidence, right in self._asked():
-            _, gaps, shares = _binned(confidence, right, self.bins)
-            errors.append((gaps.abs() * shares).sum())
+        """The error, a scalar."""
+        errors = [(gaps.abs() * shares).sum() for _, gaps, shares in self._questions()]
         return torch.stack(errors).mean()
 
     def reliability(self) -> tuple[Tensor, Tensor]:
@@ -92,37 +79,31 @@ class AdaptiveCalibrationError(Metric):
 
         Returns:
             Mean confidence and share that is right, of each bin, [bins] each.
-
-        Raises:
-            ValueError: There is no sample, or the metric is per class.
         """
         if self.per_class:
             raise ValueError("A reliability diagram is of the top label: per_class=False.")
-        ((confidence, right),) = self._asked()
-        means, gaps, _ = _binned(confidence, right, self.bins)
+        ((means, gaps, _),) = self._questions()
         return means, means - gaps
 
-    def _asked(self) -> list[tuple[Tensor, Tensor]]:
-        """Confidences and whether each was right, [N] both, of each question."""
+    def _questions(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The bins of each question: of each class, or of the highest probabilities."""
         if not len(self.labels):  # a list, or after the synchronisation of processes a tensor
             raise ValueError("No sample has been added: call update first.")
-        labels = dim_zero_cat(self.labels)
-        probabilities = dim_zero_cat(self.probabilities)
+        labels, probabilities = dim_zero_cat(self.labels), dim_zero_cat(self.probabilities)
         exact = torch.float32 if probabilities.device.type == "mps" else torch.float64
         probabilities = probabilities.to(exact)
-        if self.per_class:
-            return [(p, labels == label) for label, p in enumerate(probabilities.unbind(1))]
-        confidence, predicted = probabilities.max(1)
-        return [(confidence, predicted == labels)]
+        if not self.per_class:
+            confidence, predicted = probabilities.max(1)
+            return [_binned(confidence, predicted == labels, self.bins)]
+        classes = enumerate(probabilities.unbind(1))
+        return [_binned(p, labels == label, self.bins) for label, p in classes]
 
 
 def _binned(confidence: Tensor, right: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean confidence, its distance to the share that is right, and share of all, of each bin."""
-    order = confidence.argsort(stable=True)
-    groups = zip(
-        *(x[order].tensor_split(min(bins, len(x))) for x in (confidence, right.to(confidence))),
-        strict=True,
-    )
-    found = [torch.stack([c.mean(), c.mean() - r.mean(), c.new_tensor(len(c))]) for c, r in groups]
-    means, gaps, counts = torch.stack(found).unbind(1)
-    return means, gaps, counts / len(confidence)
+    order, many = confidence.argsort(stable=True), min(bins, len(confidence))
+    confidences = confidence[order].tensor_split(many)
+    rights = right.to(confidence)[order].tensor_split(many)
+    means = torch.stack([part.mean() for part in confidences])
+    gaps = means - torch.stack([part.mean() for part in rights])
+    return means, gaps, means.new_tensor([len(part) for part in rights]) / len(confidence)

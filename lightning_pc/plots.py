@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 
 
 def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
-    """Energy against inference step, a line per node, on a logarithmic scale.
+    """Draws energy against inference step, a line per node, on a logarithmic scale.
 
     Args:
         report: What a step did.
         ax: Where to draw; None for a new figure.
-
-    Returns:
-        The axes drawn on.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -31,30 +28,23 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     per_term = report.energy / report.loss_terms
     for index, (name, colour) in enumerate(zip(report.nodes, _colours(report.nodes), strict=True)):
         ax.plot(steps, per_term[:, index].tolist(), color=colour, marker="o", ms=3, label=name)
-    ax.plot(
-        steps,
-        (report.free_energy / report.loss_terms).tolist(),
-        *("k--",),
-        lw=1.2,
-        label="free energy F",
-    )
-    ax.set(xlabel="inference step t", ylabel="energy per loss term")
-    ax.set_title(f"{report.algorithm}: energy during one batch")
+    free = (report.free_energy / report.loss_terms).tolist()
+    ax.plot(steps, free, "k--", lw=1.2, label="free energy F")
+    title = f"{report.algorithm}: energy during one batch"
+    ax.set(xlabel="inference step t", ylabel="energy per loss term", title=title)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_yscale("log", nonpositive="mask")  # a node appears when the first error reaches it
     return _dressed(ax, len(report.nodes))
 
 
 def plot_history(
     history: Sequence[tuple[int, Mapping[str, Tensor]]], ax: Axes | None = None
 ) -> Axes:
-    """Each node's energy over training, on a logarithmic scale.
+    """Draws each node's energy over training, on a logarithmic scale.
 
     Args:
         history: As `lightning_pc.EnergyMonitor` keeps it: batch and energy per loss term by node.
         ax: Where to draw; None for a new figure.
-
-    Returns:
-        The axes drawn on.
     """
     ax = _axes(ax)
     names = list(dict.fromkeys(name for _, energies in history for name in energies))
@@ -62,27 +52,23 @@ def plot_history(
         points = [(batch, float(e[name])) for batch, e in history if name in e]
         ax.plot(*zip(*points, strict=True), color=colour, lw=1, label=name)
     ax.set(xlabel="batch", ylabel="energy per loss term", title="energy after inference")
+    ax.set_yscale("log", nonpositive="mask")
     return _dressed(ax, len(names))
 
 
 def plot_reliability(metric: AdaptiveCalibrationError, ax: Axes | None = None) -> Axes:
-    """Share that is right against confidence, a point per bin of equal mass, and the diagonal.
+    """Draws the share that is right against confidence, a point per bin of equal mass.
 
     Args:
         metric: With what has been predicted.
         ax: Where to draw; None for a new figure.
-
-    Returns:
-        The axes drawn on.
     """
     ax = _axes(ax)
     confidence, right = (values.tolist() for values in metric.reliability())
     ax.plot((0, 1), (0, 1), "k--", lw=1, label="calibrated")
     ax.plot(confidence, right, "o-", ms=4, label=f"AdaECE {float(metric.compute()):.3f}")
     ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small")
-    return ax
+    return _dressed(ax)
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -98,8 +84,7 @@ def _colours(names: Sequence[str]) -> list[tuple[float, float, float, float]]:
     return [colormaps["viridis"](shade) for shade in shades]
 
 
-def _dressed(ax: Axes, nodes: int) -> Axes:
-    ax.set_yscale("log", nonpositive="mask")  # a node appears when the first error reaches it
+def _dressed(ax: Axes, nodes: int = 0) -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     if nodes <= 12:
         ax.legend(frameon=False, fontsize="small")

@@ -15,15 +15,11 @@ from lightning_pc.nodes.node import Node
 
 
 class Alerts:
-    """Looks after the inference of one module.
+    """Looks after the inference of one module, whose gamma ``auto`` chooses (None if it is given).
 
-    Args:
-        schedule: Who moves when.
-        auto: Chooses gamma, None where it is given.
-        varies: The precisions vary, and F by itself.
-        patience: Batches on end in which F rises, until the user is told.
-        known: Share of the first batch's |F| below which F may rise. Of data that are known by
-            heart F is so small that any step raises it.
+    The user is told where F rises in ``patience`` batches on end, by more than rounding: of data
+    that are known by heart F is so small that any step raises it. So it may rise below the share
+    ``known`` of the first batch's |F|, and it does by itself where the precisions vary.
     """
 
     def __init__(

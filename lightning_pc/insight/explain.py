@@ -22,16 +22,7 @@ from lightning_pc.nodes.node import Node
 def divergence(
     names: Sequence[str], trace: Trace, start: int, mover: Mover, automatic: bool, algorithm: str
 ) -> DivergenceError:
-    """Names the first loss or energy that was not finite, and why it came to that.
-
-    Args:
-        names: Of the nodes.
-        trace: Of the batch, up to an evaluation that was not finite.
-        start: t of its first evaluation.
-        mover: How values moved.
-        automatic: gamma was chosen by ``gamma="auto"``.
-        algorithm: Its name.
-    """
+    """Names the first loss or energy of a trace from ``start`` on that was not finite, and why."""
     losses, energies = torch.stack(trace.losses).cpu(), torch.stack(trace.energies).cpu()
     free = torch.stack(trace.free).cpu()
     t = int(free.isfinite().cumprod(0).sum())
@@ -52,14 +43,9 @@ def divergence(
 def rises(
     report: StepReport, mover: Mover, seen: tuple[float, Node] | None, automatic: bool, since: int
 ) -> str:
-    """Says that F rises within each batch, where, and what to change.
+    """Says that F rises within each batch from ``since`` to ``report``'s, where, and what to do.
 
-    Args:
-        report: Of the last of these batches.
-        mover: How values moved in it.
-        seen: The largest curvature of F in the values at its start, and where that is.
-        automatic: gamma was chosen by ``gamma="auto"``.
-        since: The first of these batches.
+    ``seen`` is the largest curvature of F in the values at the start of the last, and its node.
     """
     first, last = report.free_energy[[0, -1]].tolist()
     told, stable = "", math.inf
@@ -113,10 +99,6 @@ def _place(names: Sequence[str], place: int) -> str:
     return f"the energy at value node '{names[place]}'" if place < len(names) else "the loss"
 
 
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(map(repr, names[:5]))} ({len(names)} in all)"
-
-
 def unseen(failures: int, gamma: float) -> str:
     """Says that the automatic gamma's last looks at the curvature failed, "" below three."""
     told = (
@@ -125,6 +107,10 @@ def unseen(failures: int, gamma: float) -> str:
         "number if that does not learn."
     )
     return told if failures >= 3 else ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:5]))} ({len(names)} in all)"
 
 
 def silenced(report: StepReport, nodes: Sequence[Node], gamma: float) -> str:

@@ -31,10 +31,9 @@ class StepReport:
         gamma: Inference rate at the end of the batch.
         momentum: Share of their velocity that values kept from step to step; ``"conjugate"``
             where they moved along conjugate gradients.
-        curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
-            goes (with varying precisions of the F that `Precisions.lasting` weighs); None where
-            gamma is given. gamma * curvature must stay below
-            2 (1 + momentum), along conjugate gradients below 2.
+        curvature: Largest curvature of F in the values as of the last look (with varying precisions
+            of the F that `Precisions.lasting` weighs), None where gamma is given. gamma * curvature
+            must stay below 2 (1 + momentum), along conjugate gradients below 2.
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
@@ -74,12 +73,13 @@ class StepReport:
         Energy piles up next to the loss (depth 1), and little of it reaches the top. Energies count
         with their weights: where these vary, most of it is that of the last step's node.
         """
-        last = self.energy[-1]
-        total = float(last.sum())
-        shares: dict[int, float] = {}
-        for depth, energy in zip(self.depths, last.tolist(), strict=True):
-            shares[depth] = shares.get(depth, 0.0) + energy / total if total else 0.0
-        return dict(sorted(shares.items())) if total else {}
+        shares = dict.fromkeys(sorted(self.depths), 0.0)
+        total = float(self.energy[-1].sum())
+        if not total:
+            return {}
+        for depth, energy in zip(self.depths, self.energy[-1].tolist(), strict=True):
+            shares[depth] += energy / total
+        return shares
 
     @cached_property
     def free_energy(self) -> Tensor:
@@ -118,20 +118,12 @@ def make_report(
     age: int,
     learnable: Mapping[str, nn.Parameter],
 ) -> StepReport:
-    """Of a batch that has been inferred, in one phase or several.
+    """Of a batch that was inferred in the phases ``traces``, ``age`` steps after its values began.
 
-    Args:
-        algorithm: Its name.
-        momentum: Of the values.
-        curvature: As of the last look.
-        graph: The batch's.
-        traces: Of each phase.
-        terms: M.
-        gamma: At the end.
-        age: Inference steps before the batch.
-        learnable: Name -> parameter that the optimizer holds.
+    ``learnable`` are the optimizer's parameters by name.
     """
     losses = [loss for trace in traces for loss in trace.losses]
+    went = [node.followed for node in graph.nodes]
     return StepReport(
         algorithm=algorithm,
         steps=len(losses),
@@ -147,7 +139,5 @@ def make_report(
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
         _depths={name: graph.arrivals.get(p) for name, p in learnable.items()},
         _learned_at=tuple(age + t for t in traces[-1].learned_at),
-        _followed=tuple(
-            0 if node.followed is None else node.followed.times for node in graph.nodes
-        ),
+        _followed=tuple(0 if followed is None else followed.times for followed in went),
     )
