@@ -141,7 +141,7 @@ def describe(
         )
         for node in graph.nodes
     ]
-    passed = [NodeRow(s.name, s.shape, why=s.why) for s in graph.sites if s.why]
+    passed = [NodeRow(site.name, site.shape, why=site.why) for site in graph.sites if site.why]
     own = sum(p.numel() for p in graph.loss_parameters)
     description = Description(rows, passed, graph.depth, steps, own)
     if print_table:
@@ -151,8 +151,7 @@ def describe(
 
 def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:
     if callable(given) and not isinstance(given, nn.Module):
-        closure: Callable[[], Any] = given
-        return closure
+        return lambda: given()
     step = getattr(model, "training_step", None)
     if callable(step):
         taken = len(inspect.signature(step).parameters)  # batch_idx is optional

@@ -19,10 +19,10 @@ from lightning_pc.wrapping import STATE, once, with_state, without_state
 
 
 def _wrapped(name: str) -> Any:
-    """An attribute of the wrapped optimizer; super().__init__ sets its own, which is dropped."""
+    """An attribute of the wrapped optimizer; what super().__init__ sets before it is dropped."""
 
     def put(self: PredictiveCodingOptimizer, value: Any) -> None:
-        if not self._adopting:
+        if "optimizer" in vars(self):
             setattr(self.optimizer, name, value)
 
     return property(lambda self: getattr(self.optimizer, name), put)
@@ -61,10 +61,8 @@ class PredictiveCodingOptimizer(Optimizer):
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
         self.settings, self._learner = settings, Learner(model, settings, optimizer)
         self._learner.check()
-        self.optimizer = optimizer
-        self._adopting = True
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._adopting = False
+        self.optimizer = optimizer
 
     def __getstate__(self) -> dict[str, Any]:
         given = {"model": self._learner.model, "settings": self.settings}
@@ -147,7 +145,7 @@ class PredictiveCodingOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the wrapped optimizer's."""
-        if not self._adopting:
+        if "optimizer" in vars(self):
             self.optimizer.add_param_group(param_group)
 
     def __getattr__(self, name: str) -> Any:

@@ -190,7 +190,7 @@ _GONE = {"nudging": "beta=0.3 (positive), beta=-0.3 (negative), beta=(0.3, -0.3)
 
 
 def refuse(told: Mapping[str, object]) -> None:
-    """Raises a ConfigError of the first message that holds, of message -> whether it holds."""
+    """Raises the first message that holds, as a ConfigError: message -> whether it holds."""
     for message, holds in told.items():
         if holds:
             raise ConfigError(message)
@@ -205,5 +205,5 @@ def refuse_unknown(door: str, given: Iterable[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"Did you mean {close[0]}=? " if close else ""
-            known_names = ", ".join(known)
-            raise ConfigError(f"{door} has no argument {name}=. {meant}It takes {known_names}.")
+            takes = f"It takes {', '.join(known)}."
+            raise ConfigError(f"{door} has no argument {name}=. {meant}{takes}")

@@ -31,9 +31,10 @@ class StepReport:
         gamma: Inference rate at the end of the batch.
         momentum: Share of their velocity that values kept from step to step; ``"conjugate"``
             where they moved along conjugate gradients.
-        curvature: Largest curvature of F in the values as of the last look (with varying precisions
-            of the F that `Precisions.lasting` weighs), None where gamma is given. gamma * curvature
-            must stay below 2 (1 + momentum), along conjugate gradients below 2.
+        curvature: Largest curvature of F in the values as of the last look, by which gamma="auto"
+            goes (with varying precisions of the F that `Precisions.lasting` weighs); None where
+            gamma is given. gamma * curvature must stay below 2 (1 + momentum), along conjugate
+            gradients below 2.
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
