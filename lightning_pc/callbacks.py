@@ -40,6 +40,10 @@ class EnergyMonitor(pl.Callback):
     Attributes:
         history: ``(batch, {node: energy per loss term})`` of batches evenly spread over this fit,
             1,000 at most; the energies are scalar tensors.
+
+    Raises:
+        MisconfigurationException: The Trainer's strategy is no `PCStrategy`, or matplotlib is
+            missing.
     """
 
     def __init__(self, per_node: bool = False, plot: str | None = None) -> None:

@@ -118,6 +118,12 @@ def describe(
         how: The `PCStrategy`, or the optimizer of `lightning_pc.optim`, whose settings count.
         print_table: Print the table; False to get the `Description` alone.
         settings: Others than of ``how``, by name: ``algorithm``, ``value_nodes`` and so on.
+
+    Returns:
+        The nodes, and the places that hold none.
+
+    Raises:
+        PCError: The nodes cannot stand there.
     """
     given = Settings() if how is None else getattr(how, "settings", None)
     if not isinstance(given, Settings):

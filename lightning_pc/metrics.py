@@ -24,6 +24,9 @@ class AdaptiveCalibrationError(Metric):
             that belong to it, and takes the mean over classes; otherwise the highest probability of
             each sample is asked about.
         kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: ``bins`` is not positive, a batch is not what `update` says, or there is none.
     """
 
     is_differentiable = False

@@ -39,6 +39,9 @@ class PredictiveCodingOptimizer(Optimizer):
         model: The module that is trained, as it is.
         settings: By name, as `lightning_pc.settings.Settings` describes them: ``T``, ``gamma``,
             ``value_nodes`` and the others.
+
+    Raises:
+        ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
     """
 
     algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"]

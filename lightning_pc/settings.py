@@ -62,6 +62,9 @@ class Settings:
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a
             callable that makes it from their list, such as
             ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
+
+    Raises:
+        ConfigError: A value is out of its range.
     """
 
     algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc"
