@@ -209,14 +209,11 @@ class Program:
     """Calls in order.
 
     Attributes:
-        calls: Indices of the recording's calls.
-        drops: After each of them, the slots that nobody needs any more.
-        stops: Index of a call that stands for a node -> (the node's number, its prediction's slot).
+        steps: Of each call its index in the recording; where it stands for a node, that node's
+            number and its prediction's slot; and the slots that nobody needs any more after it.
     """
 
-    calls: list[int]
-    drops: list[tuple[int, ...]]
-    stops: dict[int, tuple[int, int]]
+    steps: list[tuple[int, tuple[int, int] | None, tuple[int, ...]]]
 
 
 def program(
@@ -231,7 +228,7 @@ def program(
         calls: Of the recording.
         chosen: Indices of those that run.
         kept: Slots that stay to the end.
-        stops: As of `Program`.
+        stops: Index of a call that stands for a node -> (the node's number, its prediction's slot).
     """
     order = sorted({*chosen, *stops})
     stays, last = set(kept), dict[int, int]()
@@ -243,12 +240,12 @@ def program(
     for slot, place in last.items():
         if slot not in stays:
             drops[place].append(slot)
-    return Program(order, [tuple(slots) for slots in drops], dict(stops))
+    return Program([(i, stops.get(i), tuple(d)) for i, d in zip(order, drops, strict=True)])
 
 
 def run(
     calls: Sequence[Call],
-    steps: Program,
+    program: Program,
     env: Environment,
     meet: Callable[[int, Tensor], Tensor],
 ) -> None:
@@ -256,13 +253,13 @@ def run(
 
     Args:
         calls: Of the recording.
-        steps: The program.
+        program: Which of them, and when to meet a node.
         env: Slot -> tensor; loses what nobody needs any more.
         meet: Called with a node's number and its prediction, as soon as that is there; gives the
             value that the calls below it read.
     """
-    for index, dropped in zip(steps.calls, steps.drops, strict=True):
-        call, stop = calls[index], steps.stops.get(index)
+    for index, stop, dropped in program.steps:
+        call = calls[index]
         if stop is not None:
             env[call.fills[0]] = meet(stop[0], env[stop[1]])
         elif call.context is None:
@@ -271,4 +268,5 @@ def run(
             with call.context.entered():
                 call.run(env)
         for slot in dropped:
-            env.pop(slot, None)
+            if slot in env:
+                del env[slot]

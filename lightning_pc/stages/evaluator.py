@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class Evaluator:
         """The value nodes in call order."""
         return self.graph.nodes
 
-    @property
+    @cached_property
     def moving(self) -> list[nn.Parameter]:
         """Parameters of the loss that the optimizer moves."""
         return [p for p in self.graph.arrivals if self.held is None or p in self.held]

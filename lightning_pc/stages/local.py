@@ -87,15 +87,15 @@ class LocalErrors(Evaluator):
         meet: Callable[..., Tensor],
     ) -> Tensor | None:
         """Meets each node with its prediction; returns the loss where it counts."""
-        sites = [self.batch.watch.sites[self.form.nodes[n]] for n in standing]
-        ready = which in self._fresh and all(site.edge is not None for site in sites)
-        if ready and (self.batch.whole or not counts):
+        if which in self._fresh and (self.batch.whole or not counts):
+            sites = [self.batch.watch.sites[self.form.nodes[n]] for n in standing]
             firsts = [(site.first, site.edge) for site in sites]
-            if differentiated:
-                self._spend(which)
-            for number, (first, edge) in zip(standing, firsts, strict=True):
-                meet(number, first, edge)
-            return self.batch.loss if counts else None
+            if all(edge is not None for _, edge in firsts):
+                if differentiated:
+                    self._spend(which)
+                for number, (first, edge) in zip(standing, firsts, strict=True):
+                    meet(number, first, edge)
+                return self.batch.loss if counts else None
         if not piece.values and not differentiated and all(n in self._fixed for n in standing):
             for number in standing:
                 meet(number, self._fixed[number])

@@ -184,7 +184,7 @@ def check(batch: Batch) -> None:
                     "something from one call to the next, such as the cache of an "
                     "autograd.Function (transformers: use_cache=False)."
                 ) from error
-        draws = any(watch.calls[i].draws for i in piece.program.calls)
+        draws = any(watch.calls[i].draws for i, *_ in piece.program.steps)
         if not draws and not torch.equal(before, torch.get_rng_state()):
             raise RecordingError(
                 "A call of the forward drew from a random generator now and then only, so that it "
