@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pc.inference.movers import Descent, descend, reached
+from lightning_pc.inference.movers import Descent, reached, slope
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.nodes.node import Node
 
@@ -113,8 +113,12 @@ class Conjugate(Descent):
         values = [node.coordinates for node in nodes]
         before = self._moving or [False] * len(nodes)
         self._moving = [was or reached(node) for was, node in zip(before, nodes, strict=True)]
-        slopes = [torch.zeros_like(value, requires_grad=False) for value in values]
-        descend(slopes, nodes, scale, -1.0)
+        slopes = [
+            torch.zeros_like(value, requires_grad=False)
+            if (own := slope(node, scale)) is None
+            else own
+            for value, node in zip(values, nodes, strict=True)
+        ]
         if not self._directions:
             self._slopes = slopes
             self._directions = list(torch._foreach_neg(slopes))
@@ -199,8 +203,6 @@ def conjugate(
 
 
 def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Of all nodes' entries together, [], whatever autocast says."""
-    with torch.autocast(one[0].device.type, enabled=False):
-        pairs = zip(one, other, strict=True)
-        parts = [torch.linalg.vecdot(x.flatten(), y.flatten()) for x, y in pairs]
+    """Of all nodes' entries together, []."""
+    parts = [torch.dot(x.flatten(), y.flatten()) for x, y in zip(one, other, strict=True)]
     return torch.stack(parts).sum()
