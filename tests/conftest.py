@@ -16,6 +16,11 @@ def _small_and_seeded():
     torch.manual_seed(0)
 
 
+def mostly_slow(cases, *quick):
+    """The cases of a test, all but the ``quick`` ones marked as slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def never_looks(optimizer):
     """Its automatic gamma, of which a look is long past and the next one far ahead."""
     auto = optimizer._learner.auto

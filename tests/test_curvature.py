@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from lightning_problems import loader, trainer
 from oracle import ErrorCoordinates, Explicit
 from problems import (
@@ -106,7 +107,7 @@ def test_the_exact_curvatures_are_those_of_f_written_out():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("gain", [1.0, 3.0])
-@pytest.mark.parametrize("depth", [1, 5, 10])
+@pytest.mark.parametrize("depth", mostly_slow([1, 5, 10], 5))
 @every
 def test_gamma_is_within_bounds_of_two_over_the_exact_curvature(algorithm, depth, gain, autocast):
     make = torch.optim.SGD if autocast == (gain > 1) else torch.optim.Adam
@@ -378,6 +379,7 @@ def digits(n):
     return pixels, torch.tensor(found.target)[pick]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "make"), [(PC, "adam"), (IPC, "sgd"), (EPC, "sgd")])
 def test_looks_take_two_percent_of_the_time_at_most(algorithm, make, evaluated):
     """A look's evaluations cost 0.75 of an ordinary one: they differentiate no weight."""
@@ -502,13 +504,13 @@ SLOW = ("cnn", "resnet")
     ("algorithm", "name", "given"),
     [
         *(
-            (algorithm, name, {})
+            pytest.param(algorithm, name, {}, marks=[pytest.mark.slow] * (TASKS[name] is None))
             for algorithm, name in itertools.product(ALGORITHMS, TASKS)
             if not (algorithm is EPC and TASKS[name] is None)
         ),
         *((EPC, name, {"momentum": "conjugate"}) for name in ("cnn", "deep")),
         *(
-            (algorithm, name, {"momentum": 0})
+            pytest.param(algorithm, name, {"momentum": 0}, marks=pytest.mark.slow)
             for algorithm, name in itertools.product((PC, IPC), TASKS)
             if name not in SLOW
         ),
@@ -610,7 +612,8 @@ ODD = {  # module, change of the inputs, change of the targets, loss, whether va
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize(
-    "algorithm", [*ALGORITHMS, IEPC, *(partial(each, momentum=0) for each in (PC, IPC))]
+    "algorithm",
+    mostly_slow([*ALGORITHMS, IEPC, *(partial(each, momentum=0) for each in (PC, IPC))], IPC),
 )
 def test_odd_batches_neither_freeze_nor_ruin_anything(algorithm, name):
     make, inputs, targets, loss, slope = ODD[name]
@@ -665,7 +668,10 @@ def test_gamma_follows_weights_that_grow_in_mid_run(algorithm):
     assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
 
 
-@pytest.mark.parametrize(("f", "factor"), [("tanh", 30.0), ("relu", 30.0), ("relu", 1 / 30)])
+@pytest.mark.parametrize(
+    ("f", "factor"),
+    [pytest.param("tanh", 30.0, marks=pytest.mark.slow), ("relu", 30.0), ("relu", 1 / 30)],
+)
 @every
 def test_gamma_stands_inputs_that_change_their_scale(algorithm, f, factor):
     model, (x, y) = MLP((64, 32, 32, 10), f), digits(64)

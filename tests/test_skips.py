@@ -153,6 +153,7 @@ def test_a_value_that_always_goes_along_does_so_whatever_its_energy(follows):
         assert int(along.times) == 1
 
 
+@pytest.mark.slow
 def test_deep_residual_networks_learn():
     """Where values stay, those of all nodes below hold the weights of each stage back."""
 
