@@ -3,13 +3,16 @@ VENV ?= .venv
 PYTHON ?= python3
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed
 	$(RUN) -m recipes.digits.demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical -m "not slow"
+
+test-slow: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -18,8 +18,6 @@ from lightning_pc.refusals import at_the_door
 from lightning_pc.settings import refuse
 from lightning_pc.strategy import PCStrategy
 
-#: Batches that an `EnergyMonitor` remembers.
-MOST = 1000
 #: Pictures that it can save.
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -36,18 +34,19 @@ class EnergyMonitor(pl.Callback):
         per_node: Log ``pc/energy/<node>`` as well.
         plot: A picture of each node's energy over training is saved there (.png, .pdf or .svg) when
             the fit ends, or fails; needs matplotlib (the ``plots`` extra). None for no picture.
+        most: Batches that ``history`` remembers.
 
     Attributes:
         history: ``(batch, {node: energy per loss term})`` of batches evenly spread over this fit,
-            1,000 at most; the energies are scalar tensors.
+            ``most`` at most; the energies are scalar tensors.
 
     Raises:
         MisconfigurationException: The Trainer's strategy is no `PCStrategy`, or matplotlib is
             missing.
     """
 
-    def __init__(self, per_node: bool = False, plot: str | None = None) -> None:
-        self.per_node, self.plot = per_node, plot
+    def __init__(self, per_node: bool = False, plot: str | None = None, most: int = 1000) -> None:
+        self.per_node, self.plot, self.most = per_node, plot, most
         self.history: list[tuple[int, dict[str, Tensor]]] = []
 
     @at_the_door()
@@ -92,7 +91,7 @@ class EnergyMonitor(pl.Callback):
             log(f"pc/energy/{name}", energy)
         if self._batches % self._every == 0:
             self.history.append((self._batches, each))
-        if len(self.history) > MOST:
+        if len(self.history) > self.most:
             del self.history[1::2]
             self._every *= 2
         self._batches += 1

@@ -93,10 +93,9 @@ def test_batches_that_are_skipped():
     assert [step for step, _ in memory.seen] == [1]
 
 
-def test_history_is_spread_over_the_fit(monkeypatch, tmp_path):
-    monkeypatch.setattr(lightning_pc.callbacks, "MOST", 4)
+def test_history_is_spread_over_the_fit(tmp_path):
     picture = tmp_path / "deep" / "energy.png"
-    module, monitor = Reports(), EnergyMonitor(plot=str(picture))
+    module, monitor = Reports(), EnergyMonitor(plot=str(picture), most=4)
     trainer("pc", callbacks=[monitor], max_epochs=3).fit(module, loader(data(3)))
     assert [batch for batch, _ in monitor.history] == [0, 4, 8]
     for batch, energies in monitor.history:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_problems import ALGORITHMS, Module, data, loader, mlp, seed_all, trainer
 from torch import nn
@@ -149,7 +150,7 @@ def test_resuming_with_one_order_of_the_data(strategy, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize("at", mostly_slow([0, 2], 2))
 def test_resuming_to_the_bit(strategy, at, tmp_path):
     """Shuffled data, dropout, numpy and random: the generators travel in the checkpoint."""
     whole, _ = fitted(

@@ -136,6 +136,7 @@ def test_networks_are_those_that_limits_are_for():
 
 
 @pytest.mark.usefixtures("clock")
+@pytest.mark.slow
 def test_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     file = tmp_path / "cost.json"
     monkeypatch.setattr(sys, "argv", ["cost", "--rounds", "1", "--write", str(file)])

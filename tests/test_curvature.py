@@ -9,6 +9,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from lightning_problems import loader, trainer
 from oracle import ErrorCoordinates, Explicit
 from problems import (
@@ -33,8 +34,15 @@ from test_oracle import Attends, ConvNorm, Skips, Towers, tokens
 from torch import nn
 
 from lightning_pc.errors import DivergenceError
-from lightning_pc.inference import curvature
-from lightning_pc.inference.curvature import EVERY, LARGEST, PRODUCTS, SOONEST, START, AutoGamma
+from lightning_pc.inference.curvature import (
+    EVERY,
+    LARGEST,
+    PRODUCTS,
+    REACH,
+    SOONEST,
+    START,
+    AutoGamma,
+)
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 ALGORITHMS = [PC, IPC, EPC]
@@ -99,7 +107,7 @@ def test_the_exact_curvatures_are_those_of_f_written_out():
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("gain", [1.0, 3.0])
-@pytest.mark.parametrize("depth", [1, 5, 10])
+@pytest.mark.parametrize("depth", mostly_slow([1, 5, 10], 5))
 @every
 def test_gamma_is_within_bounds_of_two_over_the_exact_curvature(algorithm, depth, gain, autocast):
     make = torch.optim.SGD if autocast == (gain > 1) else torch.optim.Adam
@@ -228,13 +236,11 @@ GRAPHS = {  # module, F written out, batches, factor of its weights
 
 @pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("algorithm", [PC, EPC])
-def test_a_look_finds_the_largest_eigenvalue_of_the_hessian(algorithm, graph, monkeypatch):
+def test_a_look_finds_the_largest_eigenvalue_of_the_hessian(algorithm, graph):
     """In error coordinates F is steep enough to bend within the usual reach."""
     make, forward, draw, factor = GRAPHS[graph]
     if algorithm is EPC and "mask" in graph:
         pytest.skip("Gaussian logits of -inf are not written out")
-    if algorithm is EPC:
-        monkeypatch.setattr(curvature, "REACH", 1e-4)
     model = make().double()
     with torch.no_grad():
         for p in model.parameters():
@@ -243,6 +249,8 @@ def test_a_look_finds_the_largest_eigenvalue_of_the_hessian(algorithm, graph, mo
     written_out = ErrorCoordinates if algorithm is EPC else Written
     exact = torch.linalg.eigvalsh(hessian_of(written_out, forward, model, (x, y)))[-1]
     optimizer = algorithm(sgd(model, 0.0), model)
+    if algorithm is EPC:
+        optimizer._learner.auto.reach = 1e-4
     optimizer.step(classifier(model, x, y))
     found = optimizer.report.curvature
     assert 0.6 * exact <= found <= (1.01 if algorithm is EPC else 1.001) * exact
@@ -281,10 +289,8 @@ class Norm(nn.Module):
 
 @every
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
-def test_a_look_leaves_no_trace(algorithm, autocast, monkeypatch, evaluated):
+def test_a_look_leaves_no_trace(algorithm, autocast, evaluated):
     """A batch with a look equals, to the bit, one whose gamma was given as that which it chose."""
-    # With a gamma that is given values stay.
-    monkeypatch.setattr("lightning_pc.stages.graph.Graph.skips", False)
     start, (x, y) = Norm(), vectors(12)
     found = {}
     gamma = "auto"
@@ -293,6 +299,8 @@ def test_a_look_leaves_no_trace(algorithm, autocast, monkeypatch, evaluated):
         model = twin(start)
         adam = torch.optim.Adam(model.parameters(), 0.01)
         optimizer = algorithm(adam, model, gamma=gamma, momentum=momentum)
+        if kind == "auto":  # with a gamma that is given values stay
+            optimizer._learner.auto.too_far = math.inf
         torch.manual_seed(4)
         evaluated.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -309,16 +317,14 @@ def test_a_look_leaves_no_trace(algorithm, autocast, monkeypatch, evaluated):
 
 
 @every
-def test_a_look_that_meets_nan_is_passed_over(algorithm, monkeypatch):
+def test_a_look_that_meets_nan_is_passed_over(algorithm):
     """The gradients of a look alone are not finite: gamma stays, the next batch looks again."""
     model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
     optimizer = algorithm(sgd(model), model)
     loss = classifier(model, x, y)
-    with monkeypatch.context() as patch:
-        plain = curvature.REACH
-        patch.setattr(curvature, "REACH", math.nan)
-        optimizer.step(loss)
-        assert plain > 0
+    optimizer._learner.auto.reach = math.nan
+    optimizer.step(loss)
+    optimizer._learner.auto.reach = REACH
     state = optimizer.state_dict()["lightning_pc"]
     assert (state["gamma"], state["curvature"]) == (START, None)
     assert optimizer.report.curvature is None
@@ -330,7 +336,7 @@ def test_a_look_that_meets_nan_is_passed_over(algorithm, monkeypatch):
 
 
 @every
-def test_looks_that_fail_on_end_are_told(algorithm, monkeypatch):
+def test_looks_that_fail_on_end_are_told(algorithm):
     """Once, and gamma is chosen as soon as one succeeds."""
     model, (x, y) = MLP((6, 9, 7, 4)), vectors(12)
     optimizer = algorithm(sgd(model, 1e-3), model)
@@ -339,15 +345,10 @@ def test_looks_that_fail_on_end_are_told(algorithm, monkeypatch):
         optimizer.step(classifier(model, x, y))
         return optimizer.state_dict()["lightning_pc"]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            "lightning_pc.inference.begin.largest_curvature",
-            lambda nodes, *rest: (math.nan, nodes[0]),
-        )
-        with pytest.warns(
-            UserWarning, match=r"could not tell the curvature.* last 3 times.* 0\.1;"
-        ):
-            states = [step() for _ in range(5)]
+    optimizer._learner.auto.reach = math.nan
+    with pytest.warns(UserWarning, match=r"could not tell the curvature.* last 3 times.* 0\.1;"):
+        states = [step() for _ in range(5)]
+    optimizer._learner.auto.reach = REACH
     assert [state["failures"] for state in states] == [1, 2, 3, 3, 4]
     assert {state["gamma"] for state in states} == {START}
     while (state := step())["failures"]:
@@ -378,6 +379,7 @@ def digits(n):
     return pixels, torch.tensor(found.target)[pick]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("algorithm", "make"), [(PC, "adam"), (IPC, "sgd"), (EPC, "sgd")])
 def test_looks_take_two_percent_of_the_time_at_most(algorithm, make, evaluated):
     """A look's evaluations cost 0.75 of an ordinary one: they differentiate no weight."""
@@ -502,13 +504,13 @@ SLOW = ("cnn", "resnet")
     ("algorithm", "name", "given"),
     [
         *(
-            (algorithm, name, {})
+            pytest.param(algorithm, name, {}, marks=[pytest.mark.slow] * (TASKS[name] is None))
             for algorithm, name in itertools.product(ALGORITHMS, TASKS)
             if not (algorithm is EPC and TASKS[name] is None)
         ),
         *((EPC, name, {"momentum": "conjugate"}) for name in ("cnn", "deep")),
         *(
-            (algorithm, name, {"momentum": 0})
+            pytest.param(algorithm, name, {"momentum": 0}, marks=pytest.mark.slow)
             for algorithm, name in itertools.product((PC, IPC), TASKS)
             if name not in SLOW
         ),
@@ -610,7 +612,8 @@ ODD = {  # module, change of the inputs, change of the targets, loss, whether va
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize(
-    "algorithm", [*ALGORITHMS, IEPC, *(partial(each, momentum=0) for each in (PC, IPC))]
+    "algorithm",
+    mostly_slow([*ALGORITHMS, IEPC, *(partial(each, momentum=0) for each in (PC, IPC))], IPC),
 )
 def test_odd_batches_neither_freeze_nor_ruin_anything(algorithm, name):
     make, inputs, targets, loss, slope = ODD[name]
@@ -665,7 +668,10 @@ def test_gamma_follows_weights_that_grow_in_mid_run(algorithm):
     assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
 
 
-@pytest.mark.parametrize(("f", "factor"), [("tanh", 30.0), ("relu", 30.0), ("relu", 1 / 30)])
+@pytest.mark.parametrize(
+    ("f", "factor"),
+    [pytest.param("tanh", 30.0, marks=pytest.mark.slow), ("relu", 30.0), ("relu", 1 / 30)],
+)
 @every
 def test_gamma_stands_inputs_that_change_their_scale(algorithm, f, factor):
     model, (x, y) = MLP((64, 32, 32, 10), f), digits(64)

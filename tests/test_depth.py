@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from conftest import mostly_slow
 from problems import MLP, twin
 
 from lightning_pc.optim import IPC
@@ -45,8 +46,8 @@ def bert():
 
 
 @pytest.mark.filterwarnings("ignore:In the first batch no error reached")
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("make", [mlp, resnet, bert])
+@pytest.mark.parametrize("seed", mostly_slow(range(3), 0))
+@pytest.mark.parametrize("make", mostly_slow([mlp, resnet, bert], mlp))
 def test_learns_with_all_defaults(make, seed):
     torch.manual_seed(seed)
     model, loss = make()

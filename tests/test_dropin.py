@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from problems import LSTM, TINY, Transformer, UNet, labelled, sequences, twin
 
 from lightning_pc import describe
@@ -81,7 +82,11 @@ def check(model, loss, ffn, count, lr=1e-3, value_nodes="auto"):
     assert traces(model) == before
 
 
-@pytest.mark.parametrize("name", TINY)
+#: One of each kind.
+QUICK = ("bert", "gpt2", "mixtral", "mamba", "t5", "resnet")
+
+
+@pytest.mark.parametrize("name", mostly_slow(TINY, *QUICK))
 def test_hugging_face(name):
     tiny = TINY[name]
     model, batch = tiny.make(), tiny.draw()

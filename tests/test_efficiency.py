@@ -66,6 +66,7 @@ def test_pc_reaches_each_weight_once_a_batch():
     assert seen == Counter(dict(net.named_parameters()).keys())
 
 
+@pytest.mark.slow
 def test_memory_of_the_cnn():
     row = benchmark.measure_memory("cnn")
     assert row["nodes_mib"] > 20

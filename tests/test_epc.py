@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from problems import (
     CNN,
     MLP,
@@ -91,7 +92,7 @@ MODELS = {  # name -> module, value nodes, gamma of epc, gamma of pc
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_slow(MODELS, "linear chain"))
 def test_the_equilibrium_is_that_of_pc(name):
     make, value_nodes, *gammas = MODELS[name]
     model, (x, y) = make(), regression(5)
@@ -109,6 +110,7 @@ def test_the_equilibrium_is_that_of_pc(name):
     assert epc.report.energy[-1].min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("f", "fewer"), [(None, 50), (nn.Tanh, 5)])
 def test_20_layers_settle_in_fewer_steps(f, fewer):
     """Steps until F is within 1 % of its minimum, each algorithm at the best of its gammas."""
@@ -409,6 +411,7 @@ def test_each_batch_has_the_rate_of_its_own_depth():
     assert gammas[2] == gammas[0]
 
 
+@pytest.mark.slow
 def test_kept_errors_count_as_what_has_come_of_them():
     """They come from many calls, so that no share of their way says what they are worth."""
     model, (x, y) = chain(16, f=nn.Tanh), regression(8)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import (
@@ -503,7 +504,7 @@ def test_gradient_checkpoints_change_nothing(reentrant, algorithm):
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("algorithm", ["ipc", "pc", "epc", "iepc"])
+@pytest.mark.parametrize("algorithm", mostly_slow(["ipc", "pc", "epc", "iepc"], "ipc", "epc"))
 @pytest.mark.parametrize("value_nodes", ["auto", "modules"])
 @pytest.mark.parametrize("make", [Selects, Routed])
 def test_control_flow_that_follows_the_values(make, value_nodes, algorithm):

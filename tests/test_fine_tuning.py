@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from conftest import mostly_slow
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -176,8 +177,8 @@ def train(pretrained, tmp_path, *more, yaml="ipc"):
     )
 
 
-@pytest.mark.parametrize("yaml", ["bp", "ipc", "epc", "iepc"])
-@pytest.mark.parametrize("trained", ["all", "1", "lora"])
+@pytest.mark.parametrize("yaml", mostly_slow(["bp", "ipc", "epc", "iepc"], "ipc"))
+@pytest.mark.parametrize("trained", mostly_slow(["all", "1", "lora"], "all", "lora"))
 def test_what_is_trained_moves_and_is_loaded_by_plain_transformers(
     pretrained, tmp_path, trained, yaml
 ):
@@ -206,6 +207,7 @@ def test_what_is_trained_moves_and_is_loaded_by_plain_transformers(
     assert any("classifier" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_a_masked_language_model_goes_on_learning(pretrained):
     class Model(FineTuned):
         def configure_optimizers(self):
@@ -310,6 +312,7 @@ def test_adapters_can_be_tested_after_they_were_saved(pretrained, tmp_path):
 # --- the study ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_study_fine_tunes_one_model_in_every_way(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = {

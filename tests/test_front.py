@@ -5,7 +5,7 @@ import torch
 from problems import ByDepth, Thrice, classifier, sgd
 from torch import nn
 
-from lightning_pc.inference.conjugate import MENDING, Conjugate
+from lightning_pc.inference.conjugate import MENDING, Conjugate, following, stalled
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import IPC, PC, ZIL
@@ -118,30 +118,40 @@ def test_the_step_that_takes_up_an_error(gamma, curvature, weights, expected):
     ],
     ids=["a chain", "a skip", "a weight that iPC shares", "one that PC shares"],
 )
-def test_only_where_errors_arrive_all_at_once(make, algorithm, front, monkeypatch):
+def test_only_where_errors_arrive_all_at_once(make, algorithm, front):
     x, y = torch.randn(6, 6).double(), torch.arange(6) % 3
 
-    def run():
+    def run(rule=None):
         torch.manual_seed(1)
         net = make()
         optimizer = algorithm(sgd(net), net, gamma=0.3, momentum="conjugate")
+        if rule:
+            optimizer._learner._mover = lambda *_: Conjugate(0.3, 1.0, rule, front=0)
         optimizer.step(classifier(net, x, y))
         return optimizer.report.free_energy
 
     given = run()
-    monkeypatch.setattr(Conjugate, "_carry_on", lambda *_: None)
-    assert torch.equal(given, run()) is not front
+    assert torch.equal(given, run(following if algorithm is IPC else stalled)) is not front
 
 
-def test_kept_values_have_had_their_first_step(monkeypatch):
+def test_kept_values_have_had_their_first_step():
     """``reset="never"``: the first call has a front, the next has none."""
     x, y = torch.randn(6, 6).double(), torch.arange(6) % 3
-    net = deep()
-    given = {"gamma": 0.3, "momentum": "conjugate", "reset": "never", "T": 17}
-    optimizer = PC(sgd(net, 0.0), net, **given)
-    seen = []
-    carried = Conjugate._carry_on
-    monkeypatch.setattr(Conjugate, "_carry_on", lambda c, n: seen.append(1) or carried(c, n))
-    for _ in range(2):
-        optimizer.step(classifier(net, x, y))
-        assert len(seen) == 17 - 2 - MENDING  # neither the first step nor those that mend
+
+    def run(*fronts):
+        net = deep()
+        given = {"gamma": 0.3, "momentum": "conjugate", "reset": "never", "T": 17}
+        optimizer = PC(sgd(net, 0.0), net, **given)
+        movers = [Conjugate(0.3, 1.0, front=front) for front in fronts]
+        if movers:
+            optimizer._learner._mover = lambda *_: movers.pop(0)
+        found = []
+        for _ in range(2):
+            optimizer.step(classifier(net, x, y))
+            found.append(optimizer.report.free_energy)
+        return torch.cat(found)
+
+    front, found = 17 - 1 - MENDING, run()  # not the steps that mend
+    assert torch.equal(found, run(front, 0))
+    for other in ((front - 1, 0), (front + 1, 0), (front, front)):
+        assert not torch.equal(found, run(*other))

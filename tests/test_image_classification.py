@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from PIL import Image
 from torch import nn
 
@@ -115,7 +116,10 @@ def shrink(path, data_dir):
     )
 
 
-@pytest.mark.parametrize("path", YAMLS, ids=IDS)
+QUICK = [path for path in YAMLS if path.parent.name == "cnn"]
+
+
+@pytest.mark.parametrize("path", mostly_slow(YAMLS, *QUICK), ids=IDS)
 def test_yaml_runs(path, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning_pc"])
@@ -440,6 +444,7 @@ def test_unknown_corruptions_are_errors():
         corrupt(torch.rand(1, 3, 8, 8), "hue", 6)
 
 
+@pytest.mark.slow
 def test_study_runs_and_resumes(tiny, data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     jobs = [tiny(j) for j in ordered(study.jobs(), [0]) if j["row"] in ("mnist", "width 2")]
@@ -544,6 +549,7 @@ def test_pairs_of_models_are_chosen_as_stated():
     assert len(calibration.tables(rows)) == 1
 
 
+@pytest.mark.slow
 def test_calibration_study_measures_every_epoch(tiny, data_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = [tiny(j) | {"test": 40} for j in ordered(calibration.jobs(), [0])[:2]]

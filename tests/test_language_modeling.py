@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import mostly_slow
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -404,7 +405,7 @@ ON_SMALL_TEXT = [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", mostly_slow(ROWS, "masked_ipc", "conditional_pc"))
 def test_every_yaml_trains(row, cache, tmp_path, capsys):
     task = row.partition("_")[0]
     run = cli(
@@ -464,6 +465,7 @@ def test_every_yaml_has_the_papers_settings():
     }
 
 
+@pytest.mark.slow
 def test_a_trained_model_has_learned_the_grammar(cache, tmp_path):
     """iPC, for 200 batches."""
     run = cli(
@@ -602,6 +604,7 @@ def test_a_run_says_what_came_out(cache, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_worse_is_tested_at_its_best(cache, tmp_path):
     settings = {"trainer.max_steps": 30, "optimizer.lr": 0.3}
     settings["trainer.callbacks.init_args"] = {"batches": 0, "decay": False}
@@ -616,7 +619,7 @@ def test_a_run_that_gets_worse_is_tested_at_its_best(cache, tmp_path):
     assert short["test"] == figures["test"]
 
 
-@pytest.mark.parametrize("row", ["conditional_ipc", "masked_bp"])
+@pytest.mark.parametrize("row", mostly_slow(["conditional_ipc", "masked_bp"], "masked_bp"))
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(cache, tmp_path, row, monkeypatch):
     whole = study.train(job(cache, row), None, tmp_path / "whole")
 
@@ -692,6 +695,7 @@ def test_jobs_of_one_size_learn_from_as_many_sentences():
     "given", [j for j in variants.jobs() if j["size"] == j["seed"] == 0], ids=lambda j: j["variant"]
 )
 @pytest.mark.filterwarnings("ignore")  # some of them are told that they are unsuited
+@pytest.mark.slow
 def test_variants_are_what_they_say(cache, tmp_path, given):
     small_text = job(cache, given["row"])["settings"]
     settings = small_text | given["settings"] | {"trainer.max_steps": 3, "data.eval_sentences": 20}

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from conftest import mostly_slow
 from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning_problems import (
     ALGORITHMS,
@@ -641,7 +642,11 @@ def run(kind: type[Module], strategy: Any, batches: list[Any], **kwargs: Any) ->
 CENTERED = {"algorithm": "pc", "beta": (0.5, -0.5), "T": 3}  # two phases
 
 
-@pytest.mark.parametrize("algorithm", [*ALGORITHMS, CENTERED], ids=[*ALGORITHMS, "centered"])
+@pytest.mark.parametrize(
+    "algorithm",
+    mostly_slow([*ALGORITHMS, CENTERED], "ipc"),
+    ids=[*ALGORITHMS, "centered"],
+)
 @pytest.mark.parametrize("kind", ROWS, ids=lambda k: k.__name__)
 def test_everything_is_as_with_plain_lightning(kind, algorithm, capsys):
     module, recorder, memory, fit, told = run(kind, algorithm, ROWS[kind]())

@@ -162,6 +162,7 @@ def test_committed_results_are_of_these_yamls(path):
         assert figures["test_accuracy_mean"] == pytest.approx(mean, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_ipc_learns_digits_as_well_as_backprop(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["study"])
     paths = [RECIPES / "digits" / f"{name}.yaml" for name in ("bp", "ipc")]

@@ -1,6 +1,7 @@
 """Values of iPC always go along where connections skip all stages: the loss reads every node."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from problems import MLP, Skipping, classifier, relative, vectors
 from torch import nn
 
 from lightning_pc.nodes.energies import Gaussian
-from lightning_pc.nodes.following import Following
+from lightning_pc.nodes.following import TOO_FAR
 from lightning_pc.optim import IPC
 
 
@@ -140,11 +141,10 @@ def test_values_always_go_along_where_connections_skip_all_stages(make, always):
     assert report.followed == dict.fromkeys(always, 7)
 
 
-@pytest.mark.usefixtures("anywhere")
-def test_a_value_that_always_goes_along_does_so_whatever_its_energy():
+def test_a_value_that_always_goes_along_does_so_whatever_its_energy(follows):
     """A move that only brings the prediction nearer, by 4 of 10, and one that is all error."""
     for before, after, expected in ((0.0, 4.0, 10.0), (0.0, -2.0, 8.0), (10.0, 12.0, 12.0)):
-        along, x = Following(torch.tensor(1e9), 1.0, always=True), torch.full((1, 1), 10.0)
+        along, x = follows(torch.tensor(1e9), 1.0, always=True), torch.full((1, 1), 10.0)
         x = torch.cat([x, torch.full((1, 1), 90.0)])  # a long row, which the move leaves alone
         along.follow(x, torch.tensor([[before], [90.0]]), Gaussian())
         assert float(x[0]) == 10.0  # the first prediction has not moved
@@ -153,18 +153,18 @@ def test_a_value_that_always_goes_along_does_so_whatever_its_energy():
         assert int(along.times) == 1
 
 
-def test_deep_residual_networks_learn(monkeypatch):
+@pytest.mark.slow
+def test_deep_residual_networks_learn():
     """Where values stay, those of all nodes below hold the weights of each stage back."""
 
-    def losses():
+    def losses(too_far):
         torch.manual_seed(0)
         model = Skipping(24, width=16, outputs=3)
         x, y = torch.randn(64, 6), torch.randint(0, 3, (64,))
         optimizer = IPC(torch.optim.Adam(model.parameters(), 3e-4), model)
+        optimizer._learner.auto.too_far = too_far
         return [float(optimizer.step(classifier(model, x, y))) for _ in range(25)]
 
-    along = losses()
-    monkeypatch.setattr("lightning_pc.stages.graph.Graph.skips", False)
-    stayed = losses()
+    along, stayed = losses(TOO_FAR), losses(math.inf)
     assert along[0] == stayed[0]
     assert along[0] - along[-1] > 1.3 * (stayed[0] - stayed[-1])

@@ -135,6 +135,7 @@ def test_no_job_starts_after_the_deadline(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_several_processes():
     get = dict.get  # a function that other processes can import at once
     found = {job["x"]: future.result() for job, future in work(get, numbers(5), "x", 2)}
@@ -287,6 +288,7 @@ def test_architectures_table():
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.results.stem)
+@pytest.mark.slow
 def test_smallest_jobs(study, tmp_path, monkeypatch):
     digits = Images(*((x[:, 0, :28, :28], y) for x, y in images()))
     monkeypatch.setattr(learning_rates, "cifar10", lambda *_: images())

@@ -150,6 +150,7 @@ def _process(command, file):
     Path(file).write_text(str(len(calls)))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_search(command, tmp_path):
     context = multiprocessing.get_context("fork")  # quick: the imports are there
     files = [tmp_path / f"{n}.txt" for n in range(2)]

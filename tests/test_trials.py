@@ -10,6 +10,7 @@ import pytorch_lightning
 import torch
 import torch.ao.quantization as quantization
 import torch.nn.functional as F
+from conftest import mostly_slow
 from lightning.pytorch.tuner import Tuner
 from lightning_problems import ALGORITHMS, D, Module, data, loader, mlp, trainer, weights
 from problems import twin
@@ -56,7 +57,7 @@ class ODE(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Inference")
-@pytest.mark.parametrize("kind", [PC, IPC, EPC, IEPC])
+@pytest.mark.parametrize("kind", mostly_slow([PC, IPC, EPC, IEPC], PC, IPC))
 def test_an_adaptive_solver_trains(kind):
     x = torch.randn(16, 8)
     y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
@@ -288,7 +289,7 @@ class Regression(L.LightningModule):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-@pytest.mark.parametrize("algorithm", ["ipc", "pc"])
+@pytest.mark.parametrize("algorithm", mostly_slow(["ipc", "pc"], "pc"))
 def test_a_learning_rate_finder_gets_its_curve(algorithm, optimizer, tmp_path):
     x = torch.randn(300, 10) * 3
     y = (x[:, :1] * x[:, 1:2]).sin() * 5 + x[:, 2:3]

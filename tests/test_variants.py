@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import mostly_slow
 from oracle import ErrorCoordinates, Explicit
 from problems import MLP, ByDepth, Residual, far, relative, twin
 from test_efficiency import chain, matrix_products
@@ -199,7 +200,7 @@ SMOOTH = {  # any fixed weights have the same limit; F_KL is flat, which its wei
 
 
 @pytest.mark.parametrize(("nudging", "order"), [("positive", 1), ("negative", 1), ("centered", 2)])
-@pytest.mark.parametrize("graph", SMOOTH)
+@pytest.mark.parametrize("graph", mostly_slow(SMOOTH, "mlp", "attention"))
 def test_gradients_tend_to_backprops(graph, nudging, order):
     """With the order in beta that equilibrium propagation has (Laborieux et al. 2021)."""
     make, _, _, draw = GRAPHS[graph]

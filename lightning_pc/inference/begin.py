@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
-from lightning_pc.inference.curvature import LARGEST, AutoGamma, largest_curvature
+from lightning_pc.inference.curvature import LARGEST, REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.precisions import Precisions
 from lightning_pc.inference.schedules import Schedule
-from lightning_pc.nodes.following import AXES, TOO_FAR, Following
+from lightning_pc.nodes.following import AXES, Following
 from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
@@ -55,11 +56,7 @@ class Beginning:
             steps: How many of the coming steps move values.
             kept: Values are kept from call to call.
         """
-        nodes, auto = evaluator.nodes, self.auto
-
-        def look(seed: int, fine: bool) -> tuple[float, Node]:
-            return self._look(evaluator, asked, steps, seed, fine)
-
+        nodes, auto, look = evaluator.nodes, self.auto, partial(self._look, evaluator, asked, steps)
         for node in nodes:
             if isinstance(node, ErrorNode):
                 node.whole = self.schedule.whole
@@ -77,24 +74,26 @@ class Beginning:
             if isinstance(node, ErrorNode) and share < 1.0:
                 node.whole = True
         mover.choose(auto.gamma * share, auto.chosen_for)
-        if mover.own_rates and self.schedule.incremental:
-            self._follow(evaluator, mover, free, asked.t)
+        if mover.own_rates and self.schedule.incremental and auto.too_far < math.inf:
+            self._follow(evaluator, mover, auto.too_far * free.abs(), asked.t)
 
-    def _follow(self, evaluator: Evaluator, mover: Mover, free: Tensor, age: int) -> None:
+    def _follow(self, evaluator: Evaluator, mover: Mover, bears: Tensor, age: int) -> None:
         """Lets values go along: always, or with moves that are too far by F as the batch starts."""
-        bears, always = TOO_FAR * free.abs(), evaluator.graph.skips
+        always = evaluator.graph.skips
         for node in evaluator.nodes:
             if node.x.dim() > AXES:
                 continue
             share = min(1.0, mover.start_gamma * node.weight / LARGEST)
             start = None if age else node.x.detach().clone()
-            node.followed = Following(bears, 1.0 if always else share, start, always)
+            waits = node.x.device.type == "cpu"  # to look at numbers costs nothing there
+            node.followed = Following(bears, 1.0 if always else share, start, always, waits)
 
     def _look(
         self, evaluator: Evaluator, asked: Asked, steps: int, seed: int, fine: bool
     ) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes, age = evaluator.nodes, asked.t
+        reach = self.auto.reach if self.auto else REACH
         # All nodes' energies count.
         everything = replace(asked, t=age + max(node.arrival for node in nodes))
         before = [(node.weight, node.followed) for node in nodes]
@@ -105,7 +104,7 @@ class Beginning:
         evaluator.disturbed()
         try:
             return largest_curvature(
-                nodes, partial(evaluator, everything), 1.0 / asked.scale, seed, fine
+                nodes, partial(evaluator, everything), 1.0 / asked.scale, seed, fine, reach
             )
         finally:
             for node, (weight, followed) in zip(nodes, before, strict=True):

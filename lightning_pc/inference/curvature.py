@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_pc.inference.movers import slope as _gradient
+from lightning_pc.nodes.following import TOO_FAR
 from lightning_pc.nodes.node import Node
 
 #: Products of a look, one value-only evaluation each (about 0.75 of an ordinary one).
@@ -29,10 +30,9 @@ EVERY = 300
 #: Evaluations after which a look may follow a batch whose inference has raised the energy; four
 #: times as many after each such look that has found gamma right, until gamma changes.
 SOONEST = 40
-#: Length of the step along a direction, against the size of the values: far above the rounding of
-#: bfloat16. A rectifier's kinks are jumps of the gradient, infinite curvature to a short step and
-#: hardly any to a long one: a shallow ReLU network would do with 0.2, where a tiny MobileNetV2
-#: (BatchNorm, ReLU6, 35 nodes) needs less than 0.1.
+#: Length of the step along a direction, against the values' size: far above bfloat16's rounding. A
+#: rectifier's kinks are infinite curvature to a short step and hardly any to a long one: a shallow
+#: ReLU network would do with 0.2, a tiny MobileNetV2 (BatchNorm, ReLU6) needs less than 0.1.
 REACH = 0.05
 #: gamma until a look has succeeded, and the largest, which is the paper's own gamma.
 START, LARGEST = 0.1, 0.5
@@ -51,6 +51,8 @@ class AutoGamma:
         aim: gamma * curvature where gamma is chosen, in (0, 2).
         low: Least gamma * curvature that is left alone.
         high: Largest gamma * curvature that is left alone.
+        reach: Length of a look's steps.
+        too_far: Of F, how much a move may add before values go along; infinity: none ever do.
 
     Attributes:
         gamma: The rate in use.
@@ -78,16 +80,15 @@ class AutoGamma:
     alarmed: bool = False
     fine: bool = False
     soonest: int = SOONEST
+    reach: float = REACH
+    too_far: float = TOO_FAR
 
     def __post_init__(self) -> None:
         self.gamma = min(self.gamma, self.aim)
 
     @property
     def chosen_for(self) -> float | None:
-        """The curvature by which gamma was chosen, the last one seen where gamma is at its limit.
-
-        None before the first look.
-        """
+        """The curvature by which gamma was chosen; the last one where gamma is at its limit."""
         if self.curvature is None:
             return None
         suited = self.aim / self.gamma
@@ -127,8 +128,8 @@ class AutoGamma:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""
-        state = asdict(self)
-        return {name: state[name] for name in state if name not in ("aim", "low", "high")}
+        given = ("aim", "low", "high", "reach", "too_far")
+        return {name: value for name, value in asdict(self).items() if name not in given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`."""
@@ -148,6 +149,7 @@ def largest_curvature(
     scale: float,
     seed: int,
     fine: bool = False,
+    reach: float = REACH,
 ) -> tuple[float, Node]:
     """The largest eigenvalue of d2F/dx2 by power iteration: mostly 0.7 to 0.95 of it.
 
@@ -162,6 +164,7 @@ def largest_curvature(
         seed: Of the first, random direction; torch's own generators are left alone.
         fine: Go no further than the gradient at the values is long, which is about as far as
             inference goes, nor less than the rounding of the forward allows.
+        reach: Length of the step, against the size of the values.
 
     Returns:
         The curvature (nan where it cannot be had) and the node that has most of its direction.
@@ -173,18 +176,18 @@ def largest_curvature(
         torch.empty_like(x).uniform_(-1, 1, generator=generator).masked_fill_(~x.isfinite(), 0)
         for x in starts
     ]
-    length = REACH * _size([node.x for node in nodes]) * sum(x.numel() for x in starts) ** 0.5
-    base = [_gradient(node, scale) for node in nodes]
+    length = reach * _size([node.x for node in nodes]) * sum(x.numel() for x in starts) ** 0.5
+    nothing = torch.zeros(())
+    base = [nothing if (at := _gradient(node, scale)) is None else at for node in nodes]
     if fine:
-        pull = _length([gradient for gradient in base if gradient is not None])
+        pull = _length(base)
         shortest = math.sqrt(max(node.rounding for node in nodes))
-        length = min(length, max(pull, length * shortest / REACH))
-    curvature, largest = math.nan, nodes[0]
+        length = min(length, max(pull, length * shortest / reach))
     try:
         for _ in range(PRODUCTS):
             norm = _length(direction)
             if not (math.isfinite(norm) and norm > 0):
-                return math.nan, largest
+                return math.nan, nodes[0]
             step = length / norm
             for node, x, v in zip(nodes, starts, direction, strict=True):
                 node.forget()
@@ -192,13 +195,10 @@ def largest_curvature(
             evaluate()
             along: list[Tensor] = []
             for i, node in enumerate(nodes):
-                change = _gradient(node, scale)
+                slope = _gradient(node, scale)
                 node.forget()
-                at_rest = base[i]
-                if change is None:
-                    change = torch.zeros_like(starts[i])
-                if at_rest is not None:
-                    change.sub_(at_rest)
+                change = torch.zeros_like(starts[i]) if slope is None else slope
+                change.sub_(base[i])
                 along.append(direction[i].mul_(change).sum())
                 direction[i] = change.div_(step * norm)
             curvature = float(sum(along)) / (step * norm**2)

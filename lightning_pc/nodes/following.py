@@ -50,6 +50,7 @@ class Following:
         share: Of a move that it goes along with, what the value follows, in [0, 1].
         mu: The prediction as of the last evaluation, [B, *]; None where there was none.
         always: It goes along whatever a move does to the energy.
+        waits: Numbers are looked at, which on a device would wait for it.
         times: Evaluations at which it went along, an int or [] on the device.
     """
 
@@ -57,6 +58,7 @@ class Following:
     share: float
     mu: Tensor | None = None
     always: bool = False
+    waits: bool = True
     times: Tensor | int = 0
     # That prediction as the module has it, its version then, and whether the module writes to it.
     _source: Tensor | None = None
@@ -89,7 +91,7 @@ class Following:
             Whether the value has moved; on a device, which is not waited for, it may have.
         """
         before = self._exchange(mu)
-        if before is None or (_waits(total) and not total > self.bears):
+        if before is None or (self.waits and not total > self.bears):
             return False
         was = energy.value(x, before).sum() * weight
         return self._go(x, mu, before, energy, total - was > self.bears)
@@ -108,7 +110,7 @@ class Following:
         goes = length(move) <= math.sqrt(RUNAWAY) * length(size)
         if far is not None:
             goes = goes & far
-        if _waits(goes) and not goes:
+        if self.waits and not goes:
             return False
         if isinstance(energy, Gaussian):
             move = _aside(move, error)
@@ -133,8 +135,3 @@ def _aside(move: Tensor, error: Tensor) -> Tensor:
     dot, size = ((of * error).sum(-1, keepdim=True) for of in (move, error))
     nearer = (dot / size).nan_to_num(0.0).clamp_(0.0, 1.0)
     return torch.addcmul(move, nearer, error, value=-1.0)
-
-
-def _waits(total: Tensor) -> bool:
-    """Whether to look at numbers costs nothing."""
-    return total.device.type == "cpu"
