@@ -64,7 +64,8 @@ class StepReport:
     @cached_property
     def peak_energy(self) -> dict[str, float]:
         """Node name -> the largest energy it had; zero means that it never inferred anything."""
-        peaks = self.energy.amax(0) if len(self.energy) else torch.zeros(len(self.nodes))
+        # Rounding may make a divergence negative that is next to nothing.
+        peaks = self.energy.abs().amax(0) if len(self.energy) else torch.zeros(len(self.nodes))
         return dict(zip(self.nodes, peaks.tolist(), strict=True))
 
     @cached_property

@@ -32,10 +32,9 @@ class LocalErrors(Evaluator):
 
     @override
     def __call__(self, asked: Asked) -> Tensor:
-        nodes, pieces = self.nodes, self.form.pieces
-        # The loss's first: the widest stages, which hold most, are mostly at the other end.
-        for which in reversed(range(len(pieces))):
-            piece = pieces[which]
+        nodes = self.nodes
+        # In call order: a value that follows has moved before it is read.
+        for which, piece in enumerate(self.form.pieces):
             standing = [n for n in piece.nodes if nodes[n].arrival <= asked.t and nodes[n].weight]
             if standing or (piece.loss and asked.root):
                 self._run(which, piece, standing, asked)
