@@ -263,7 +263,9 @@ class Learner:
         )
         self._alerts.after(graph.nodes, phase.mover, beginning, self.report)
         if kept:
-            self._recordings.kept, self._age = evaluator.batch.watch.sites, self._age + T
+            # Once a module is known as a nonlinearity, its inside is not met any more.
+            self._recordings.kept = [s for s in evaluator.batch.watch.sites if s.reported]
+            self._age += T
         return traces[0].losses[0]
 
     def _mover(self, graph: Graph, T: int) -> Mover:

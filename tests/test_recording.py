@@ -692,19 +692,99 @@ def test_a_value_is_not_what_was_written_to_its_prediction(algorithm, since):
     assert far(model, other)[0] < 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:T=2")
-def test_values_take_no_memory_before_they_move():
-    x, y = data(256, 6)
-    model = chain(*[m for _ in range(6) for m in (nn.Linear(6, 6), nn.Tanh())])
-    optimizer = IPC(sgd(model), model, T=2, gamma=0.1)
-    outputs = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda *a, name=name: outputs.update({name: a[2]}))
+class Tagged(nn.Module):
+    """Adds a sparse embedding below the first stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.tags = nn.Embedding(5, 6, sparse=True)
+
+    def forward(self, x, tags):
+        return self.head(torch.tanh(self.other(torch.tanh(self.one(x))) + self.tags(tags)))
+
+
+def test_a_sparse_gradient_is_no_view_of_an_error():
+    (x, y), tags = data(), torch.randint(0, 5, (12,))
+    equals_backprop(Tagged().double(), lambda net: F.cross_entropy(net(x, tags), y))
+
+
+def test_a_hook_may_keep_its_gradient():
+    x, y = data()
+    model, kept, copies = chain(), [], []
+
+    def forward():
+        h = model[0](x)
+        h.register_hook(lambda gradient: copies.append(gradient.clone()))
+        h.register_hook(kept.append)
+        return F.cross_entropy(model[1:](h), y)
+
     for _ in range(2):
+        IPC(sgd(model), model, T=5, gamma=0.1).step(forward)
+    assert len(kept) == len(copies) > 2
+    assert all(map(torch.equal, kept, copies))
+
+
+class Paths(nn.Module):
+    """Writes to its pre-activation now and then, by the function or its in-place twin."""
+
+    def __init__(self, twin):
+        super().__init__()
+        self.net, self.twin, self.flag = chain(), twin, False
+
+    def forward(self, x):
+        h = self.net[0](x)
+        if self.twin:
+            a = h.tanh_() if self.flag else h.tanh()
+        else:
+            a = h.tanh()
+            h = h.add_(1.0) if self.flag else h
+        return self.net[2:](a + 0.1 * h)
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_forms_do_not_mix(twin):
+    x, y = data()
+    model = Paths(twin)
+    energies = {}
+    optimizer = PC(sgd(model, 0.0), model, T=4, gamma=0.2)
+    for flag in (False, True, False, True, True, False):
+        model.flag = flag
         optimizer.step(lambda: F.cross_entropy(model(x), y))
-    shared = [
-        value.data_ptr() == outputs[str(2 * place)].data_ptr()
-        for place, value in enumerate(optimizer.values.values())
-    ]
-    assert shared == [True] * 6 + [False] * 2
+        first = energies.setdefault(flag, optimizer.report.energy)
+        torch.testing.assert_close(optimizer.report.energy, first, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:In the first batch no error")
+def test_attention_dropout_first_met_in_eval_mode_draws_the_same_again():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.i, self.m = nn.Linear(6, 6), nn.MultiheadAttention(6, 2, 0.5, batch_first=True)
+            self.o = nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = self.i(x).unflatten(0, (3, 4))
+            return self.o(self.m(h, h, h)[0].flatten(0, 1))
+
+    x, y = data()
+    model = Attends().double()
+    optimizer = PC(sgd(model), model, T=4, gamma=1e-9, value_nodes=["i", "m"])
+    for mode in (False, True):
+        model.train(mode)
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert optimizer.report.energy.max() < 1e-12
+
+
+class Curve(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(x)
+
+
+def test_kept_values_stand_again_in_activations_of_the_users():
+    x, y = data()
+    model = nn.Sequential(nn.Linear(6, 6), Curve(), nn.Linear(6, 4)).double()
+    optimizer = IPC(sgd(model), model, T=3, gamma=0.1, reset="never")
+    losses = [float(optimizer.step(lambda: F.cross_entropy(model(x), y))) for _ in range(4)]
+    assert optimizer.report.nodes == ["1"]
+    assert losses[-1] < losses[0]

@@ -31,8 +31,8 @@ class Slopes(NamedTuple):
     total: Tensor
 
     def own(self) -> Tensor:
-        """dE/dx, [B, *]; may overwrite ``dmu``, which has served."""
-        return self.dmu.neg_() if self.dx is None else self.dx
+        """dE/dx, [B, *]; ``dmu`` stays, since gradients and hooks may hold views of it."""
+        return self.dmu.neg() if self.dx is None else self.dx
 
 
 class Energy(ABC):

@@ -27,7 +27,6 @@ class Node:
         parents: The nodes from which its prediction is computed.
         parameters: The trainable parameters of its stage.
         rounding: Relative, of the arithmetic that computes its prediction.
-        lent: Its memory is its first prediction's, so that it must not be written to.
         weight: Of its energy in F, at the coming evaluation.
         followed: How its value follows its prediction; None where it stays.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
@@ -44,7 +43,6 @@ class Node:
     parents: list[Node] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     rounding: float = torch.finfo(torch.float32).eps
-    lent: bool = False
     weight: float = 1.0
     followed: Following | None = None
     velocity: Tensor | None = None
@@ -81,11 +79,6 @@ class Node:
 
     def moved(self, gamma: float, momentum: float) -> None:
         """Takes in that its coordinates have made a step."""
-
-    def own_memory(self) -> None:
-        """The value is about to be written to."""
-        if self.lent:
-            self.x.data, self.lent = self.x.detach().clone(), False
 
     def restart(self, start: Tensor) -> None:
         """Its coordinates are back where they started, at rest."""
@@ -130,14 +123,15 @@ class ErrorNode(Node):
 
     @override
     def stand(self, mu: Tensor) -> Tensor:
-        self.x.detach().copy_(mu.detach()).add_(self.e)
+        self.x.detach().copy_(mu.detach()).add_(self.e.detach())
         return self.x
 
     @override
     def evaluate(self, mu: Tensor, scale: float) -> Slopes:
         self.stand(mu)
         # Not of x and mu, whose difference rounds away an error that is small beside them.
-        slopes = self.energy.evaluate(self.e, self.e.new_zeros(()), scale, self.weight)
+        e = self.e.detach()
+        slopes = self.energy.evaluate(e, e.new_zeros(()), scale, self.weight)
         self.total = slopes.total
         return Slopes(slopes.dmu * self._gain, slopes.own(), slopes.total)
 

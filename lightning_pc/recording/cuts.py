@@ -86,7 +86,7 @@ class Cuts(Recorder):
         index = len(self.sites)
         self.keys.append((key, entry is None))
         form = self._expected()
-        site = Site(key, name(), tuple(mu.shape), at=len(self.calls), overwritten=overwritten)
+        site = Site(key, name(), tuple(mu.shape), at=len(self.calls))
         self.sites.append(site)
         if entry is None:
             site.why = FROZEN
@@ -104,20 +104,18 @@ class Cuts(Recorder):
             self._know(handed, site.slot)
         else:
             if site.node is None:
-                site.lent = form is not None and form.lends[index] and _is_whole(mu)
                 dtype = torch.promote_types(mu.dtype, torch.float32)
-                value = mu.data if site.lent else mu.detach().to(dtype, copy=True)
-                site.value, site.energy = value.requires_grad_(), energy()
+                site.value = mu.detach().to(dtype, copy=True).requires_grad_()
+                site.energy = energy()
             assert site.value is not None
             site.cut, site.rounding = True, rounding_of(mu)
-            site.first, site.version = mu.detach(), mu._version
             if form is None:
                 site.leaves = leaves_of(mu)
             elif form.keeps[index] and not saved_elsewhere():
+                prediction = mu.detach()
                 site.edge = get_gradient_edge(mu)
-                if overwritten:
-                    site.first = site.first.clone()
-                    site.version = site.first._version
+                site.first = prediction.clone() if overwritten else prediction
+                site.version = site.first._version
             self._know(site.value, site.slot)
             handed = site.value
             if copy or site.value.dtype != mu.dtype:
@@ -183,9 +181,3 @@ class Cuts(Recorder):
             times = used[site.name] = used.get(site.name, 0) + 1
             if times > 1:
                 site.name = f"{site.name}#{times}"
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether it has its memory to itself and is wide enough for a value."""
-    size = tensor.element_size()
-    return size >= 4 and tensor.untyped_storage().nbytes() == tensor.numel() * size

@@ -41,8 +41,6 @@ class Site:
         edge: Where autograd holds the first forward's prediction; None where it is let go.
         first: That prediction, [B, *].
         version: Of ``first``, by which later writes to it are told.
-        lent: The value is in the prediction's memory.
-        overwritten: The prediction is written to as soon as the value stands.
         cut: Autograd was cut there.
         node: The node that stands there, once it is known that one does.
     """
@@ -62,8 +60,6 @@ class Site:
     edge: GradientEdge | None = None
     first: Tensor | None = None
     version: int = 0
-    lent: bool = False
-    overwritten: bool = False
     cut: bool = False
     node: Node | None = None
 
@@ -76,14 +72,11 @@ class Expected:
         keys: Of the recording, in order.
         why: Of each site, why no node stands there.
         keeps: Of each site, whether autograd keeps the first forward's prediction.
-        lends: Of each site, whether nobody writes to the prediction, so that the value needs no
-            memory of its own before it moves.
     """
 
     keys: list[Any]
     why: list[str]
     keeps: list[bool]
-    lends: list[bool]
 
 
 def hand(value: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:

@@ -18,7 +18,13 @@ _DRAWING = frozenset(
         *("feature_alpha_dropout", "rrelu", "bernoulli", "multinomial", "normal", "poisson"),
         *("rand_like", "randn_like", "randint_like", "scaled_dot_product_attention", "lstm", "gru"),
         *("rnn_tanh", "rnn_relu", "uniform", "random", "exponential", "cauchy", "log_normal"),
-        *("geometric", "gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"),
+        *(
+            "multi_head_attention_forward",
+            "geometric",
+            "gumbel_softmax",
+            "fractional_max_pool2d",
+            "fractional_max_pool3d",
+        ),
     )
 )
 #: Functions that move running statistics without making a new version of them.

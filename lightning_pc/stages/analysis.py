@@ -60,8 +60,8 @@ class Analysis:
         at = {sites[i].at: (n, sites[i].mu) for n, i in enumerate(nodes)}
         whole = program(self.calls, calls, [self.loss], at)
         losses = [i for i, loss in enumerate(self.watch.losses) if loss.slot in self.live]
-        no = [False] * len(sites)
-        expected = Expected(list(self.watch.keys), list(self.why), no, list(no))
+        keeps = [False] * len(sites)
+        expected = Expected(list(self.watch.keys), list(self.why), keeps)
         pieces = self._pieces(stages, last, nodes)
         penalised = self._penalised(last)
         return Form(expected, self.loss, nodes, stages, last, pieces, whole, losses, penalised)

@@ -106,12 +106,9 @@ class Evaluator:
 
     def moved(self, nodes: Iterable[Node]) -> None:
         """Takes in that these values are about to move."""
-        for node in nodes:
-            node.own_memory()
 
     def disturbed(self) -> None:
         """Takes in that all values have moved, or will be moved and put back."""
-        self.moved(self.nodes)
 
     def finish(self) -> None:
         """Lets go of what the first forward left."""

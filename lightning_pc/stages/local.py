@@ -127,8 +127,6 @@ class LocalErrors(Evaluator):
 
     @override
     def moved(self, nodes: Iterable[Node]) -> None:
-        nodes = list(nodes)
-        super().moved(nodes)
         if self._fresh:
             numbers = {self.nodes.index(node) for node in nodes}
             for which in list(self._fresh):
@@ -137,7 +135,6 @@ class LocalErrors(Evaluator):
 
     @override
     def disturbed(self) -> None:
-        super().disturbed()
         for which in list(self._fresh):
             self._spend(which)
 

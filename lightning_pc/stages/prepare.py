@@ -63,18 +63,13 @@ class Forms:
             form = Analysis(watch, entry.slot).form()
             batch = self._batch(watch, loss, form)
             check(batch)
-            for i, site in enumerate(watch.sites):
-                lends = site.first is not None and not site.overwritten
-                form.expected.lends[i] = lends and not self.through
+            for site in watch.sites:
                 site.edge = site.first = None
             self._forms = [form, *self._forms[: MOST - 1]]
             return batch
         self._forms.remove(form)
         self._forms.insert(0, form)
-        batch = self._batch(watch, loss, form)
-        for site in watch.sites:
-            site.first = None if site.edge is None else site.first
-        return batch
+        return self._batch(watch, loss, form)
 
     def _find(self, keys: list[object]) -> Form | None:
         return next((form for form in self._forms if form.expected.keys == keys), None)
@@ -95,9 +90,7 @@ class Forms:
             if site.node is None:
                 assert site.value is not None
                 assert site.energy is not None
-                site.node = kind(
-                    site.name, site.value, site.energy, rounding=site.rounding, lent=site.lent
-                )
+                site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
             nodes.append(site.node)
         for node, stage in zip(nodes, form.stages, strict=True):
             node.parents = [nodes[n] for n in stage.parents]
@@ -168,9 +161,8 @@ def check(batch: Batch) -> None:
         def meet(number: int, mu: Tensor) -> Tensor:
             site = watch.sites[form.nodes[number]]
             assert site.value is not None
-            if site.lent and site.first is None:  # what was expected does not write there
-                site.value.data = mu.detach().clone()
-            _check_same(mu, site.value, f"'{site.name}'", site.rounding)
+            if watch.kept is None:  # kept values have moved
+                _check_same(mu, site.value, f"'{site.name}'", site.rounding)
             return batch.graph.nodes[number].x
 
         with torch.enable_grad(), saved_tensors_hooks(holds.pack, lambda _: None):  # type: ignore[arg-type,return-value]
