@@ -130,11 +130,11 @@ class Evaluator:
         # What torch.autograd.backward does, without its checks, which take as long.
         flags = {"allow_unreachable": True, "accumulate_grad": True}
         _BACKWARD(tuple(roots), tuple(errors), keep, False, tuple(inputs), **flags)
-        seen = {place(error) for error in errors}
+        seen = {memory_of(error) for error in errors}
         for tensor in inputs:
             if tensor.grad is None:
                 continue
-            if (at := place(tensor.grad)) in seen:
+            if (at := memory_of(tensor.grad)) in seen:
                 tensor.grad = tensor.grad.clone()
             seen.add(at)
 
@@ -161,7 +161,7 @@ class Evaluator:
         ]
 
 
-def place(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """Tells tensors apart that have no memory in common."""
     try:
         return tensor.untyped_storage().data_ptr()

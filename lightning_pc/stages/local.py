@@ -18,7 +18,7 @@ from lightning_pc.stages.form import Piece
 
 
 class LocalErrors(Evaluator):
-    """Gradients go no further than to the next node, so pieces run one by one, in any order.
+    """Gradients go no further than to the next node, so pieces run one by one, in call order.
 
     A piece runs where an error stands at one of its predictions. The first forward's own graph
     serves as the first run of a piece, while nothing that the piece reads has moved.
@@ -116,9 +116,9 @@ class LocalErrors(Evaluator):
 
     @override
     def learned(self, parameters: Iterable[nn.Parameter]) -> None:
-        moved, watch = set(parameters), self.batch.watch
         if not self._fresh and not self._fixed:
             return
+        moved, watch = set(parameters), self.batch.watch
         for which, piece in enumerate(self.form.pieces):
             if any(watch.parameters.get(slot) in moved for slot in piece.given):
                 self._spend(which)
@@ -140,6 +140,5 @@ class LocalErrors(Evaluator):
 
     @override
     def finish(self) -> None:
-        for which in list(self._fresh):
-            self._spend(which)
+        self.disturbed()
         self._fixed.clear()

@@ -14,7 +14,7 @@ from lightning_pc.recording.calls import Draws, Environment, run
 from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
-from lightning_pc.stages.evaluator import Batch, place
+from lightning_pc.stages.evaluator import Batch, memory_of
 from lightning_pc.stages.form import Form, Stage
 from lightning_pc.stages.graph import Graph, set_arrivals, set_depths
 
@@ -63,8 +63,6 @@ class Forms:
             form = Analysis(watch, entry.slot).form()
             batch = self._batch(watch, loss, form)
             check(batch)
-            for site in watch.sites:
-                site.edge = site.first = None
             self._forms = [form, *self._forms[: MOST - 1]]
             return batch
         self._forms.remove(form)
@@ -168,7 +166,7 @@ def check(batch: Batch) -> None:
         with torch.enable_grad(), saved_tensors_hooks(holds.pack, lambda _: None):  # type: ignore[arg-type,return-value]
             try:
                 run(watch.calls, piece.program, env, meet)
-            except PCError:
+            except (PCError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise RecordingError(
@@ -241,11 +239,11 @@ class _Held:
 
     def __init__(self, known: list[Tensor]) -> None:
         self.bytes = 0
-        self._seen = {place(tensor) for tensor in known}
+        self._seen = {memory_of(tensor) for tensor in known}
 
     def pack(self, tensor: Tensor) -> None:
         """Takes one in; nobody will ask for it."""
-        at = place(tensor)
+        at = memory_of(tensor)
         if at not in self._seen:
             self._seen.add(at)
             self.bytes += tensor.numel() * tensor.element_size()

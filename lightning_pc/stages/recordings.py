@@ -99,9 +99,11 @@ class Recordings:
     def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
         """What is recorded inside changes neither the model nor the generators."""
         start, saved = RandomStates(), self.model.save(held or set())
-        yield
-        saved.put_back()
-        start.restore()
+        try:
+            yield
+        finally:
+            saved.put_back()
+            start.restore()
 
     def keep_in_mind(self, nodes: Iterable[Node]) -> None:
         """The values of a batch stand for the weights that predicted them."""
