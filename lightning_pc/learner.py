@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_pc.errors import ClosureError, DivergenceError
 from lightning_pc.inference.begin import Beginning
-from lightning_pc.inference.conjugate import conjugate
+from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
-from lightning_pc.inference.movers import Descent, Mover, OptimizerMover
+from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
 from lightning_pc.inference.phase import Phase, clear_gradients
 from lightning_pc.inference.precisions import Wave, precisions
 from lightning_pc.inference.relax import Trace
@@ -228,7 +228,13 @@ class Learner:
         if self.schedule.incremental:
             clear_gradients(evaluator.moving)
         begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
-        beginning = Beginning(self.schedule, self.auto, self._precisions, self._alerts.look_due)
+        beginning = Beginning(
+            self.schedule,
+            self.auto,
+            self._precisions,
+            self._alerts.look_due,
+            self.settings.mover == "passing on",
+        )
         traces: list[Trace] = []
         for beta in betas:
             if traces:
@@ -239,7 +245,7 @@ class Learner:
                 evaluator,
                 self.schedule,
                 self._precisions,
-                self._mover(graph, T),
+                self._mover(graph),
                 beginning,
                 beta,
                 seed / len(betas),
@@ -252,7 +258,7 @@ class Learner:
             traces.append(phase.run(self._divergence))
         self.report = make_report(
             self.settings.algorithm,
-            self.settings.chosen_momentum,
+            "conjugate" if isinstance(phase.mover, Conjugate) else phase.mover.momentum,
             None if self.auto is None else self.auto.curvature,
             graph,
             traces,
@@ -268,16 +274,16 @@ class Learner:
             self._age += T
         return traces[0].losses[0]
 
-    def _mover(self, graph: Graph, T: int) -> Mover:
-        settings, incremental = self.settings, self.schedule.incremental
+    def _mover(self, graph: Graph) -> Mover:
+        settings = self.settings
         if settings.inference is not None:
             return OptimizerMover(settings.inference)
         gamma, decay = settings.fixed_gamma or START, settings.chosen_decay
-        momentum = settings.chosen_momentum
-        if momentum == "conjugate":
-            arrive = graph.even and not self._age  # kept values have their errors
-            return conjugate(gamma, decay, incremental, arrive, T)
-        return Descent(gamma, decay, momentum)
+        if settings.mover == "passing on" and graph.even:
+            return PassingOn(gamma, decay, self.schedule.aim)
+        if settings.mover != "plain":
+            return Conjugate(gamma, decay)
+        return Descent(gamma, decay, float(settings.momentum or 0.0))
 
     def _divergence(self, trace: Trace, mover: Mover) -> DivergenceError:
         names, automatic = list(self.values), self.auto is not None

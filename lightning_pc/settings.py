@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
 from lightning_pc.inference.precisions import Constant, Precisions, is_number, precisions
-from lightning_pc.inference.schedules import schedule
+from lightning_pc.inference.schedules import Moves, schedule
 from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.placement import Entry
 
@@ -31,8 +31,9 @@ class Settings:
             precisions: depth + 1; epc, iepc: 8.
         gamma: Inference rate, positive. A number is exact: plain descent at that rate. ``"auto"``
             takes it from the curvature of F in the values, which is looked at every 300
-            evaluations; zil: 1. With ``"auto"``, along conjugate gradients, values of ipc follow
-            predictions that are moved too far, and all where connections skip all stages.
+            evaluations; zil: 1. With ``"auto"`` values of ipc also follow what their predictions
+            move by, all of it where no row of stages has more than 2 that no connection skips,
+            else 2 / stages of it.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
             within a batch, in (0, 1] (Salvatori et al. 2024, D.3). Default: 1 where gamma is given,
             0.9 where it is automatic.
@@ -40,9 +41,9 @@ class Settings:
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc, ipc, epc) finds
             rate and momentum of each step, by conjugate gradients; gamma is then the length of the
-            step that is tried, but along a chain a value's first step may be longer. None is
-            ``"conjugate"`` for pc and ipc where gamma is automatic, precisions do not vary, beta is
-            positive and values are made anew for each batch, else 0.
+            step that is tried. None is 0, but where gamma is automatic, precisions do not vary,
+            beta is positive and values are made anew for each batch: there it is ``"conjugate"``,
+            for ipc but along a chain, where the first step of a value is longer instead.
         value_nodes: Where value nodes stand: ``"auto"`` (inputs of nonlinearities), ``"modules"``,
             ``"linear"``, ``"blocks"``, a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.
@@ -160,18 +161,19 @@ class Settings:
         return schedule(self.algorithm).fixed_gamma if self.gamma == "auto" else self.gamma
 
     @property
-    def chosen_momentum(self) -> float | Literal["conjugate"]:
-        """Of the values: the one given, else conjugate gradients where the algorithm has them.
+    def mover(self) -> Moves:
+        """How values move: as ``momentum`` says, else in the algorithm's own way.
 
         Values descend as in the paper where gamma is given. So do values that are kept: what they
         do must not depend on how many steps a call has. Where the loss is pushed up F may have no
         minimum.
         """
-        if self.inference is not None or self.momentum is not None:
-            return self.momentum or 0.0
+        if self.momentum == "conjugate":
+            return "conjugate"
+        told = self.gamma != "auto" or self.momentum is not None or self.inference is not None
         steady = self.reset == "batch" and not precisions(self.precisions).varies
-        downhill = schedule(self.algorithm).conjugate and min(self.betas) > 0
-        return "conjugate" if self.gamma == "auto" and steady and downhill else 0.0
+        own = not told and steady and min(self.betas) > 0
+        return schedule(self.algorithm).mover if own else "plain"
 
     @property
     def chosen_decay(self) -> float:

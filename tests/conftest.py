@@ -1,11 +1,6 @@
-from functools import partial
-
 import pytest
 import torch
 
-from lightning_pc.inference.movers import Descent
-from lightning_pc.nodes.following import Following
-from lightning_pc.optim import IPC
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.through import ThroughErrors
 
@@ -27,31 +22,6 @@ def never_looks(optimizer):
     auto.anew, auto.evaluations = False, 1000
     auto.looked_at = auto.evaluations
     return auto
-
-
-class Plain(Descent):
-    """The paper's descent, which takes itself for one that is chosen automatically."""
-
-    own_rates = True
-
-
-@pytest.fixture
-def plain():
-    """Values go down the gradient at the gamma that is given here."""
-
-    def optimizer(net, lr, gamma, **given):
-        made = IPC(torch.optim.SGD(net.parameters(), lr), net, gamma_decay=1.0, **given)
-        made._learner._mover = lambda *_: Plain(gamma)
-        never_looks(made).gamma = gamma
-        return made
-
-    return optimizer
-
-
-@pytest.fixture(params=["cpu", "device"])
-def follows(request):
-    """`Following` with and without waiting for numbers, as on a device: moves are times zero."""
-    return partial(Following, waits=request.param == "cpu")
 
 
 @pytest.fixture

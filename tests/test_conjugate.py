@@ -1,6 +1,7 @@
 """momentum="conjugate": the values' conjugate gradients, one evaluation a step."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -12,16 +13,7 @@ from problems import MLP, ByDepth, classifier, sgd, twin, vectors
 from test_curvature import chain, squared
 from torch import nn
 
-from lightning_pc.inference.conjugate import (
-    FIRST,
-    LONGEST,
-    MENDING,
-    SETTLED,
-    Conjugate,
-    _dot,
-    following,
-    stalled,
-)
+from lightning_pc.inference.conjugate import LONGEST, Conjugate
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
@@ -36,26 +28,8 @@ def squares(model, at, x, y):
     return (model[-1](x) - y).square().sum(), y.numel()
 
 
-def fronts(shapes, t, steps, gamma):
-    """Of values in the order of a chain, [n]: 1, or what makes the step of depth t + 1 longer.
-
-    In the first ``steps`` steps but t = 0. Stages stretch by as much as makes 1.4 / gamma the
-    largest curvature.
-    """
-    depths = range(len(shapes), 0, -1)
-    stretch = (1.4 / gamma) ** 0.5 - 1
-    long = max(min(1 / stretch**2, 1.0), gamma) / gamma
-    return torch.cat([
-        v.new_full((v.numel(),), long if 0 < t < steps and depth == t + 1 else 1.0)
-        for v, depth in zip(shapes, depths, strict=True)
-    ])  # fmt: skip
-
-
 def written_out(kind, net, x, y, gamma):
-    """F at each tried step of textbook conjugate gradients, and where the last one ends.
-
-    But for the front of state coordinates: there one direction has a longer part.
-    """
+    """F at each tried step of textbook conjugate gradients, and where the last one ends."""
     oracle = kind(squares)
     oracle.errors, oracle.settled = [], False
     oracle.free_energy(net, (x, y))
@@ -71,13 +45,11 @@ def written_out(kind, net, x, y, gamma):
     r = -torch.autograd.functional.jacobian(free_energy, at)
     p, tried, free = r, at, [free_energy(at)]
     rounding = len(at) * torch.finfo(at.dtype).eps * r.norm()  # of sums as long as the values are
-    for t in range(T - 1):
+    for _ in range(T - 1):
         if r.norm() <= rounding:  # the minimum: what is left has no direction, and F stands
             tried = at
             free.append(free_energy(at))
             continue
-        if kind is Explicit:
-            p = p * fronts(values, t, T - 1 - MENDING, gamma)
         tried = at + gamma * p
         free.append(free_energy(tried))
         bent = torch.autograd.functional.hvp(free_energy, at, p)[1]
@@ -111,79 +83,62 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
             torch.testing.assert_close(node.detach(), value, rtol=1e-8, atol=1e-10)
 
 
-def stepped(net, x, y, gamma, lr, steps, share, front):
-    """F at each step of iPC, or of PC with weights that stand, and what each step was like.
-
-    Moves the weights of ``net``.
-    """
+def stepped(net, x, y, gamma, steps):
+    """F at each step with weights that stand, and what each step was like."""
     oracle = Explicit(squares)
     oracle.free_energy(net, (x, y))
     shapes, sizes = [v.shape for v in oracle.values], [v.numel() for v in oracle.values]
     at = torch.cat([v.detach().flatten() for v in oracle.values])
-    weights, free, kinds, s, before = list(net.parameters()), [], set(), None, None
+    free, kinds, s, before = [], set(), None, None
     for _ in range(steps):
         flat = at.clone().requires_grad_()
         oracle.values = [p.view(v) for p, v in zip(flat.split(sizes), shapes, strict=True)]
-        energy, terms = oracle.free_energy(net, (x, y))
-        g, *slopes = torch.autograd.grad(energy, [flat, *weights])
+        energy, _ = oracle.free_energy(net, (x, y))
+        (g,) = torch.autograd.grad(energy, [flat])
         free.append(energy.item())
         if s is None:
             s, before = -g, g
         else:
-            least = share * max(1, FIRST / (len(free) - 1))
-            settled = free[-2] - free[-1] <= least * max(0.0, free[0] - free[-1])
+            stalled = free[-1] >= free[-2]
             bent = float(s @ (g - before))
             length = min(LONGEST, max(0.0, -float(s @ before) / bent)) if bent > 0 else 1.0
-            length = min(length, 1.0) if settled else length
+            length = min(length, 1.0) if stalled else length
             at = at + (length - 1) * gamma * s
             end = before + length * (g - before)
             momentum = min(1.0, max(0.0, float(end @ (end - before) / (before @ before))))
-            kinds |= {(settled, "short" if length < 1 else "long"), (settled, momentum > 0)}
-            s, before = (0.0 if settled else momentum) * s - end, end
-            s = s * fronts(oracle.values, len(free) - 1, front, gamma)
+            kinds |= {(stalled, "short" if length < 1 else "long"), (stalled, momentum > 0)}
+            s, before = (0.0 if stalled else momentum) * s - end, end
         at = at + gamma * s
-        with torch.no_grad():
-            for weight, slope in zip(weights, slopes, strict=True):
-                weight -= lr * slope / terms
     return free, kinds
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "lr", "share"), [(IPC, 0.0, SETTLED), (IPC, 0.1, SETTLED), (PC, 0.0, 0.0)]
-)
-def test_until_when_values_hurry(algorithm, lr, share):
-    """Where weights move as well while F falls, else to the end.
+def test_where_f_has_not_fallen_values_do_not_hurry():
+    """No step is longer than gamma then or has momentum.
 
-    Then no step is longer than gamma or has momentum. Rectifiers' kinks are met, and steps that
-    turn out too long.
+    Rectifiers' kinks are met, and steps that turn out too long.
     """
     torch.manual_seed(27)
     net = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(5, 5), nn.ReLU())))[:-1].double()
     x, y = torch.randn(4, 5).double(), torch.randn(4, 5).double()
     for p in net.parameters():
         p.data *= 2.5
-    explicit = copy.deepcopy(net)
-    free, kinds = stepped(explicit, x, y, 0.4, lr, 14, share, 14 if share else 13 - MENDING)
-    assert free != stepped(copy.deepcopy(net), x, y, 0.4, lr, 14, SETTLED - share, 14)[0]
-    met = {(True, "short"), (True, "long"), (True, True), (False, "long"), (False, True)}
-    assert not share or kinds >= met
-    given = {"gamma": 0.4, "gamma_decay": 1, "value_nodes": "linear", "T": 14}
-    optimizer = algorithm(sgd(net, lr), net, momentum="conjugate", **given)
+    free, kinds = stepped(net, x, y, 0.6, 24)
+    assert kinds >= {(True, "short"), (True, True), (False, "long"), (False, True)}
+    given = {"gamma": 0.6, "gamma_decay": 1, "value_nodes": "linear", "T": 24}
+    optimizer = PC(sgd(net, 0.0), net, momentum="conjugate", **given)
     optimizer.step(squared(net, x, y))
     expected = torch.tensor(free, dtype=torch.float64)
-    torch.testing.assert_close(optimizer.report.free_energy, expected, rtol=1e-8, atol=0)
-    for p, q in zip(net.parameters(), explicit.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-11)
+    torch.testing.assert_close(optimizer.report.free_energy, expected, rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize("gamma", [0.1, torch.tensor(0.1)], ids=["a number", "on a device"])
-def test_values_that_follow_the_weights_do_not_run_ahead(gamma):
-    """Gradients that moving weights keep alike are no direction in which F is flat."""
+def test_steps_that_raise_f_are_not_made_longer(gamma):
+    """One that brings it down again is."""
     node = Node("n", torch.zeros(1, 1).requires_grad_(), Gaussian())
 
-    def way(rule, *energies):
+    def way(*energies):
         node.x.data.zero_()
-        conjugate = Conjugate(0.1, 1.0, rule)
+        conjugate = Conjugate(0.1, 1.0)
         conjugate.gamma = gamma
         for energy in energies:
             conjugate.observe(torch.tensor(energy))
@@ -191,17 +146,8 @@ def test_values_that_follow_the_weights_do_not_run_ahead(gamma):
             conjugate.move([node], 1.0)
         return float(node.x.detach()) / 0.1
 
-    falling, above = (10.0, 1.0, 0.9, 0.8, 0.7), (1.0, 5.0, 5.1, 4.0)
-    stands, moves = stalled, following
-    # all but the last are made longer where weights stand, the first alone where they do not
-    assert way(stands, *falling) == pytest.approx(4 * LONGEST + 1, rel=0.01)
-    assert way(moves, *falling) == pytest.approx(LONGEST + 4, rel=0.01)
-    even = [10.0 - t for t in range(10)] + [0.9]  # until the tenth step
-    assert way(moves, *even) == pytest.approx(way(stands, *even) - LONGEST + 1, rel=0.01)
-    assert way(moves, 10.0, 9.0, 8.3, 7.8) == pytest.approx(2 * LONGEST + 2, rel=0.01)
-    # steps that raise F are not made longer, one that brings it down again is
-    for each in (stands, moves):
-        assert way(each, *above) == pytest.approx(LONGEST + 3, rel=0.01)
+    assert way(10.0, 1.0, 0.9, 0.8, 0.7) == pytest.approx(4 * LONGEST + 1, rel=0.01)
+    assert way(1.0, 5.0, 5.1, 4.0) == pytest.approx(LONGEST + 3, rel=0.01)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -231,13 +177,10 @@ def test_both_phases_of_a_centered_batch_start_at_rest(algorithm):
     torch.testing.assert_close(free["centered"], phases, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("algorithm", [PC, IPC])
-def test_kept_values_go_on_falling(algorithm):
+def test_kept_values_go_on_falling():
     """Each call begins with a plain step, from where the last one ended."""
     model, (x, y) = MLP((6, 9, 7, 4)).double(), vectors(12)
-    optimizer = algorithm(
-        sgd(model, 0.0), model, gamma=0.2, T=4, momentum="conjugate", reset="never"
-    )
+    optimizer = PC(sgd(model, 0.0), model, gamma=0.2, T=4, momentum="conjugate", reset="never")
     ends = []
     for _ in range(3):
         optimizer.step(classifier(model, x.double(), y))
@@ -280,12 +223,12 @@ def test_masked_logits_stay_where_they_are():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_rate_on_the_device_is_as_good(dtype):
-    """Where a device holds gamma, it is a tensor, of the energy's type; one node is a front's."""
+    """Where a device holds gamma, it is a tensor, of the energy's type."""
 
-    def moved(gamma, front=True):
+    def moved(gamma):
         torch.manual_seed(0)
         nodes = [Node("n", torch.randn(3, 4).requires_grad_(), Gaussian(), depth=d) for d in (1, 2)]
-        slopes, conjugate = torch.randn(5, 3, 4), Conjugate(0.2, 1.0, front=5 * front)
+        slopes, conjugate = torch.randn(5, 3, 4), Conjugate(0.2, 1.0)
         for t, slope in enumerate(slopes):
             conjugate.observe(torch.tensor(5.0 - t, dtype=dtype))
             conjugate.gamma = gamma
@@ -295,11 +238,11 @@ def test_a_rate_on_the_device_is_as_good(dtype):
         return [node.x.detach() for node in nodes]
 
     torch.testing.assert_close(moved(torch.tensor(0.2, dtype=dtype)), moved(0.2))
-    assert not torch.equal(moved(0.2)[1], moved(0.2, front=False)[1])
 
 
-@pytest.mark.parametrize("algorithm", [PC, IPC])
-@pytest.mark.parametrize("momentum", [0.0, 0.6, "conjugate"])
+@pytest.mark.parametrize(
+    ("algorithm", "momentum"), list(itertools.product([PC, IPC], [0.0, 0.6, "conjugate"]))
+)
 def test_the_trainer_hands_it_on(algorithm, momentum):
     """The same batches leave the same weights as by the optimizer."""
     module, batches = Module(), data(3)
@@ -318,8 +261,8 @@ def test_the_trainer_hands_it_on(algorithm, momentum):
 @pytest.mark.parametrize(
     ("algorithm", "given", "momentum"),
     [
-        *((algorithm, {}, "conjugate") for algorithm in (PC, IPC)),
-        *((algorithm, {"precisions": ByDepth(0.9)}, "conjugate") for algorithm in (PC, IPC)),
+        (PC, {}, "conjugate"),
+        (PC, {"precisions": ByDepth(0.9)}, "conjugate"),
         *((algorithm, {}, 0.0) for algorithm in (EPC, IEPC)),
         *((algorithm, {"gamma": 0.2}, 0.0) for algorithm in (PC, IPC)),
         *((algorithm, {"precisions": "spiking"}, 0.0) for algorithm in (PC, IPC)),
@@ -354,15 +297,14 @@ def test_the_default_is_not_the_papers_descent(algorithm):
     assert ends[0] < ends[1]
 
 
-@pytest.mark.parametrize("algorithm", [PC, IPC])
-def test_gradients_whose_squares_overflow_leave_the_tried_step(algorithm):
+def test_gradients_whose_squares_overflow_leave_the_tried_step():
     """Weights of 1e4 in a chain: its slopes' squares are infinite in float32."""
     net = chain(3)
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(1e4)
     x, y = torch.randn(16, 12), torch.randn(16, 5)
-    optimizer = algorithm(sgd(net, 0.0), net, value_nodes="linear", momentum="conjugate")
+    optimizer = PC(sgd(net, 0.0), net, value_nodes="linear", momentum="conjugate")
     optimizer.step(squared(net, x, y))
     free = optimizer.report.free_energy
     assert free.isfinite().all()
@@ -375,23 +317,30 @@ class Square(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("algorithm", [PC, IPC])
-def test_an_f_that_is_steeper_further_off(algorithm, seed):
+def test_an_f_that_is_steeper_further_off(seed):
     """Where steps eight times as long as gamma lead above where F began."""
     torch.manual_seed(seed)
     net = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(10, 10), Square())))
     net.append(nn.Linear(10, 4))
     x, y = torch.randn(32, 10), torch.randn(32, 4)
     adam = torch.optim.Adam(net.parameters(), 3e-3)
-    optimizer = algorithm(adam, net, value_nodes="linear")
+    optimizer = PC(adam, net, value_nodes="linear")
     for _ in range(25):
         optimizer.step(squared(net, x, y))
         assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
 
 
 def test_no_autocast_rounds_the_products():
-    values = [torch.randn(3, 50), torch.randn(7)]
-    exact = _dot(values, values)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(_dot(values, values), exact)
-    assert exact == pytest.approx(float(sum(v.square().sum() for v in values)), rel=1e-5)
+    def moved(autocast):
+        torch.manual_seed(0)
+        node, conjugate = (
+            Node("n", torch.randn(3, 50).requires_grad_(), Gaussian()),
+            Conjugate(1, 1),
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for gradient in torch.randn(5, 3, 50):
+                node.gradient = gradient
+                conjugate.move([node], 1.0)
+        return node.x.detach()
+
+    assert torch.equal(moved(True), moved(False))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor
-
-from lightning_pc.inference.curvature import LARGEST, REACH, AutoGamma, largest_curvature
+from lightning_pc.inference.curvature import REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.precisions import Precisions
 from lightning_pc.inference.schedules import Schedule
-from lightning_pc.nodes.following import AXES, Following
 from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.stages.evaluator import Asked, Evaluator
+
+#: Stages in a row down to which values follow all that their predictions move by.
+FOLLOWING = 2
 
 
 @dataclass
@@ -26,6 +25,7 @@ class Beginning:
         auto: Chooses gamma, None where it is given.
         precisions: Each energy's weight in F.
         look_due: Look at the curvature, whoever gave gamma.
+        follow: Values follow their predictions.
 
     Attributes:
         seen: What ``look_due`` saw: the largest curvature and the node where it is largest.
@@ -35,6 +35,7 @@ class Beginning:
     auto: AutoGamma | None
     precisions: Precisions
     look_due: bool
+    follow: bool
     seen: tuple[float, Node] | None = None
 
     def begin(
@@ -42,7 +43,6 @@ class Beginning:
         evaluator: Evaluator,
         mover: Mover,
         asked: Asked,
-        free: Tensor,
         steps: int,
         kept: bool,
     ) -> None:
@@ -52,7 +52,6 @@ class Beginning:
             evaluator: Of the batch.
             mover: Gets the rate.
             asked: The first evaluation, for values alone.
-            free: F, [].
             steps: How many of the coming steps move values.
             kept: Values are kept from call to call.
         """
@@ -73,20 +72,11 @@ class Beginning:
         for node in nodes:
             if isinstance(node, ErrorNode) and share < 1.0:
                 node.whole = True
-        mover.choose(auto.gamma * share, auto.chosen_for)
-        if mover.own_rates and self.schedule.incremental and auto.too_far < math.inf:
-            self._follow(evaluator, mover, auto.too_far * free.abs(), asked.t)
-
-    def _follow(self, evaluator: Evaluator, mover: Mover, bears: Tensor, age: int) -> None:
-        """Lets values go along: always, or with moves that are too far by F as the batch starts."""
-        always = evaluator.graph.skips
-        for node in evaluator.nodes:
-            if node.x.dim() > AXES:
-                continue
-            share = min(1.0, mover.start_gamma * node.weight / LARGEST)
-            start = None if age else node.x.detach().clone()
-            waits = node.x.device.type == "cpu"  # to look at numbers costs nothing there
-            node.followed = Following(bears, 1.0 if always else share, start, always, waits)
+        mover.choose(auto.gamma * share)
+        if self.follow:
+            share = min(1.0, FOLLOWING / evaluator.graph.longest)
+            for node in nodes:
+                node.follow(share)
 
     def _look(
         self, evaluator: Evaluator, asked: Asked, steps: int, seed: int, fine: bool
@@ -96,9 +86,8 @@ class Beginning:
         reach = self.auto.reach if self.auto else REACH
         # All nodes' energies count.
         everything = replace(asked, t=age + max(node.arrival for node in nodes))
-        before = [(node.weight, node.followed) for node in nodes]
+        weights = [node.weight for node in nodes]
         for node in nodes:
-            node.followed = None
             if self.precisions.varies and not age:
                 node.weight = self.precisions.lasting(node.depth, steps)
         evaluator.disturbed()
@@ -107,5 +96,5 @@ class Beginning:
                 nodes, partial(evaluator, everything), 1.0 / asked.scale, seed, fine, reach
             )
         finally:
-            for node, (weight, followed) in zip(nodes, before, strict=True):
-                node.weight, node.followed = weight, followed
+            for node, weight in zip(nodes, weights, strict=True):
+                node.weight = weight

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from lightning_pc.inference.movers import slope as _gradient
-from lightning_pc.nodes.following import TOO_FAR
 from lightning_pc.nodes.node import Node
 
 #: Products of a look, one value-only evaluation each (about 0.75 of an ordinary one).
@@ -52,7 +51,6 @@ class AutoGamma:
         low: Least gamma * curvature that is left alone.
         high: Largest gamma * curvature that is left alone.
         reach: Length of a look's steps.
-        too_far: Of F, how much a move may add before values go along; infinity: none ever do.
 
     Attributes:
         gamma: The rate in use.
@@ -81,18 +79,9 @@ class AutoGamma:
     fine: bool = False
     soonest: int = SOONEST
     reach: float = REACH
-    too_far: float = TOO_FAR
 
     def __post_init__(self) -> None:
         self.gamma = min(self.gamma, self.aim)
-
-    @property
-    def chosen_for(self) -> float | None:
-        """The curvature by which gamma was chosen; the last one where gamma is at its limit."""
-        if self.curvature is None:
-            return None
-        suited = self.aim / self.gamma
-        return suited if self.gamma < LARGEST else min(suited, self.curvature)
 
     def due(self) -> bool:
         """Whether to look before the values of this batch move."""
@@ -128,7 +117,7 @@ class AutoGamma:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""
-        given = ("aim", "low", "high", "reach", "too_far")
+        given = ("aim", "low", "high", "reach")
         return {name: value for name, value in asdict(self).items() if name not in given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,12 +1,14 @@
 """Movers: how values move along dF/dx, all nodes at once (Jacobi).
 
 A mover is to the values what an optimizer is to the weights, an object with state that lasts one
-batch. `Descent` is the paper's; `OptimizerMover` is any optimizer of torch's; conjugate gradients
-are in `lightning_pc.inference.conjugate`.
+batch. `Descent` is the paper's; `PassingOn` is that with a longer first step on a chain;
+`OptimizerMover` is any optimizer of torch's; conjugate gradients are in
+`lightning_pc.inference.conjugate`.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -28,7 +30,6 @@ class Mover(ABC):
     Attributes:
         gamma: The rate at this step, on a device maybe a tensor.
         start_gamma: The rate at the start of the batch.
-        chosen_for: The largest curvature of F by which gamma was chosen, None where it was given.
         momentum: Share of a node's velocity that it keeps from step to step.
     """
 
@@ -41,14 +42,12 @@ class Mover(ABC):
     def __init__(self, gamma: float) -> None:
         self.start_gamma = gamma
         self.gamma: float | Tensor = gamma
-        self.chosen_for: float | None = None
         self._first: Tensor | None = None
         self._last: Tensor | None = None
 
-    def choose(self, gamma: float, chosen_for: float | None) -> None:
+    def choose(self, gamma: float) -> None:
         """Takes the automatic rate, before the first move."""
         self.start_gamma = self.gamma = gamma
-        self.chosen_for = chosen_for
 
     @property
     def ends(self) -> Tensor | None:
@@ -125,6 +124,40 @@ class Descent(Mover):
         torch._foreach_mul_(velocities, self.momentum)
         descend(velocities, moving, scale, -1.0)
         add(values, velocities, 1.0, self.gamma)
+
+
+class PassingOn(Descent):
+    """Descent in which a value passes on as much as it can of an error that has just reached it.
+
+    For nodes whose errors arrive depth by depth, each all at once (`Graph.even`). At gamma a third
+    of an error would be left after one stage, and nothing after sixteen.
+
+    In a long chain of stages that stretch what goes through them by a factor of at most s, the
+    largest curvature is (1 + s) ** 2. Along a pull that is stretched by s, the error that pulls is
+    gone after a step of 1 / s ** 2. And after a step of 1 a value's own error is all of what has
+    arrived, as in Z-IL. (Where energies have weights, curvatures and steps are in units of them.)
+
+    Args:
+        gamma: As of `Descent`.
+        gamma_decay: As of `Descent`.
+        aim: gamma times the largest curvature of F.
+    """
+
+    def __init__(self, gamma: float, gamma_decay: float, aim: float) -> None:
+        super().__init__(gamma, gamma_decay)
+        self._aim, self._steps = aim, 0
+
+    @override
+    @torch.no_grad()
+    def move(self, nodes: Sequence[Node], scale: float) -> None:
+        super().move(nodes, scale)
+        self._steps += 1
+        for node in nodes:
+            if node.depth == self._steps > 1 and node.gradient is not None and node.weight:
+                stretch = math.sqrt(self._aim / (self.start_gamma * node.weight)) - 1.0
+                step = 1.0 / (max(stretch, 1.0) ** 2 * node.weight)
+                longer = max(step, self.start_gamma) - self.gamma
+                add([node.coordinates], [node.gradient], scale, longer)
 
 
 class OptimizerMover(Mover):

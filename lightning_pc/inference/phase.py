@@ -100,10 +100,10 @@ class Phase:
             self.evaluator.moved(n for n in self.evaluator.nodes if n.arrival <= now + 1)
         return loss, self.evaluator.energies()
 
-    def _begin(self, free: Tensor) -> None:
+    def _begin(self) -> None:
         root = self.seed * self._weigh(0) / self.beta
         asked = Asked(self.age, True, False, False, root, self._scale)
-        self.beginning.begin(self.evaluator, self.mover, asked, free, self._value_steps, self.kept)
+        self.beginning.begin(self.evaluator, self.mover, asked, self._value_steps, self.kept)
 
     def _step(self) -> None:
         stepped = [p for p in self.evaluator.moving if p.grad is not None]

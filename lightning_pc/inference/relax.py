@@ -56,7 +56,7 @@ def relax(
     T: int,
     terms: float,
     scale: float,
-    begin: Callable[[Tensor], None],
+    begin: Callable[[], None],
     diverged: Callable[[Trace], Exception],
 ) -> Trace:
     """Infers and learns; the gradients of the last update are left in ``.grad``.
@@ -71,7 +71,7 @@ def relax(
         T: Inference steps.
         terms: M, the number of terms that the loss is a mean of.
         scale: Factor from gradients of parameters' scale to those of F.
-        begin: Called with F before the values' first move, gradients in the nodes.
+        begin: Called before the values' first move, gradients in the nodes.
         diverged: Makes the error for a loss or an energy that is not finite.
     """
     trace = Trace()
@@ -84,7 +84,7 @@ def relax(
             raise diverged(trace)
         if moves:
             if not t:
-                begin(free)
+                begin()
             mover.observe(free)
             mover.move(nodes, scale)
         if schedule.updates(t, T):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from typing_extensions import override
 
 from lightning_pc.errors import ConfigError
+
+#: Ways of values to move; see `Schedule.mover`.
+Moves = Literal["plain", "conjugate", "passing on"]
 
 
 class Schedule(ABC):
@@ -29,8 +33,9 @@ class Schedule(ABC):
     incremental = False
     #: One wave of weights, 1 at t = depth and 0 else: each stage counts once.
     wave = False
-    #: Values move along conjugate gradients unless told otherwise.
-    conjugate = False
+    #: How values move unless told otherwise: by plain descent, along conjugate gradients, or, where
+    #: weights move as well, by passing errors on and following their predictions.
+    mover: Moves = "plain"
     #: Values are held in error coordinates, x = mu + e.
     through = False
     #: Weights learn from an error as if it had come all of its way, and it is not meant to.
@@ -70,7 +75,7 @@ class IPC(Schedule):
     # less well where gamma gives way.
     band = (0.7, 2.5)
     incremental = True
-    conjugate = True
+    mover: Moves = "passing on"
 
     @override
     def learns(self, t: int, T: int) -> bool:
@@ -81,7 +86,7 @@ class PC(Schedule):
     """Values move at t < T-1, parameters once at t = T-1."""
 
     name, paper = "pc", "Salvatori et al. 2024, Algorithm 2"
-    conjugate = True
+    mover: Moves = "conjugate"
 
     @override
     def moves(self, t: int, T: int) -> bool:
@@ -133,7 +138,7 @@ class EPC(PC):
     # its way grows with what all of them are moved by: by d ** 2. From such gradients plain MLPs of
     # 64 layers learned next to nothing.
     deep = 4
-    conjugate = False
+    mover: Moves = "plain"
     through = True
     gaussian = True
 
@@ -149,7 +154,7 @@ class IEPC(IPC):
     # A hundredth of 1 / curvature: weights that learn from errors of a tenth of their equilibrium
     # made a masked BERT's curvature grow from 1 to 10 within 115 batches.
     aim, band = 0.01, (0.005, 0.02)
-    conjugate = False
+    mover: Moves = "plain"
     through = whole = True
     gaussian = True
 

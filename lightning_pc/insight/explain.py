@@ -162,7 +162,7 @@ def explain(report: StepReport | None) -> str:
     silent = [name for name, peak in report.peak_energy.items() if peak == 0]
     idle = [name for name, times in report.learned.items() if not times]
     for what, names in (
-        ("Values went along with their predictions", list(report.followed)),
+        ("Values followed their predictions", list(report.followed)),
         ("No error reached", silent),
         ("Parameters that did not learn", idle),
     ):

@@ -38,6 +38,8 @@ class StepReport:
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
+        followed: Node name -> share of its prediction's moves by which its value moved along, in
+            (0, 1]; values that stayed are left out. Only in ipc with gamma="auto".
     """
 
     algorithm: str
@@ -51,10 +53,10 @@ class StepReport:
     curvature: float | None
     energies: Tensor
     momentum: float | Literal["conjugate"] = 0.0
+    followed: dict[str, float] = field(default_factory=dict)
     _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
     _learned_at: tuple[int, ...] = field(repr=False, default=())
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
-    _followed: tuple[Tensor | int, ...] = field(repr=False, default=())
 
     @cached_property
     def energy(self) -> Tensor:
@@ -90,17 +92,6 @@ class StepReport:
         return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
 
     @cached_property
-    def followed(self) -> dict[str, int]:
-        """Node name -> evaluations at which its value went along with its prediction.
-
-        Only in ipc with gamma="auto", along conjugate gradients: where that moved too far, and at
-        each evaluation but the first where connections skip all stages (unless its move is too
-        long); nodes whose value always stayed are left out (`lightning_pc.followed`).
-        """
-        went = zip(self.nodes, map(int, self._followed), strict=bool(self._followed))
-        return {name: times for name, times in went if times}
-
-    @cached_property
     def learned(self) -> dict[str, int]:
         """Parameter name -> number of updates it took part in."""
         return {
@@ -125,7 +116,6 @@ def make_report(
     ``learnable`` are the optimizer's parameters by name.
     """
     losses = [loss for trace in traces for loss in trace.losses]
-    went = [node.followed for node in graph.nodes]
     return StepReport(
         algorithm=algorithm,
         steps=len(losses),
@@ -141,5 +131,5 @@ def make_report(
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
         _depths={name: graph.arrivals.get(p) for name, p in learnable.items()},
         _learned_at=tuple(age + t for t in traces[-1].learned_at),
-        _followed=tuple(0 if followed is None else followed.times for followed in went),
+        followed={node.name: node.followed for node in graph.nodes if node.followed},
     )

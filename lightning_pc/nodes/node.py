@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_pc.nodes.energies import Energy, Slopes
-from lightning_pc.nodes.following import Following
 
 
 @dataclass(eq=False)
@@ -28,7 +27,8 @@ class Node:
         parameters: The trainable parameters of its stage.
         rounding: Relative, of the arithmetic that computes its prediction.
         weight: Of its energy in F, at the coming evaluation.
-        followed: How its value follows its prediction; None where it stays.
+        followed: Share of what its prediction moves by that its value moves with it, in [0, 1]. At
+            0, as in the paper, the value stays. At 1 its error does.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         gradient: dF/dx at this evaluation, [B, *], in the scale of parameter gradients; None before
             an error arrives.
@@ -44,10 +44,11 @@ class Node:
     parameters: list[nn.Parameter] = field(default_factory=list)
     rounding: float = torch.finfo(torch.float32).eps
     weight: float = 1.0
-    followed: Following | None = None
+    followed: float = 0.0
     velocity: Tensor | None = None
     gradient: Tensor | None = None
     total: Tensor | None = None
+    _before: Tensor | None = None  # the prediction as of the last evaluation, where it is followed
 
     @property
     def coordinates(self) -> Tensor:
@@ -55,23 +56,26 @@ class Node:
         return self.x
 
     def evaluate(self, mu: Tensor, scale: float) -> Slopes:
-        """The energy and its gradients at a prediction; the value may follow that first.
+        """The energy and its gradients at a prediction, which the value follows first.
 
         Args:
             mu: The prediction, [B, *].
             scale: Factor from the energy's gradient to the parameters' (1 / M and accumulation).
         """
-        x, mu, rule = self.x.detach(), mu.detach(), self.followed
-        if mu.dtype is not x.dtype:
-            mu = mu.to(x.dtype)
-        if rule and rule.always:
-            rule.follow(x, mu, self.energy)
+        x, mu = self.x.detach(), mu.detach().to(self.x.dtype)
+        if self._before is not None:
+            move = mu - self._before
+            if self.energy.masks:  # -inf stays
+                move.masked_fill_(~move.isfinite(), 0.0)
+            x.add_(move, alpha=self.followed)
+            self._before = mu.clone()  # the module may write over it
         slopes = self.energy.evaluate(x, mu, scale, self.weight)
-        strays = rule and not rule.always and rule.moved
-        if strays and strays(x, mu, self.energy, self.weight, slopes.total):
-            slopes = self.energy.evaluate(x, mu, scale, self.weight)
         self.total = slopes.total
         return slopes
+
+    def follow(self, share: float) -> None:
+        """Lets its value, which equals its prediction now, follow it."""
+        self.followed, self._before = share, self.x.detach().clone()
 
     def stand(self, mu: Tensor) -> Tensor:
         """Its value, [B, *], where its prediction is ``mu``."""

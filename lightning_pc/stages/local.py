@@ -57,7 +57,7 @@ class LocalErrors(Evaluator):
             if number in standing:
                 slopes = node.evaluate(mu, asked.scale)
                 own.append((node.x, slopes))
-                if node.followed is not None:
+                if node.followed:
                     self.moved([node])
                 if inputs and (edge is not None or mu.requires_grad):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
