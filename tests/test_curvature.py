@@ -299,8 +299,6 @@ def test_a_look_leaves_no_trace(algorithm, autocast, evaluated):
         model = twin(start)
         adam = torch.optim.Adam(model.parameters(), 0.01)
         optimizer = algorithm(adam, model, gamma=gamma, momentum=momentum)
-        if kind == "auto":  # with a gamma that is given values stay
-            optimizer._learner.auto.too_far = math.inf
         torch.manual_seed(4)
         evaluated.clear()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
