@@ -28,6 +28,7 @@ from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
+from lightning_pc.stages.batch import Batch, counted_calls
 from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
     check_held,
@@ -35,7 +36,7 @@ from lightning_pc.stages.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.stages.evaluator import Batch, Evaluator, counted_calls
+from lightning_pc.stages.evaluator import Evaluator
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.prepare import Forms
@@ -150,17 +151,17 @@ class Learner:
         given: Any,
         batch_size: Callable[[], float | None],
     ) -> _Waiting:
-        graph, held = batch.graph, self._held()
-        check_nodes(placement, graph, self.model)
+        held = self._held()
+        check_nodes(placement, batch, self.model)
         if held is not None:
-            check_held(graph, held)
+            check_held(batch, held)
         if self.schedule.wave:
             require_chain(batch, self.model)
-        T = self.schedule.steps(graph.depth, self.settings.T, self._precisions.wave)
+        T = self.schedule.steps(batch.graph.depth, self.settings.T, self._precisions.wave)
         if self.settings.reset == "batch":
-            self._alerts.say("unreached", unreached(graph, T, self.model))
+            self._alerts.say("unreached", unreached(batch, T, self.model))
         if self._precisions.wave and not self.schedule.wave:
-            self._alerts.say("shortcut", shortcut(graph))
+            self._alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
         return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size))
 
@@ -220,26 +221,26 @@ class Learner:
     def _infer(
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
-        graph, T, betas = evaluator.graph, waiting.T, self.settings.betas
+        batch, T, betas = waiting.batch, waiting.T, self.settings.betas
         held = self._held() or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
-        self.values = {node.name: node.x for node in graph.nodes}
-        self._recordings.keep_in_mind(graph.nodes)
+        self.values = {node.name: node.x for node in batch.nodes}
+        self._recordings.keep_in_mind(batch)
         if self.schedule.incremental:
             clear_gradients(evaluator.moving)
-        begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
+        begun = [node.coordinates.detach().clone() for node in batch.nodes] if betas[1:] else []
         beginning = Beginning(self.schedule, self.auto, self._precisions, self._alerts.look_due)
         traces: list[Trace] = []
         for beta in betas:
             if traces:
                 evaluator.disturbed()
-                for node, start in zip(graph.nodes, begun, strict=True):
+                for node, start in zip(batch.nodes, begun, strict=True):
                     node.restart(start)
             phase = Phase(
                 evaluator,
                 self.schedule,
                 self._precisions,
-                self._mover(graph, T),
+                self._mover(batch.graph, T),
                 beginning,
                 beta,
                 seed / len(betas),
@@ -254,17 +255,17 @@ class Learner:
             self.settings.algorithm,
             self.settings.chosen_momentum,
             None if self.auto is None else self.auto.curvature,
-            graph,
+            batch,
             traces,
             terms,
             float(phase.mover.gamma),
             self._age,
             {name: p for p, name in self._recordings.model.trained.items() if p in held},
         )
-        self._alerts.after(graph.nodes, phase.mover, beginning, self.report)
+        self._alerts.after(batch.nodes, phase.mover, beginning, self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
-            self._recordings.kept = [s for s in evaluator.batch.watch.sites if s.reported]
+            self._recordings.kept = batch.sites
             self._age += T
         return traces[0].losses[0]
 
@@ -290,9 +291,9 @@ class Learner:
         return {p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _terms(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> float:
-        first = next((node.x.shape[0] for node in batch.graph.nodes if node.x.dim()), 1)
+        first = next((node.x.shape[0] for node in batch.nodes if node.x.dim()), 1)
         terms, doubt = count_terms(
-            self.settings.loss_terms, batch.graph.losses, given, batch_size, otherwise=first
+            self.settings.loss_terms, batch.losses, given, batch_size, otherwise=first
         )
         self._alerts.say("loss_terms", doubt)
         return terms

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pc.inference.relax import Trace
-from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.batch import Batch
 
 
 @dataclass(eq=False)
@@ -113,7 +113,7 @@ def make_report(
     algorithm: str,
     momentum: float | Literal["conjugate"],
     curvature: float | None,
-    graph: Graph,
+    batch: Batch,
     traces: Sequence[Trace],
     terms: float,
     gamma: float,
@@ -125,13 +125,13 @@ def make_report(
     ``learnable`` are the optimizer's parameters by name.
     """
     losses = [loss for trace in traces for loss in trace.losses]
-    went = [node.followed for node in graph.nodes]
+    went = [node.followed for node in batch.nodes]
     return StepReport(
         algorithm=algorithm,
         steps=len(losses),
-        depth=graph.depth,
-        nodes=[node.name for node in graph.nodes],
-        depths=[node.depth for node in graph.nodes],
+        depth=batch.graph.depth,
+        nodes=[node.name for node in batch.nodes],
+        depths=[node.depth for node in batch.nodes],
         loss=torch.stack(losses),
         loss_terms=terms,
         gamma=gamma,
@@ -139,7 +139,7 @@ def make_report(
         curvature=curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
-        _depths={name: graph.arrivals.get(p) for name, p in learnable.items()},
+        _depths={name: batch.arrivals.get(p) for name, p in learnable.items()},
         _learned_at=tuple(age + t for t in traces[-1].learned_at),
         _followed=tuple(0 if followed is None else followed.times for followed in went),
     )

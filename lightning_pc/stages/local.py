@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from typing_extensions import override
 
 from lightning_pc.nodes.energies import Slopes
-from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import run
 from lightning_pc.stages.evaluator import Asked, Evaluator
-from lightning_pc.stages.form import Piece
+from lightning_pc.stages.graph import Piece
 
 
 class LocalErrors(Evaluator):
@@ -25,24 +24,18 @@ class LocalErrors(Evaluator):
     """
 
     @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._fresh = set(range(len(self.form.pieces)))
-        self._fixed: dict[int, Tensor] = {}  # predictions that read no value
-
-    @override
     def __call__(self, asked: Asked) -> Tensor:
         nodes = self.nodes
         # In call order: a value that follows has moved before it is read.
-        for which, piece in enumerate(self.form.pieces):
+        for piece in self.graph.pieces:
             standing = [n for n in piece.nodes if nodes[n].arrival <= asked.t and nodes[n].weight]
             if standing or (piece.loss and asked.root):
-                self._run(which, piece, standing, asked)
+                self._run(piece, standing, asked)
         for node in nodes:
             node.gradient, node.x.grad = node.x.grad, None
         return self.loss
 
-    def _run(self, which: int, piece: Piece, standing: list[int], asked: Asked) -> None:
+    def _run(self, piece: Piece, standing: list[int], asked: Asked) -> None:
         nodes = self.nodes
         counts = piece.loss and bool(asked.root)
         values = [n for n in piece.parents if nodes[n].arrival <= asked.t + 1]
@@ -66,7 +59,7 @@ class LocalErrors(Evaluator):
                 self._fixed[number] = mu.detach()
             return node.x
 
-        loss = self._forward(which, piece, standing, counts, bool(inputs), meet)
+        loss = self._forward(piece, standing, counts, bool(inputs), meet)
         if loss is not None:
             roots.append(loss)
             errors.append(torch.full_like(loss, asked.root))
@@ -78,7 +71,6 @@ class LocalErrors(Evaluator):
 
     def _forward(
         self,
-        which: int,
         piece: Piece,
         standing: list[int],
         counts: bool,
@@ -86,12 +78,12 @@ class LocalErrors(Evaluator):
         meet: Callable[..., Tensor],
     ) -> Tensor | None:
         """Meets each node with its prediction; returns the loss where it counts."""
-        if which in self._fresh and (self.batch.whole or not counts):
-            sites = [self.batch.watch.sites[self.form.nodes[n]] for n in standing]
+        if piece in self._fresh and (self.batch.whole or not counts):
+            sites = [self.batch.site(n) for n in standing]
             firsts = [(site.first, site.edge) for site in sites]
             if all(edge is not None for _, edge in firsts):
                 if differentiated:
-                    self._spend(which)
+                    self._spend(piece)
                 for number, (first, edge) in zip(standing, firsts, strict=True):
                     meet(number, first, edge)
                 return self.batch.loss if counts else None
@@ -99,46 +91,8 @@ class LocalErrors(Evaluator):
             for number in standing:
                 meet(number, self._fixed[number])
             return None
-        self._spend(which)
-        env = self._environment(piece.values, piece.given)
+        self._spend(piece)
+        env = self.batch.environment(piece)
         with torch.set_grad_enabled(differentiated):
             run(self.batch.watch.calls, piece.program, env, meet)
-        return env[self.form.loss] if counts else None
-
-    def _spend(self, which: int) -> None:
-        """The first forward's graph of a piece has served, or no longer may."""
-        if which not in self._fresh:
-            return
-        self._fresh.remove(which)
-        for number in self.form.pieces[which].nodes:
-            site = self.batch.watch.sites[self.form.nodes[number]]
-            site.edge = site.first = None
-
-    @override
-    def learned(self, parameters: Iterable[nn.Parameter]) -> None:
-        if not self._fresh and not self._fixed:
-            return
-        moved, watch = set(parameters), self.batch.watch
-        for which, piece in enumerate(self.form.pieces):
-            if any(watch.parameters.get(slot) in moved for slot in piece.given):
-                self._spend(which)
-                for number in piece.nodes:
-                    self._fixed.pop(number, None)
-
-    @override
-    def moved(self, nodes: Iterable[Node]) -> None:
-        if self._fresh:
-            numbers = {self.nodes.index(node) for node in nodes}
-            for which in list(self._fresh):
-                if not numbers.isdisjoint(self.form.pieces[which].values):
-                    self._spend(which)
-
-    @override
-    def disturbed(self) -> None:
-        for which in list(self._fresh):
-            self._spend(which)
-
-    @override
-    def finish(self) -> None:
-        self.disturbed()
-        self._fixed.clear()
+        return env[self.graph.loss] if counts else None

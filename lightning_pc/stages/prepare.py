@@ -10,13 +10,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.node import ErrorNode, Node
-from lightning_pc.recording.calls import Draws, Environment, run
+from lightning_pc.recording.calls import Draws, run
 from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
-from lightning_pc.stages.evaluator import Batch, memory_of
-from lightning_pc.stages.form import Form, Stage
-from lightning_pc.stages.graph import Graph, set_arrivals, set_depths
+from lightning_pc.stages.batch import Batch, memory_of
+from lightning_pc.stages.graph import Graph, Stage
 
 #: A stage's graph of the first forward is kept where it holds at most so many times the bytes of
 #: the values that it reads (or predicts, where it reads none).
@@ -35,12 +34,12 @@ class Forms:
 
     def __init__(self, incremental: bool, through: bool) -> None:
         self.incremental, self.through = incremental, through
-        self._forms: list[Form] = []  # the last one first
+        self._graphs: list[Graph] = []  # of each form, the last one first
 
     @property
     def expected(self) -> list[Expected]:
         """What the next recording may look like, the likeliest first."""
-        return [form.expected for form in self._forms]
+        return [graph.expected for graph in self._graphs]
 
     def prepare(self, watch: Watch, loss: Tensor) -> Batch:
         """Makes the nodes, and checks a form that was never met.
@@ -58,76 +57,34 @@ class Forms:
                 "reset='never' keeps the values of the first call, but the module takes another "
                 "path now. Use reset='batch'."
             )
-        form = self._find(watch.keys)
-        if form is None or form.loss != entry.slot:
-            form = Analysis(watch, entry.slot).form()
-            batch = self._batch(watch, loss, form)
+        graph = next((g for g in self._graphs if g.expected.keys == watch.keys), None)
+        if graph is None or graph.loss != entry.slot:
+            graph = Analysis(watch, entry.slot).graph(self.incremental, self.through)
+            batch = self._batch(watch, loss, graph)
             check(batch)
-            self._forms = [form, *self._forms[: MOST - 1]]
+            self._graphs = [graph, *self._graphs[: MOST - 1]]
             return batch
-        self._forms.remove(form)
-        self._forms.insert(0, form)
-        return self._batch(watch, loss, form)
+        self._graphs.remove(graph)
+        self._graphs.insert(0, graph)
+        return self._batch(watch, loss, graph)
 
-    def _find(self, keys: list[object]) -> Form | None:
-        return next((form for form in self._forms if form.expected.keys == keys), None)
-
-    def _batch(self, watch: Watch, loss: Tensor, form: Form) -> Batch:
-        sites, parameters = watch.sites, watch.parameters
-        cut_elsewhere = False
-        for site, why in zip(sites, form.expected.why, strict=True):
-            site.why = why
-            cut_elsewhere = cut_elsewhere or bool(why and site.cut)
+    def _batch(self, watch: Watch, loss: Tensor, graph: Graph) -> Batch:
+        whole = not saved_elsewhere()
+        for site, why in zip(watch.sites, graph.expected.why, strict=True):
+            site.why, whole = why, whole and not (why and site.cut)
             if why or (site.first is not None and site.first._version != site.version):
                 site.edge = site.first = None
         watch.number_calls()
-        kind = ErrorNode if self.through else Node
-        nodes = []
-        for index in form.nodes:
-            site = sites[index]
+        kind, nodes = ErrorNode if self.through else Node, []
+        for index, stage in zip(graph.sites, graph.stages, strict=False):  # the loss's is the last
+            site = watch.sites[index]
             if site.node is None:
                 assert site.value is not None
                 assert site.energy is not None
                 site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
+            site.node.depth, site.node.arrival = stage.depth, stage.arrival
             nodes.append(site.node)
-        for node, stage in zip(nodes, form.stages, strict=True):
-            node.parents = [nodes[n] for n in stage.parents]
-            node.parameters = list(dict.fromkeys(parameters[slot] for slot in stage.parameters))
-        loss_parents = [nodes[n] for n in form.loss_stage.parents]
-        own = list(dict.fromkeys(parameters[slot] for slot in form.loss_stage.parameters))
-        if not form.depths:
-            self._measure(form, nodes, loss_parents, own, watch)
-        for node, depth, arrival in zip(nodes, form.depths, form.arrivals, strict=True):
-            node.depth, node.arrival = depth, arrival
-        graph = Graph(
-            nodes,
-            [site for site in sites if site.reported],
-            loss_parents,
-            own,
-            [watch.losses[i] for i in form.losses],
-            {parameters[slot]: arrival for slot, arrival in form.reached.items()},
-            max(form.depths, default=0),
-        )
-        return Batch(watch, form, graph, loss, not cut_elsewhere and not saved_elsewhere())
-
-    def _measure(
-        self,
-        form: Form,
-        nodes: list[Node],
-        loss_parents: list[Node],
-        own: list[nn.Parameter],
-        watch: Watch,
-    ) -> None:
-        for node in nodes:
-            node.depth = node.arrival = 0
-        penalised = {watch.parameters[slot] for slot in form.penalised}
-        depths = set_depths(loss_parents, [p for p in own if p not in penalised])
-        depths = dict.fromkeys(own, 0) | depths
-        arrivals = set_arrivals(nodes, depths, self.incremental, self.through)
-        form.depths = [node.depth for node in nodes]
-        form.arrivals = [node.arrival for node in nodes]
-        slots = {parameter: slot for slot, parameter in reversed(watch.parameters.items())}
-        form.reached = {slots[parameter]: arrival for parameter, arrival in arrivals.items()}
+        return Batch(watch, graph, nodes, loss, whole)
 
 
 def check(batch: Batch) -> None:
@@ -140,29 +97,26 @@ def check(batch: Batch) -> None:
     Raises:
         RecordingError: Naming the module.
     """
-    watch, form = batch.watch, batch.form
+    watch, graph = batch.watch, batch.graph
     drawn = {draw.generator for call in watch.calls for draw in call.draws}
     states = [Draws(generator, generator.get_state()) for generator in drawn]
-    for number, index in enumerate(form.nodes):
-        _check_leaves(
-            batch, watch.sites[index].leaves, form.stages[number], watch.sites[index].name
-        )
-    _check_leaves(batch, leaves_of(batch.loss), form.loss_stage, "the loss")
-    for piece in form.pieces:
-        env: Environment = {slot: watch.given[slot] for slot in piece.given}
-        for number in piece.values:
-            env[watch.sites[form.nodes[number]].slot] = batch.graph.nodes[number].x
-        read = [batch.graph.nodes[n].x for n in piece.values or piece.nodes]
+    for number, stage in enumerate(graph.stages[:-1]):
+        site = batch.site(number)
+        _check_leaves(batch, site.leaves, stage, site.name)
+    _check_leaves(batch, leaves_of(batch.loss), graph.stages[-1], "the loss")
+
+    def meet(number: int, mu: Tensor) -> Tensor:
+        site = batch.site(number)
+        assert site.value is not None
+        if watch.kept is None:  # kept values have moved
+            _check_same(mu, site.value, f"'{site.name}'", site.rounding)
+        return batch.nodes[number].x
+
+    for piece in graph.pieces:
+        env = batch.environment(piece)
+        read = [batch.nodes[n].x for n in piece.values or piece.nodes]
         holds = _Held([*env.values(), *read])
         before = torch.get_rng_state()
-
-        def meet(number: int, mu: Tensor) -> Tensor:
-            site = watch.sites[form.nodes[number]]
-            assert site.value is not None
-            if watch.kept is None:  # kept values have moved
-                _check_same(mu, site.value, f"'{site.name}'", site.rounding)
-            return batch.graph.nodes[number].x
-
         with torch.enable_grad(), saved_tensors_hooks(holds.pack, lambda _: None):  # type: ignore[arg-type,return-value]
             try:
                 run(watch.calls, piece.program, env, meet)
@@ -185,23 +139,22 @@ def check(batch: Batch) -> None:
             state.again()
         keeps = holds.bytes <= KEPT * sum(x.numel() * x.element_size() for x in read)
         for number in piece.nodes:
-            form.expected.keeps[form.nodes[number]] = keeps
+            graph.expected.keeps[graph.sites[number]] = keeps
         if piece.loss:
             eps = torch.finfo(batch.loss.dtype).eps
             rounding = max([eps, *(site.rounding for site in watch.sites)])
-            _check_same(env[form.loss], batch.loss, "the loss", rounding)
+            _check_same(env[graph.loss], batch.loss, "the loss", rounding)
 
 
 def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name: str) -> None:
     """Autograd reaches nothing from a prediction, or the loss, that its stage does not know."""
-    watch, nodes = batch.watch, batch.graph.nodes
-    known = {id(watch.parameters[slot]) for slot in stage.parameters}
-    known |= {id(nodes[n].x) for n in stage.parents}
-    ours = {id(node.x) for node in nodes}
-    for given in watch.given.values():  # what another network made before belongs to it
+    known = {id(parameter) for parameter in batch.parameters(stage)}
+    known |= {id(batch.nodes[n].x) for n in stage.parents}
+    ours = {id(node.x) for node in batch.nodes}
+    for given in batch.watch.given.values():  # what another network made before belongs to it
         if given.grad_fn is not None:
             known.update(map(id, leaves_of(given)))
-    cut = {id(s.value): s for s in watch.sites if s.value is not None and s.why}
+    cut = {id(s.value): s for s in batch.watch.sites if s.value is not None and s.why}
     pending, seen = list(leaves or []), set[int]()
     while pending:
         leaf = pending.pop()

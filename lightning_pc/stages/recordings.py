@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, PCError
 from lightning_pc.nodes.model import Model
-from lightning_pc.nodes.node import Node
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.modules import Learned
 from lightning_pc.recording.sites import Site, leaves_of
 from lightning_pc.recording.watch import Watch
+from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.checks import checked_loss, early_message
-from lightning_pc.stages.evaluator import Batch
 from lightning_pc.stages.prepare import Forms
 
 Output = TypeVar("Output")
@@ -105,9 +104,12 @@ class Recordings:
             saved.put_back()
             start.restore()
 
-    def keep_in_mind(self, nodes: Iterable[Node]) -> None:
+    def keep_in_mind(self, batch: Batch) -> None:
         """The values of a batch stand for the weights that predicted them."""
-        self._behind = {id(n.x): (weakref.ref(n.x), n.parameters) for n in nodes}
+        self._behind = {
+            id(node.x): (weakref.ref(node.x), batch.parameters(stage))
+            for node, stage in zip(batch.nodes, batch.graph.stages, strict=False)
+        }
 
     def forget(self) -> None:
         """The next batch starts anew."""
