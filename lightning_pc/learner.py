@@ -24,7 +24,6 @@ from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
-from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
@@ -33,6 +32,7 @@ from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
     check_held,
     check_nodes,
+    checked_loss,
     shortcut,
     unreached,
 )
@@ -139,20 +139,20 @@ class Learner:
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
 
-        def prepare(batch: Batch, placement: Placement) -> None:
-            self._waiting = self._prepare(batch, placement, given, batch_size)
-
-        return self._recordings.record(forward, loss_of, self._held(), prepare, must)
+        with self._recordings.recording(self._held()) as watch:
+            with watch.watching():
+                output = forward()
+                loss = loss_of(output)
+            if loss is not None or (must and watch.calls):
+                batch = self._recordings.forms.prepare(watch, checked_loss(loss, must))
+                self._waiting = self._prepare(batch, given, batch_size)
+        return output
 
     def _prepare(
-        self,
-        batch: Batch,
-        placement: Placement,
-        given: Any,
-        batch_size: Callable[[], float | None],
+        self, batch: Batch, given: Any, batch_size: Callable[[], float | None]
     ) -> _Waiting:
         held = self._held()
-        check_nodes(placement, batch, self.model)
+        check_nodes(batch, self.model)
         if held is not None:
             check_held(batch, held)
         if self.schedule.wave:

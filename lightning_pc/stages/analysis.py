@@ -7,7 +7,7 @@ from enum import Enum
 
 from torch import nn
 
-from lightning_pc.recording.calls import Call, program
+from lightning_pc.recording.calls import Call, Program, program
 from lightning_pc.recording.sites import FROZEN, WEIGHT_ALONE, Expected, hand
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.graph import Graph, Piece, Stage, set_arrivals, set_depths
@@ -45,7 +45,9 @@ class Analysis:
         self._origins = self._find_origins()
         self._live = self.above(loss, gradients=True)
         self.heavy = self._weights_below()
-        self._nodes: dict[int, int] = {}  # what is handed on -> number of the node
+        self._sites: list[int] = []  # of the nodes
+        self._nodes: dict[int, int] = {}  # slot of a value -> number of the node
+        self._stages: list[Stage] = []
 
     def above(self, slot: int, stop: Collection[int] = (), gradients: bool = False) -> set[int]:
         """The slots that one is computed from, itself among them.
@@ -72,7 +74,6 @@ class Analysis:
             incremental: Weights move while values do.
             through: Gradients go through all nodes.
         """
-        places, stages = list[int](), list[Stage]()
         for i, site in enumerate(self.watch.sites):
             if self._why[i]:
                 continue
@@ -84,25 +85,20 @@ class Analysis:
             elif not (stage.parents or stage.parameters):
                 self._why[i] = FROZEN
             else:
-                self._nodes[site.slot] = len(places)
-                places.append(i)
-                stages.append(stage)
-        stages.append(self._stage(self.loss))
-        set_depths(stages)
+                self._nodes[site.slot] = len(self._sites)
+                self._sites.append(i)
+                self._stages.append(stage)
+        self._stages.append(self._stage(self.loss))
+        set_depths(self._stages)
         return Graph(
             Expected(list(self.watch.keys), self._why, [False] * len(self._why)),
             self.loss,
-            places,
-            stages,
-            self._pieces(places, stages),
-            program(
-                self.calls,
-                self._calls(self.above(self.loss)),
-                [self.loss],
-                self._stops(places, range(len(places))),
-            ),
+            self._sites,
+            self._stages,
+            self._pieces(),
+            self._program(range(len(self._stages)), self._calls(self.above(self.loss))),
             [i for i, loss in enumerate(self.watch.losses) if loss.slot in self._live],
-            set_arrivals(stages, self._at_once(stages), incremental, through),
+            set_arrivals(self._stages, self._at_once(), incremental, through),
         )
 
     def _find_origins(self) -> dict[int, Origin]:
@@ -148,57 +144,50 @@ class Analysis:
         """Indices of the calls that make them."""
         return {self._producer[slot] for slot in slots if slot in self._producer}
 
-    def _stops(self, places: list[int], nodes: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """As of `program`."""
-        sites = self.watch.sites
-        return {sites[places[n]].at: (n, sites[places[n]].mu) for n in nodes}
+    def _program(self, stages: Iterable[int], calls: set[int]) -> Program:
+        """Calls that give the predictions of these stages."""
+        nodes = [(n, self.watch.sites[self._sites[n]]) for n in stages if n < len(self._sites)]
+        kept = [self.loss] if len(self._sites) in stages else []
+        return program(self.calls, calls, kept, {site.at: (n, site.mu) for n, site in nodes})
 
-    def _pieces(self, places: list[int], stages: list[Stage]) -> list[Piece]:
+    def _pieces(self) -> list[Piece]:
         """Joins the stages that share calls; a value that is handed on is no call to share."""
-        slots = [*(self.watch.sites[i].mu for i in places), self.loss]
-        groups: list[tuple[list[int], set[int], set[int]]] = []  # numbers, slots read, calls
+        slots = [*(self.watch.sites[i].mu for i in self._sites), self.loss]
+        groups: list[tuple[list[int], set[int], set[int]]] = []  # stages, slots read, calls
         for number, slot in enumerate(slots):
             read = self.above(slot, self._nodes)
-            numbers, calls = [number], self._calls(read - self._nodes.keys())
-            shared = {i for i in calls if self.calls[i].function is not hand}
-            apart = []
+            stages, calls = [number], self._calls(read - self._nodes.keys())
+            shared, apart = {i for i in calls if self.calls[i].function is not hand}, []
             for group in groups:
                 if shared.isdisjoint(group[2]):
                     apart.append(group)
                 else:
-                    numbers, read, calls = group[0] + numbers, read | group[1], calls | group[2]
-            groups = [*apart, (numbers, read, calls)]
+                    stages, read, calls = group[0] + stages, group[1] | read, group[2] | calls
+            groups = [*apart, (stages, read, calls)]
         groups.sort(key=lambda group: min(group[0]))
-        return [self._piece(places, stages, sorted(n), read, calls) for n, read, calls in groups]
+        return [self._piece(sorted(stages), read, calls) for stages, read, calls in groups]
 
-    def _piece(
-        self,
-        places: list[int],
-        stages: list[Stage],
-        numbers: list[int],
-        read: set[int],
-        calls: set[int],
-    ) -> Piece:
-        nodes = [n for n in numbers if n < len(places)]
-        loss = nodes != numbers
+    def _piece(self, numbers: list[int], read: set[int], calls: set[int]) -> Piece:
+        nodes = [n for n in numbers if n < len(self._sites)]
+        stages = [self._stages[n] for n in numbers]
         return Piece(
-            program(self.calls, calls, [self.loss] if loss else [], self._stops(places, nodes)),
+            self._program(numbers, calls),
             nodes,
-            loss,
-            sorted(self._nodes[slot] for slot in read if slot in self._nodes),
-            list(dict.fromkeys(n for i in numbers for n in stages[i].parents)),
-            list(dict.fromkeys(slot for i in numbers for slot in stages[i].parameters)),
+            nodes != numbers,
+            {slot: n for slot, n in self._nodes.items() if slot in read},
+            list(dict.fromkeys(n for stage in stages for n in stage.parents)),
+            list(dict.fromkeys(slot for stage in stages for slot in stage.parameters)),
             [slot for slot in read if slot in self.watch.given],
         )
 
-    def _at_once(self, stages: list[Stage]) -> list[int]:
+    def _at_once(self) -> list[int]:
         """The loss's parameters, but for those that only penalties of weights read there.
 
         A penalty is a number that owes nothing to data. Errors reach a penalised weight when they
         reach its stage, not at once. Else a T at which they never do would go unnoticed, and iPC
         would take steps along the penalty's gradient alone.
         """
-        *others, loss = stages
+        *others, loss = self._stages
         penalties = {s for s in self.watch.scalars if self._origins.get(s) is not Origin.DATA}
         found = self.above(self.loss, penalties | self._nodes.keys(), gradients=True)
         read = {self._first[s] for s in found if s in self._first}

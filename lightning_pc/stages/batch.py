@@ -61,9 +61,7 @@ class Batch:
     def environment(self, piece: Piece) -> Environment:
         """What a piece reads: parameters, constants, and values."""
         env = {slot: self.watch.given[slot] for slot in piece.given}
-        for number in piece.values:
-            env[self.site(number).slot] = self.nodes[number].x
-        return env
+        return env | {slot: self.nodes[number].x for slot, number in piece.values.items()}
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, PlacementError
-from lightning_pc.nodes.placement import Placement
-from lightning_pc.recording.sites import Site
 from lightning_pc.stages.batch import Batch
 
 
-def checked_loss(loss: object) -> Tensor:
+def checked_loss(loss: object, must: str) -> Tensor:
     """The loss, if one can be learned from.
+
+    Args:
+        loss: What the forward gave.
+        must: As of `Learner.begin`.
 
     Raises:
         ClosureError: Saying what it is instead.
     """
+    if loss is None:
+        raise ClosureError(
+            f"The closure given to {must}.step ran the model and returned nothing: "
+            "end it with 'return loss'. To skip a batch, return before the forward."
+        )
     if not isinstance(loss, Tensor):
         raise ClosureError(f"Expected a loss tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
@@ -45,18 +52,16 @@ def early_message(parameters: set[Tensor], model: nn.Module) -> str:
     )
 
 
-def check_nodes(placement: Placement, batch: Batch, model: nn.Module) -> None:
+def check_nodes(batch: Batch, model: nn.Module) -> None:
     """Every entry that the user wrote out has a node, and there is one at all.
 
     Raises:
         PlacementError: Naming the entry or the places met, and what to do.
     """
-    by_module: dict[object, list[Site]] = {}
-    for site in batch.sites:
-        key = site.key[0] if isinstance(site.key, tuple) else None
-        by_module.setdefault(key, []).append(site)
+    placement = batch.watch.placement
     for entry, modules in placement.entries:
-        sites = [site for module in modules for site in by_module.get(module, ())]
+        outputs = [(site.key[0], site) for site in batch.sites if isinstance(site.key, tuple)]
+        sites = [site for module in modules for of, site in outputs if of is module]
         if any(not site.why for site in sites):
             continue
         if sites:

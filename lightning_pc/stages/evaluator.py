@@ -45,7 +45,7 @@ class Asked:
 
 @dataclass(eq=False)
 class Evaluator:
-    """Evaluates one batch; knows for which pieces the first forward's own graph still serves.
+    """Evaluates one batch; knows for which pieces what the first forward left still serves.
 
     Args:
         batch: The batch.
@@ -64,8 +64,7 @@ class Evaluator:
         self.loss = self.batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
         self._zero = self.loss.new_zeros((), dtype=dtype)
-        self._fresh = set(self.graph.pieces)  # the first forward's own graph of them serves
-        self._fixed: dict[int, Tensor] = {}  # predictions that read no value
+        self._fresh = set(self.graph.pieces)  # a run that is over still serves them
 
     @cached_property
     def _moving(self) -> dict[int, nn.Parameter]:
@@ -83,20 +82,18 @@ class Evaluator:
 
     def learned(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes in that these parameters have moved."""
-        if self._fresh or self._fixed:
+        if self._fresh:
             moved, given = set(parameters), self.batch.watch.parameters
-            for piece in self.graph.pieces:
+            for piece in [*self._fresh]:
                 if any(given.get(slot) in moved for slot in piece.given):
                     self._spend(piece)
-                    for number in piece.nodes:
-                        self._fixed.pop(number, None)
 
     def moved(self, nodes: Iterable[Node]) -> None:
         """Takes in that these values are about to move."""
         if self._fresh:
             moving = set(nodes)
             for piece in [*self._fresh]:
-                if any(self.nodes[number] in moving for number in piece.values):
+                if any(self.nodes[number] in moving for number in piece.values.values()):
                     self._spend(piece)
 
     def disturbed(self) -> None:
@@ -107,10 +104,9 @@ class Evaluator:
     def finish(self) -> None:
         """Lets go of what the first forward left."""
         self.disturbed()
-        self._fixed.clear()
 
     def _spend(self, piece: Piece) -> None:
-        """The first forward's graph of a piece has served, or no longer may."""
+        """What the first forward left of a piece has served, or no longer may."""
         if piece in self._fresh:
             self._fresh.remove(piece)
             for number in piece.nodes:

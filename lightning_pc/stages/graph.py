@@ -39,7 +39,7 @@ class Piece:
         program: Their calls.
         nodes: The nodes that they predict, by number.
         loss: Whether the loss's stage is one of them.
-        values: The nodes that they read.
+        values: Slot of a value that they read -> its node.
         parents: The nodes through which gradients reach them.
         parameters: The first slots of their trainable parameters.
         given: Slots of the parameters and constants that they read.
@@ -48,7 +48,7 @@ class Piece:
     program: Program
     nodes: list[int]
     loss: bool
-    values: list[int]
+    values: dict[int, int]
     parents: list[int]
     parameters: list[int]
     given: list[int]

@@ -20,7 +20,8 @@ class LocalErrors(Evaluator):
     """Gradients go no further than to the next node, so pieces run one by one, in call order.
 
     A piece runs where an error stands at one of its predictions. The first forward's own graph
-    serves as the first run of a piece, while nothing that the piece reads has moved.
+    serves as the first run of a piece, while nothing that the piece reads has moved. So do
+    predictions that read no value, as long as weights stand and no gradient is asked for.
     """
 
     @override
@@ -55,8 +56,8 @@ class LocalErrors(Evaluator):
                 if inputs and (edge is not None or mu.requires_grad):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
                     errors.append(slopes.dmu.to(mu.dtype))
-            if self.steady and not piece.values:
-                self._fixed[number] = mu.detach()
+            if self.steady and not piece.values:  # it stays
+                self.batch.site(number).first = mu.detach()
             return node.x
 
         loss = self._forward(piece, standing, counts, bool(inputs), meet)
@@ -78,21 +79,20 @@ class LocalErrors(Evaluator):
         meet: Callable[..., Tensor],
     ) -> Tensor | None:
         """Meets each node with its prediction; returns the loss where it counts."""
-        if piece in self._fresh and (self.batch.whole or not counts):
-            sites = [self.batch.site(n) for n in standing]
-            firsts = [(site.first, site.edge) for site in sites]
-            if all(edge is not None for _, edge in firsts):
-                if differentiated:
-                    self._spend(piece)
-                for number, (first, edge) in zip(standing, firsts, strict=True):
-                    meet(number, first, edge)
-                return self.batch.loss if counts else None
-        if not piece.values and not differentiated and all(n in self._fixed for n in standing):
-            for number in standing:
-                meet(number, self._fixed[number])
-            return None
-        self._spend(piece)
+        sites = [(number, self.batch.site(number)) for number in standing]
+        left = [(number, site.first, site.edge) for number, site in sites]
+        serves = piece in self._fresh and (self.batch.whole or not counts)
+        for _, mu, edge in left:
+            serves = serves and (mu if not differentiated else edge) is not None
+        if differentiated or not serves:
+            self._spend(piece)
+        if serves:
+            for prediction in left:
+                meet(*prediction)
+            return self.batch.loss if counts else None
         env = self.batch.environment(piece)
         with torch.set_grad_enabled(differentiated):
             run(self.batch.watch.calls, piece.program, env, meet)
+        if self.steady and not piece.values:
+            self._fresh.add(piece)
         return env[self.graph.loss] if counts else None

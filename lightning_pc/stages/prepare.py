@@ -57,16 +57,16 @@ class Forms:
                 "reset='never' keeps the values of the first call, but the module takes another "
                 "path now. Use reset='batch'."
             )
-        graph = next((g for g in self._graphs if g.expected.keys == watch.keys), None)
-        if graph is None or graph.loss != entry.slot:
-            graph = Analysis(watch, entry.slot).graph(self.incremental, self.through)
-            batch = self._batch(watch, loss, graph)
+        slot, known = entry.slot, self._graphs
+        graph = next((g for g in known if g.loss == slot and g.expected.keys == watch.keys), None)
+        new = graph is None
+        if graph is None:
+            graph = Analysis(watch, slot).graph(self.incremental, self.through)
+        batch = self._batch(watch, loss, graph)
+        if new:
             check(batch)
-            self._graphs = [graph, *self._graphs[: MOST - 1]]
-            return batch
-        self._graphs.remove(graph)
-        self._graphs.insert(0, graph)
-        return self._batch(watch, loss, graph)
+        self._graphs = [graph, *(g for g in known if g is not graph)][:MOST]
+        return batch
 
     def _batch(self, watch: Watch, loss: Tensor, graph: Graph) -> Batch:
         whole = not saved_elsewhere()
@@ -114,7 +114,7 @@ def check(batch: Batch) -> None:
 
     for piece in graph.pieces:
         env = batch.environment(piece)
-        read = [batch.nodes[n].x for n in piece.values or piece.nodes]
+        read = [batch.nodes[n].x for n in piece.values.values() or piece.nodes]
         holds = _Held([*env.values(), *read])
         before = torch.get_rng_state()
         with torch.enable_grad(), saved_tensors_hooks(holds.pack, lambda _: None):  # type: ignore[arg-type,return-value]

@@ -5,22 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from torch import Tensor, nn
 
-from lightning_pc.errors import ClosureError, PCError
+from lightning_pc.errors import PCError
 from lightning_pc.nodes.model import Model
-from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.modules import Learned
 from lightning_pc.recording.sites import Site, leaves_of
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.batch import Batch
-from lightning_pc.stages.checks import checked_loss, early_message
+from lightning_pc.stages.checks import early_message
 from lightning_pc.stages.prepare import Forms
-
-Output = TypeVar("Output")
 
 
 class Recordings:
@@ -34,65 +30,45 @@ class Recordings:
 
     Attributes:
         kept: Sites with values to stand again; None for fresh ones.
+        forms: What its recordings have looked like.
     """
 
     def __init__(self, model: Model, forms: Forms, softmax: str, keeps: bool) -> None:
-        self.model = model
+        self.model, self.forms = model, forms
         self.kept: list[Site] | None = None
-        self._forms, self._softmax, self._keeps = forms, softmax, keeps
+        self._softmax, self._keeps = softmax, keeps
         self._learned = Learned()
         self._draws: RandomStates | None = None
         self._behind: dict[int, tuple[weakref.ref[Tensor], list[nn.Parameter]]] = {}
 
-    def record(
-        self,
-        forward: Callable[[], Output],
-        loss_of: Callable[[Output], Tensor | None],
-        held: set[nn.Parameter] | None,
-        prepare: Callable[[Batch, Placement], None],
-        must: str,
-    ) -> Output:
-        """Runs the forward, once; if that fails, model and generators are as before.
+    @contextmanager
+    def recording(self, held: set[nn.Parameter] | None) -> Iterator[Watch]:
+        """One forward is recorded and made ready inside; if that fails, all is as before.
 
         Args:
-            forward: The user's forward, which computes the loss.
-            loss_of: The scalar loss in what ``forward`` returns, None to skip the batch.
             held: Parameters that the optimizer moves, None for all.
-            prepare: Gets the batch ready, unless it is skipped.
-            must: Whose closure it is, where one that runs the model must give a loss.
         """
-        saved = None if self._forms.expected else self.model.save(held or set())
+        saved = None if self.forms.expected else self.model.save(held or set())
         start = RandomStates(everywhere=self._keeps)
         if self._draws is not None:
             self._draws.restore()
         placement, model = self.model.look(), self.model
-        expected, early = self._forms.expected, self._early(held)
+        expected, early = self.forms.expected, self._early(held)
         seen = (self._learned, self._softmax, model.names, model.own, expected)
         watch = Watch(placement, *seen, self.kept, early)
         try:
-            with watch.watching():
-                output = forward()
-                loss = loss_of(output)
-            if loss is None and must and watch.calls:
-                raise ClosureError(
-                    f"The closure given to {must}.step ran the model and returned nothing: "
-                    "end it with 'return loss'. To skip a batch, return before the forward."
-                )
-            if loss is not None:
-                prepare(self._forms.prepare(watch, checked_loss(loss)), placement)
-        except BaseException as error:
-            if isinstance(error, PCError):
-                watch.undo()
-                if saved is not None:
-                    saved.put_back()
-            if isinstance(error, PCError) or self._draws is not None:
-                start.restore()
-            raise
-        if self._draws is not None:
+            yield watch
+        except PCError:
+            watch.undo()
+            if saved is not None:
+                saved.put_back()
             start.restore()
-        elif self._keeps:
+            raise
+        finally:
+            if self._draws is not None:
+                start.restore()
+        if self._keeps and self._draws is None:
             self._draws = start
-        return output
 
     @contextmanager
     def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
