@@ -39,7 +39,6 @@ from lightning_pc.stages.checks import (
 from lightning_pc.stages.evaluator import Evaluator
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.local import LocalErrors
-from lightning_pc.stages.prepare import Forms
 from lightning_pc.stages.recordings import Recordings
 from lightning_pc.stages.through import ThroughErrors
 
@@ -84,9 +83,10 @@ class Learner:
         softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
         self._recordings = Recordings(
             Model(model, settings.value_nodes),
-            Forms(self.schedule.incremental, self.schedule.through),
             softmax,
             settings.reset == "never",
+            self.schedule.incremental,
+            self.schedule.through,
         )
         self._waiting: _Waiting | None = None
         self._alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
@@ -144,7 +144,7 @@ class Learner:
                 output = forward()
                 loss = loss_of(output)
             if loss is not None or (must and watch.calls):
-                batch = self._recordings.forms.prepare(watch, checked_loss(loss, must))
+                batch = self._recordings.prepare(watch, checked_loss(loss, must))
                 self._waiting = self._prepare(batch, given, batch_size)
         return output
 
@@ -198,7 +198,7 @@ class Learner:
             self._age = 0
             raise
         finally:
-            evaluator.finish()
+            evaluator.disturbed()
             for generator in after:
                 generator.again()
             for node in evaluator.nodes:

@@ -97,13 +97,9 @@ class Evaluator:
                     self._spend(piece)
 
     def disturbed(self) -> None:
-        """Takes in that all values have moved, or will be moved and put back."""
+        """Lets go of what the first forward left: all values have moved, or soon will."""
         for piece in [*self._fresh]:
             self._spend(piece)
-
-    def finish(self) -> None:
-        """Lets go of what the first forward left."""
-        self.disturbed()
 
     def _spend(self, piece: Piece) -> None:
         """What the first forward left of a piece has served, or no longer may."""

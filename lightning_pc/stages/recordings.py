@@ -1,42 +1,54 @@
-"""Records the user's forward batch after batch, and puts everything back where that fails."""
+"""The recordings of a module, batch after batch: made, put back where they fail, made ready."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from lightning_pc.errors import PCError
+from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.model import Model
+from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.modules import Learned
-from lightning_pc.recording.sites import Site, leaves_of
+from lightning_pc.recording.sites import Site, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
+from lightning_pc.stages.analysis import Analysis
 from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.checks import early_message
-from lightning_pc.stages.prepare import Forms
+from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.verify import check
+
+#: Most forms that are remembered.
+MOST = 16
 
 
 class Recordings:
-    """The recordings of one module.
+    """The recordings of one module, and the forms that they have had.
 
     Args:
         model: The module.
-        forms: What its recordings have looked like.
         softmax: Energy at the logits of a softmax.
         keeps: Values are kept from call to call (``reset="never"``), which draw the same each time.
+        incremental: Weights move while values do.
+        through: Values are held in error coordinates.
 
     Attributes:
         kept: Sites with values to stand again; None for fresh ones.
-        forms: What its recordings have looked like.
     """
 
-    def __init__(self, model: Model, forms: Forms, softmax: str, keeps: bool) -> None:
-        self.model, self.forms = model, forms
+    def __init__(
+        self, model: Model, softmax: str, keeps: bool, incremental: bool, through: bool
+    ) -> None:
+        self.model = model
         self.kept: list[Site] | None = None
         self._softmax, self._keeps = softmax, keeps
+        self._incremental, self._through = incremental, through
+        self._graphs: list[Graph] = []  # of each form, the last one first
         self._learned = Learned()
         self._draws: RandomStates | None = None
         self._behind: dict[int, tuple[weakref.ref[Tensor], list[nn.Parameter]]] = {}
@@ -48,14 +60,20 @@ class Recordings:
         Args:
             held: Parameters that the optimizer moves, None for all.
         """
-        saved = None if self.forms.expected else self.model.save(held or set())
+        saved = None if self._graphs else self.model.save(held or set())
         start = RandomStates(everywhere=self._keeps)
         if self._draws is not None:
             self._draws.restore()
-        placement, model = self.model.look(), self.model
-        expected, early = self.forms.expected, self._early(held)
-        seen = (self._learned, self._softmax, model.names, model.own, expected)
-        watch = Watch(placement, *seen, self.kept, early)
+        watch = Watch(
+            self.model.look(),
+            self._learned,
+            self._softmax,
+            self.model.names,
+            self.model.own,
+            [graph.expected for graph in self._graphs],
+            self.kept,
+            partial(self._early, held),
+        )
         try:
             yield watch
         except PCError:
@@ -69,6 +87,51 @@ class Recordings:
                 start.restore()
         if self._keeps and self._draws is None:
             self._draws = start
+
+    def prepare(self, watch: Watch, loss: Tensor) -> Batch:
+        """Makes the nodes, and checks a form that was never met.
+
+        Raises:
+            ClosureError: The loss was not computed by the forward.
+            RecordingError: The recording is not all of the forward.
+        """
+        with torch._C.DisableTorchFunction():
+            entry = watch.entry(loss)
+        if entry is None or not entry.depends:
+            raise ClosureError("The loss was not computed by the forward that was recorded.")
+        if watch.kept is not None and len(watch.kept) != len(watch.sites):
+            raise RecordingError(
+                "reset='never' keeps the values of the first call, but the module takes another "
+                "path now. Use reset='batch'."
+            )
+        slot, known = entry.slot, self._graphs
+        graph = next((g for g in known if g.loss == slot and g.expected.keys == watch.keys), None)
+        new = graph is None
+        if graph is None:
+            graph = Analysis(watch, slot).graph(self._incremental, self._through)
+        batch = self._batch(watch, loss, graph)
+        if new:
+            check(batch)
+        self._graphs = [graph, *(g for g in known if g is not graph)][:MOST]
+        return batch
+
+    def _batch(self, watch: Watch, loss: Tensor, graph: Graph) -> Batch:
+        whole = not saved_elsewhere()
+        for site, why in zip(watch.sites, graph.expected.why, strict=True):
+            site.why, whole = why, whole and not (why and site.cut)
+            if why or (site.first is not None and site.first._version != site.version):
+                site.edge = site.first = None
+        watch.number_calls()
+        kind, nodes = ErrorNode if self._through else Node, []
+        for index, stage in zip(graph.sites, graph.stages, strict=False):  # the loss's is the last
+            site = watch.sites[index]
+            if site.node is None:
+                assert site.value is not None
+                assert site.energy is not None
+                site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
+            site.node.depth, site.node.arrival = stage.depth, stage.arrival
+            nodes.append(site.node)
+        return Batch(watch, graph, nodes, loss, whole)
 
     @contextmanager
     def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
@@ -91,17 +154,12 @@ class Recordings:
         """The next batch starts anew."""
         self.kept, self._draws = None, None
 
-    def _early(self, held: set[nn.Parameter] | None) -> Callable[[Tensor], str]:
+    def _early(self, held: set[nn.Parameter] | None, tensor: Tensor) -> str:
         """Says what is wrong with a tensor that was computed before the forward."""
-        # A value of the batch before stands for the weights that predicted it.
-        behind = self._behind
-
-        def early(tensor: Tensor) -> str:
-            reached: set[Tensor] = set()
-            for leaf in leaves_of(tensor):
-                ref, weights = behind.get(id(leaf), (None, []))
-                reached.update(weights if ref is not None and ref() is leaf else [leaf])
-            trained = {leaf for leaf in reached if held is None or leaf in held}
-            return early_message(trained, self.model.model) if trained else ""
-
-        return early
+        reached: set[Tensor] = set()
+        for leaf in leaves_of(tensor):
+            # A value of the batch before stands for the weights that predicted it.
+            ref, weights = self._behind.get(id(leaf), (None, []))
+            reached.update(weights if ref is not None and ref() is leaf else [leaf])
+        trained = {leaf for leaf in reached if held is None or leaf in held}
+        return early_message(trained, self.model.model) if trained else ""
