@@ -135,21 +135,20 @@ def describe(
     learner = Learner(model, replace(given, **settings))
     with torch.enable_grad():
         batch, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
-    graph = batch.graph
+    sizes = [sum(p.numel() for p in batch.parameters(stage)) for stage in batch.graph.stages]
     rows = [
         NodeRow(
             name=node.name,
             shape=tuple(node.x.shape),
             energy=node.energy.name,
-            parents=tuple(parent.name for parent in node.parents),
+            parents=tuple(batch.nodes[number].name for number in stage.parents),
             depth=node.depth,
-            parameters=sum(p.numel() for p in node.parameters),
+            parameters=size,
         )
-        for node in graph.nodes
+        for node, stage, size in zip(batch.nodes, batch.graph.stages, sizes, strict=False)
     ]
-    passed = [NodeRow(site.name, site.shape, why=site.why) for site in graph.sites if site.why]
-    own = sum(p.numel() for p in graph.loss_parameters)
-    description = Description(rows, passed, graph.depth, steps, own)
+    passed = [NodeRow(site.name, site.shape, why=site.why) for site in batch.sites if site.why]
+    description = Description(rows, passed, batch.graph.depth, steps, sizes[-1])
     if print_table:
         Console().print(description)
     return description

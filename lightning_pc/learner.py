@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ClosureError, DivergenceError
-from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
+from lightning_pc.inference.infer import Inference, clear_gradients
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
-from lightning_pc.inference.phase import Phase, clear_gradients
 from lightning_pc.inference.precisions import Wave, precisions
 from lightning_pc.inference.relax import Trace
 from lightning_pc.inference.schedules import Schedule, schedule
@@ -24,21 +23,21 @@ from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
-from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
+from lightning_pc.stages.batch import Batch, counted_calls
 from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
     check_held,
     check_nodes,
+    checked_loss,
     shortcut,
     unreached,
 )
-from lightning_pc.stages.evaluator import Batch, Evaluator, counted_calls
+from lightning_pc.stages.evaluator import Evaluator
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.local import LocalErrors
-from lightning_pc.stages.prepare import Forms
 from lightning_pc.stages.recordings import Recordings
 from lightning_pc.stages.through import ThroughErrors
 
@@ -83,9 +82,10 @@ class Learner:
         softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
         self._recordings = Recordings(
             Model(model, settings.value_nodes),
-            Forms(self.schedule.incremental, self.schedule.through),
             softmax,
             settings.reset == "never",
+            self.schedule.incremental,
+            self.schedule.through,
         )
         self._waiting: _Waiting | None = None
         self._alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
@@ -138,29 +138,29 @@ class Learner:
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
 
-        def prepare(batch: Batch, placement: Placement) -> None:
-            self._waiting = self._prepare(batch, placement, given, batch_size)
-
-        return self._recordings.record(forward, loss_of, self._held(), prepare, must)
+        with self._recordings.recording(self._held()) as watch:
+            with watch.watching():
+                output = forward()
+                loss = loss_of(output)
+            if loss is not None or (must and watch.calls):
+                batch = self._recordings.prepare(watch, checked_loss(loss, must))
+                self._waiting = self._prepare(batch, given, batch_size)
+        return output
 
     def _prepare(
-        self,
-        batch: Batch,
-        placement: Placement,
-        given: Any,
-        batch_size: Callable[[], float | None],
+        self, batch: Batch, given: Any, batch_size: Callable[[], float | None]
     ) -> _Waiting:
-        graph, held = batch.graph, self._held()
-        check_nodes(placement, graph, self.model)
+        held = self._held()
+        check_nodes(batch, self.model)
         if held is not None:
-            check_held(graph, held)
+            check_held(batch, held)
         if self.schedule.wave:
             require_chain(batch, self.model)
-        T = self.schedule.steps(graph.depth, self.settings.T, self._precisions.wave)
+        T = self.schedule.steps(batch.graph.depth, self.settings.T, self._precisions.wave)
         if self.settings.reset == "batch":
-            self._alerts.say("unreached", unreached(graph, T, self.model))
+            self._alerts.say("unreached", unreached(batch, T, self.model))
         if self._precisions.wave and not self.schedule.wave:
-            self._alerts.say("shortcut", shortcut(graph))
+            self._alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
         return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size))
 
@@ -197,7 +197,7 @@ class Learner:
             self._age = 0
             raise
         finally:
-            evaluator.finish()
+            evaluator.disturbed()
             for generator in after:
                 generator.again()
             for node in evaluator.nodes:
@@ -220,57 +220,50 @@ class Learner:
     def _infer(
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
-        graph, T, betas = evaluator.graph, waiting.T, self.settings.betas
+        batch, T, betas = waiting.batch, waiting.T, self.settings.betas
         held = self._held() or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
-        self.values = {node.name: node.x for node in graph.nodes}
-        self._recordings.keep_in_mind(graph.nodes)
+        self.values = {node.name: node.x for node in batch.nodes}
+        self._recordings.keep_in_mind(batch)
         if self.schedule.incremental:
             clear_gradients(evaluator.moving)
-        begun = [node.coordinates.detach().clone() for node in graph.nodes] if betas[1:] else []
-        beginning = Beginning(
+        begun = [node.coordinates.detach().clone() for node in batch.nodes] if betas[1:] else []
+        inference = Inference(
+            evaluator,
             self.schedule,
-            self.auto,
             self._precisions,
+            self.auto,
             self._alerts.look_due,
             self.settings.mover == "passing on",
+            seed / len(betas),
+            terms,
+            T,
+            self._age if kept else None,
+            update,
         )
         traces: list[Trace] = []
         for beta in betas:
             if traces:
                 evaluator.disturbed()
-                for node, start in zip(graph.nodes, begun, strict=True):
+                for node, start in zip(batch.nodes, begun, strict=True):
                     node.restart(start)
-            phase = Phase(
-                evaluator,
-                self.schedule,
-                self._precisions,
-                self._mover(graph),
-                beginning,
-                beta,
-                seed / len(betas),
-                terms,
-                T,
-                self._age,
-                kept,
-                update,
-            )
-            traces.append(phase.run(self._divergence))
+            mover = self._mover(batch.graph)
+            traces.append(inference.run(mover, beta, self._divergence))
         self.report = make_report(
             self.settings.algorithm,
-            "conjugate" if isinstance(phase.mover, Conjugate) else phase.mover.momentum,
+            "conjugate" if isinstance(mover, Conjugate) else mover.momentum,
             None if self.auto is None else self.auto.curvature,
-            graph,
+            batch,
             traces,
             terms,
-            float(phase.mover.gamma),
+            float(mover.gamma),
             self._age,
             {name: p for p, name in self._recordings.model.trained.items() if p in held},
         )
-        self._alerts.after(graph.nodes, phase.mover, beginning, self.report)
+        self._alerts.after(batch.nodes, mover, inference.seen, self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
-            self._recordings.kept = [s for s in evaluator.batch.watch.sites if s.reported]
+            self._recordings.kept = batch.sites
             self._age += T
         return traces[0].losses[0]
 
@@ -296,9 +289,9 @@ class Learner:
         return {p for group in self.optimizer.param_groups for p in group["params"]}
 
     def _terms(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> float:
-        first = next((node.x.shape[0] for node in batch.graph.nodes if node.x.dim()), 1)
+        first = next((node.x.shape[0] for node in batch.nodes if node.x.dim()), 1)
         terms, doubt = count_terms(
-            self.settings.loss_terms, batch.graph.losses, given, batch_size, otherwise=first
+            self.settings.loss_terms, batch.losses, given, batch_size, otherwise=first
         )
         self._alerts.say("loss_terms", doubt)
         return terms

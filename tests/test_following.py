@@ -9,6 +9,7 @@ from conftest import never_looks
 from problems import MLP, Skipping, classifier, relative, vectors
 from torch import nn
 
+from lightning_pc.inference.movers import Descent
 from lightning_pc.insight.explain import explain
 from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
 from lightning_pc.nodes.node import Node
@@ -94,7 +95,10 @@ def test_weights_of_a_chain_are_those_of_hand_written_gradients(gamma):
 
 
 def residual_by_hand(net, x, y, T, gamma, lr):
-    """iPC of two branches with hand-written gradients, whose values follow by all of it."""
+    """iPC of two branches with hand-written gradients, whose values follow by all of it.
+
+    Values go down the gradient.
+    """
     (W0, b0), (W1, b1), (W2, b2), (W3, b3) = (
         [p.detach().clone() for p in layer.parameters()]
         for layer in (net.stem, *net.branches, net.head)
@@ -139,6 +143,7 @@ def test_weights_of_a_residual_network_are_those_of_hand_written_gradients(gamma
     x, y = torch.randn(16, 6).double(), torch.randn(16, 3).double()
     expected = residual_by_hand(net, x, y, T=8, gamma=gamma, lr=0.03)
     optimizer = automatic(net, 0.03, gamma, T=8, loss_terms=16)
+    optimizer._learner._mover = lambda *_: Descent(gamma)
     optimizer.step(lambda: 0.5 * (net(x) - y).square().sum() / 16)
     for ours, theirs in zip(net.parameters(), expected, strict=True):
         assert relative(ours, theirs) < 1e-12

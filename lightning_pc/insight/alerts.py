@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.schedules import Schedule
@@ -51,9 +50,13 @@ class Alerts:
             warnings.warn(message, UserWarning, stacklevel=2)
 
     def after(
-        self, nodes: Sequence[Node], mover: Mover, beginning: Beginning, report: StepReport
+        self,
+        nodes: Sequence[Node],
+        mover: Mover,
+        seen: tuple[float, Node] | None,
+        report: StepReport,
     ) -> None:
-        """Takes in a batch that has been inferred."""
+        """Takes in a batch that has been inferred; ``seen`` as of `Inference`."""
         self._batches += 1
         ends = None if self._varies else mover.ends
         first, last = (0.0, 0.0) if ends is None else ends.tolist()
@@ -66,7 +69,7 @@ class Alerts:
         self._rising = self._rising + 1 if rose else 0
         if self._rising >= self._patience and "rises" not in self._told:
             since = self._batches - self._rising + 1
-            self.say("rises", rises(report, mover, beginning.seen, self._auto is not None, since))
+            self.say("rises", rises(report, mover, seen, self._auto is not None, since))
         if self._auto is not None:
             self._auto.after(report.steps, last > first)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))

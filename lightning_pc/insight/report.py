@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pc.inference.relax import Trace
-from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.batch import Batch
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ def make_report(
     algorithm: str,
     momentum: float | Literal["conjugate"],
     curvature: float | None,
-    graph: Graph,
+    batch: Batch,
     traces: Sequence[Trace],
     terms: float,
     gamma: float,
@@ -119,9 +119,9 @@ def make_report(
     return StepReport(
         algorithm=algorithm,
         steps=len(losses),
-        depth=graph.depth,
-        nodes=[node.name for node in graph.nodes],
-        depths=[node.depth for node in graph.nodes],
+        depth=batch.graph.depth,
+        nodes=[node.name for node in batch.nodes],
+        depths=[node.depth for node in batch.nodes],
         loss=torch.stack(losses),
         loss_terms=terms,
         gamma=gamma,
@@ -129,7 +129,7 @@ def make_report(
         curvature=curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
-        _depths={name: graph.arrivals.get(p) for name, p in learnable.items()},
+        _depths={name: batch.arrivals.get(p) for name, p in learnable.items()},
         _learned_at=tuple(age + t for t in traces[-1].learned_at),
-        followed={node.name: node.followed for node in graph.nodes if node.followed},
+        followed={node.name: node.followed for node in batch.nodes if node.followed},
     )

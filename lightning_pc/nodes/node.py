@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_pc.nodes.energies import Energy, Slopes
@@ -23,8 +23,6 @@ class Node:
         arrival: First inference step at which its error may not be zero: its depth on a chain,
             sooner where a connection skips stages, or where iPC shares a weight between stages;
             1 in error coordinates.
-        parents: The nodes from which its prediction is computed.
-        parameters: The trainable parameters of its stage.
         rounding: Relative, of the arithmetic that computes its prediction.
         weight: Of its energy in F, at the coming evaluation.
         followed: Share of what its prediction moves by that its value moves with it, in [0, 1]. At
@@ -40,8 +38,6 @@ class Node:
     energy: Energy
     depth: int = 0
     arrival: int = 0
-    parents: list[Node] = field(default_factory=list)
-    parameters: list[nn.Parameter] = field(default_factory=list)
     rounding: float = torch.finfo(torch.float32).eps
     weight: float = 1.0
     followed: float = 0.0

@@ -5,17 +5,24 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, PlacementError
-from lightning_pc.nodes.placement import Placement
-from lightning_pc.recording.sites import Site
-from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.batch import Batch
 
 
-def checked_loss(loss: object) -> Tensor:
+def checked_loss(loss: object, must: str) -> Tensor:
     """The loss, if one can be learned from.
+
+    Args:
+        loss: What the forward gave.
+        must: As of `Learner.begin`.
 
     Raises:
         ClosureError: Saying what it is instead.
     """
+    if loss is None:
+        raise ClosureError(
+            f"The closure given to {must}.step ran the model and returned nothing: "
+            "end it with 'return loss'. To skip a batch, return before the forward."
+        )
     if not isinstance(loss, Tensor):
         raise ClosureError(f"Expected a loss tensor, got {type(loss).__name__}.")
     if loss.numel() != 1:
@@ -45,18 +52,16 @@ def early_message(parameters: set[Tensor], model: nn.Module) -> str:
     )
 
 
-def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
+def check_nodes(batch: Batch, model: nn.Module) -> None:
     """Every entry that the user wrote out has a node, and there is one at all.
 
     Raises:
         PlacementError: Naming the entry or the places met, and what to do.
     """
-    by_module: dict[object, list[Site]] = {}
-    for site in graph.sites:
-        key = site.key[0] if isinstance(site.key, tuple) else None
-        by_module.setdefault(key, []).append(site)
+    placement = batch.watch.placement
     for entry, modules in placement.entries:
-        sites = [site for module in modules for site in by_module.get(module, ())]
+        outputs = [(site.key[0], site) for site in batch.sites if isinstance(site.key, tuple)]
+        sites = [site for module in modules for of, site in outputs if of is module]
         if any(not site.why for site in sites):
             continue
         if sites:
@@ -72,8 +77,8 @@ def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
             f"value_nodes entry {entry!r}: {why}. Name a module that takes part in the loss "
             "(lightning_pc.describe shows the places)."
         )
-    if not graph.nodes:
-        met = "; ".join(f"'{s.name}' is {s.why}" for s in graph.sites[:5]) or "none was met"
+    if not batch.nodes:
+        met = "; ".join(f"'{s.name}' is {s.why}" for s in batch.sites[:5]) or "none was met"
         raise PlacementError(
             f"No value node stands in {type(model).__name__}, so this would be plain "
             f"backprop. Places: {met}. Name modules whose outputs become nodes, e.g. "
@@ -81,13 +86,13 @@ def check_nodes(placement: Placement, graph: Graph, model: nn.Module) -> None:
         )
 
 
-def check_held(graph: Graph, held: set[nn.Parameter]) -> None:
+def check_held(batch: Batch, held: set[nn.Parameter]) -> None:
     """The optimizer moves something that the loss depends on.
 
     Raises:
         ClosureError: It would train nothing.
     """
-    if held.isdisjoint(graph.arrivals):
+    if held.isdisjoint(batch.arrivals):
         raise ClosureError(
             "The loss depends on none of the parameters that the optimizer holds, which would "
             "train nothing: it was computed by another model (a copy?), these are frozen, or this "
@@ -95,13 +100,13 @@ def check_held(graph: Graph, held: set[nn.Parameter]) -> None:
         )
 
 
-def unreached(graph: Graph, T: int, model: nn.Module) -> str:
+def unreached(batch: Batch, T: int, model: nn.Module) -> str:
     """Says which parameters no error reaches within ``T`` steps, "" where it reaches all."""
-    last = max(graph.arrivals.values(), default=0)
+    last = max(batch.graph.reached.values(), default=0)
     if last < T:
         return ""
     names = {p: n for n, p in model.named_parameters()}
-    missed = [names.get(p, "?") for p, arrival in graph.arrivals.items() if arrival >= T]
+    missed = [names.get(p, "?") for p, arrival in batch.arrivals.items() if arrival >= T]
     more = f" and {len(missed) - 20} more" if len(missed) > 20 else ""
     return (
         f"T={T} inference steps never reach {len(missed)} parameters, which do not learn: "
@@ -109,10 +114,10 @@ def unreached(graph: Graph, T: int, model: nn.Module) -> str:
     )
 
 
-def shortcut(graph: Graph) -> str:
+def shortcut(batch: Batch) -> str:
     """Says where one wave of precisions strays, "" where no stage reads a node that moves early."""
-    for node in graph.nodes:
-        for parent in node.parents:
+    for node, stage in zip(batch.nodes, batch.graph.stages, strict=False):
+        for parent in (batch.nodes[number] for number in stage.parents):
             if parent.depth <= node.depth:
                 return (
                     "Spiking precisions take the value nodes for a chain, but "

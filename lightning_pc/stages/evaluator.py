@@ -14,34 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.autograd.graph import GradientEdge
 
 from lightning_pc.nodes.node import Node
-from lightning_pc.recording.calls import Environment
-from lightning_pc.recording.watch import Watch
-from lightning_pc.stages.form import Form
-from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.batch import Batch, memory_of
+from lightning_pc.stages.graph import Piece
 
 _BACKWARD: Any = Variable._execution_engine.run_backward
-
-
-@dataclass
-class Batch:
-    """One batch between its recorded forward and its inference.
-
-    Attributes:
-        watch: The recording.
-        form: Its form.
-        graph: Its nodes, made from that form.
-        loss: The loss, with what autograd holds of its own stage.
-        whole: That may be differentiated: autograd was cut nowhere but at the nodes.
-    """
-
-    watch: Watch
-    form: Form
-    graph: Graph
-    loss: Tensor
-    whole: bool
 
 
 @dataclass(slots=True)
@@ -67,7 +45,7 @@ class Asked:
 
 @dataclass(eq=False)
 class Evaluator:
-    """Evaluates one batch.
+    """Evaluates one batch; knows for which pieces what the first forward left still serves.
 
     Args:
         batch: The batch.
@@ -82,20 +60,21 @@ class Evaluator:
     steady: bool = False
 
     def __post_init__(self) -> None:
-        self.graph, self.form = self.batch.graph, self.batch.form
+        self.nodes, self.graph = self.batch.nodes, self.batch.graph
         self.loss = self.batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
         self._zero = self.loss.new_zeros((), dtype=dtype)
-
-    @property
-    def nodes(self) -> list[Node]:
-        """The value nodes in call order."""
-        return self.graph.nodes
+        self._fresh = set(self.graph.pieces)  # a run that is over still serves them
 
     @cached_property
+    def _moving(self) -> dict[int, nn.Parameter]:
+        parameters = ((slot, self.batch.watch.parameters[slot]) for slot in self.graph.reached)
+        return {slot: p for slot, p in parameters if self.held is None or p in self.held}
+
+    @property
     def moving(self) -> list[nn.Parameter]:
         """Parameters of the loss that the optimizer moves."""
-        return [p for p in self.graph.arrivals if self.held is None or p in self.held]
+        return [*self._moving.values()]
 
     def __call__(self, asked: Asked) -> Tensor:
         """Evaluates; returns the loss, [], as of the last time it counted."""
@@ -103,15 +82,32 @@ class Evaluator:
 
     def learned(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes in that these parameters have moved."""
+        if self._fresh:
+            moved, given = set(parameters), self.batch.watch.parameters
+            for piece in [*self._fresh]:
+                if any(given.get(slot) in moved for slot in piece.given):
+                    self._spend(piece)
 
     def moved(self, nodes: Iterable[Node]) -> None:
         """Takes in that these values are about to move."""
+        if self._fresh:
+            moving = set(nodes)
+            for piece in [*self._fresh]:
+                if any(self.nodes[number] in moving for number in piece.values.values()):
+                    self._spend(piece)
 
     def disturbed(self) -> None:
-        """Takes in that all values have moved, or will be moved and put back."""
+        """Lets go of what the first forward left: all values have moved, or soon will."""
+        for piece in [*self._fresh]:
+            self._spend(piece)
 
-    def finish(self) -> None:
-        """Lets go of what the first forward left."""
+    def _spend(self, piece: Piece) -> None:
+        """What the first forward left of a piece has served, or no longer may."""
+        if piece in self._fresh:
+            self._fresh.remove(piece)
+            for number in piece.nodes:
+                site = self.batch.site(number)
+                site.edge = site.first = None
 
     def energies(self) -> Tensor:
         """Each node's energy at the last evaluation, [n]; zero where no error stands."""
@@ -138,45 +134,13 @@ class Evaluator:
                 tensor.grad = tensor.grad.clone()
             seen.add(at)
 
-    def _environment(self, values: Iterable[int], given: Iterable[int]) -> Environment:
-        watch = self.batch.watch
-        env = {slot: watch.given[slot] for slot in given}
-        for number in values:
-            env[watch.sites[self.form.nodes[number]].slot] = self.nodes[number].x
-        return env
-
     def asked_parameters(self, slots: Iterable[int], asked: Asked) -> list[nn.Parameter]:
         """Of the parameters in these slots, those that gain gradients now."""
         if not asked.learns:
             return []
-        arrivals, parameters = self.graph.arrivals, self.batch.watch.parameters
-        found = dict.fromkeys(parameters[slot] for slot in slots)
-        if self.once:
-            return list(found)
+        parameters, reached, moving = self.batch.watch.parameters, self.graph.reached, self._moving
         return [
-            p
-            for p in found
-            if arrivals.get(p, asked.t + 1) <= asked.t
-            and (asked.last or self.held is None or p in self.held)
+            parameters[slot]
+            for slot in slots
+            if self.once or (reached[slot] <= asked.t and (asked.last or slot in moving))
         ]
-
-
-def memory_of(tensor: Tensor) -> int:
-    """Tells tensors apart that have no memory in common."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # sparse, nested
-        return id(tensor)
-
-
-def counted_calls(batch: Batch) -> None:
-    """Notes d loss / d call of the loss calls by which the number of terms is told."""
-    calls = [c for c in batch.graph.losses if c.reduction in ("sum", "mean")]
-    wanted = [c for c in calls if c.reduction == "sum" or len(batch.graph.losses) > 2]
-    if not wanted:
-        return
-    edges = [GradientEdge(c.function, c.place) for c in wanted]
-    gradients = torch.autograd.grad(batch.loss, edges, retain_graph=True, allow_unused=True)
-    for call, gradient in zip(wanted, gradients, strict=True):
-        if gradient is not None:
-            call.seen[:] = [gradient]

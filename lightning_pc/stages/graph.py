@@ -1,38 +1,88 @@
-"""The graph of the value nodes of one batch: who predicts whom, and how far from the loss."""
+"""The graph of a recording's value nodes: who predicts whom, how far from the loss, what is run.
+
+It depends on the calls and their wiring alone, not on the tensors. So it is worked out once for
+each form, by number, and serves every batch whose recording looks the same.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
-from torch import nn
+from lightning_pc.recording.calls import Program
+from lightning_pc.recording.sites import Expected
 
-from lightning_pc.nodes.node import Node
-from lightning_pc.recording.losses import LossCall
-from lightning_pc.recording.sites import Site
+
+@dataclass
+class Stage:
+    """The calls between the nodes that a prediction (or the loss) reads and that prediction.
+
+    Attributes:
+        parents: The nodes through which gradients reach it, by number.
+        parameters: The first slots of its trainable parameters.
+        depth: Of the node that it predicts: fewest stages on any path to the loss; 0 of the loss.
+        arrival: First inference step at which an error may stand at that node.
+    """
+
+    parents: list[int]
+    parameters: list[int]
+    depth: int = 0
+    arrival: int = 0
+
+
+@dataclass(eq=False)
+class Piece:
+    """Stages that share calls, run together.
+
+    Attributes:
+        program: Their calls.
+        nodes: The nodes that they predict, by number.
+        loss: Whether the loss's stage is one of them.
+        values: Slot of a value that they read -> its node.
+        parents: The nodes through which gradients reach them.
+        parameters: The first slots of their trainable parameters.
+        given: Slots of the parameters and constants that they read.
+    """
+
+    program: Program
+    nodes: list[int]
+    loss: bool
+    values: dict[int, int]
+    parents: list[int]
+    parameters: list[int]
+    given: list[int]
 
 
 @dataclass
 class Graph:
-    """Nodes, stages and depths of one batch.
+    """What is known of all recordings of one form.
 
     Attributes:
-        nodes: The value nodes in call order.
-        sites: Every place that was met, those without a node (and why) included.
-        loss_parents: The nodes that the loss reads.
-        loss_parameters: Trainable parameters of the loss's own stage.
-        losses: The calls of loss functions on which the loss depends.
-        arrivals: Trainable parameter -> first inference step at which an error reaches it: the
+        expected: What a further recording of this form looks like.
+        loss: Slot of the loss.
+        sites: Index of each node's site; nodes are numbered in call order.
+        stages: Of each node, and that of the loss.
+        pieces: All that is run.
+        whole: All calls and sites of the loss, in order, for error coordinates.
+        losses: Indices of the loss calls on which the loss depends.
+        reached: First slot of a parameter -> first inference step at which an error reaches it: the
             smallest arrival of a stage that holds it; the loss's own stage has 0.
-        depth: The deepest node's depth.
     """
 
-    nodes: list[Node]
-    sites: list[Site]
-    loss_parents: list[Node]
-    loss_parameters: list[nn.Parameter]
-    losses: list[LossCall]
-    arrivals: dict[nn.Parameter, int]
-    depth: int
+    expected: Expected
+    loss: int
+    sites: list[int]
+    stages: list[Stage]
+    pieces: list[Piece]
+    whole: Program
+    losses: list[int]
+    reached: dict[int, int]
+
+    @property
+    def depth(self) -> int:
+        """The deepest node's depth."""
+        return max(stage.depth for stage in self.stages)
 
     @property
     def even(self) -> bool:
@@ -42,68 +92,45 @@ class Graph:
         in iPC where stages of different depth share a weight.
         """
         return all(
-            node.arrival == node.depth and all(p.depth == node.depth + 1 for p in node.parents)
-            for node in self.nodes
+            stage.arrival == stage.depth
+            and all(self.stages[n].depth == stage.depth + 1 for n in stage.parents)
+            for stage in self.stages[:-1]
         )
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Most stages in a row that no connection skips: the longest of the shortest ways down.
 
         Those from a node that has none above it, to any other; losses on the way do not shorten it.
         """
         most = self.depth
-        for top in self.nodes:
-            if top.parents:
+        for top, stage in enumerate(self.stages[:-1]):
+            if stage.parents:
                 continue
             ways = {top: 1}  # fewest stages from it to each; nodes are in call order
-            for node in self.nodes:
-                above = [ways[parent] for parent in node.parents if parent in ways]
+            for number, other in enumerate(self.stages[:-1]):
+                above = [ways[parent] for parent in other.parents if parent in ways]
                 if above:
-                    ways[node] = 1 + min(above)
+                    ways[number] = 1 + min(above)
             most = max(most, *ways.values())
         return most
 
-    @property
-    def skips(self) -> bool:
-        """Whether connections skip all stages, so that the loss reads every node.
 
-        So it is in residual networks with nothing nonlinear behind the last block; not in a chain
-        whose loss reads every layer, unless there are two of them alone.
-        """
-        return self.depth == 1 and self.longest == 2
-
-    def readers(self, node: Node) -> list[str]:
-        """Names of the stages that read ``node``."""
-        names = [other.name for other in self.nodes if node in other.parents]
-        return (["the loss"] if node in self.loss_parents else []) + names
-
-
-def set_depths(parents: list[Node], parameters: list[nn.Parameter]) -> dict[nn.Parameter, int]:
-    """Breadth first from the loss: sets ``Node.depth``, returns the parameters' depths.
-
-    Args:
-        parents: The nodes that the loss reads.
-        parameters: Those of the loss's own stage.
-    """
-    depths = dict.fromkeys(parameters, 0)
-    frontier, depth = parents, 0
+def set_depths(stages: list[Stage]) -> None:
+    """Sets `Stage.depth`, breadth first from the loss, whose stage is the last."""
+    found, frontier, depth = set[int](), set(stages[-1].parents), 0
     while frontier:
         depth += 1
-        frontier = [node for node in frontier if node.depth == 0]
-        for node in frontier:
-            node.depth = node.arrival = depth
-        for node in frontier:
-            for parameter in node.parameters:
-                depths.setdefault(parameter, depth)
-        frontier = list(dict.fromkeys(p for node in frontier for p in node.parents))
-    return depths
+        for number in frontier:
+            stages[number].depth = depth
+        found |= frontier
+        frontier = {n for number in frontier for n in stages[number].parents} - found
 
 
 def set_arrivals(
-    nodes: list[Node], depths: dict[nn.Parameter, int], incremental: bool, through: bool
-) -> dict[nn.Parameter, int]:
-    """Sets ``Node.arrival``, returns the first step at which an error reaches each parameter.
+    stages: list[Stage], at_once: Iterable[int], incremental: bool, through: bool
+) -> dict[int, int]:
+    """Sets `Stage.arrival`, returns the first step at which an error reaches each parameter.
 
     On a chain these are the depths. Elsewhere an error comes sooner: a prediction moves as soon as
     the nearest of the values it is made from does (a connection that skips stages), and in iPC as
@@ -111,25 +138,31 @@ def set_arrivals(
     In error coordinates the loss's gradient moves all of them at once.
 
     Args:
-        nodes: Those of which the loss depends.
-        depths: Of the parameters.
+        stages: Of the nodes, and that of the loss.
+        at_once: Those of the loss's parameters that its gradient reaches at once.
         incremental: Weights move while values do.
         through: Gradients go through all nodes.
     """
-    # First step at which its value moves.
-    moves = {node: 0 if through else node.depth - 1 for node in nodes}
-    arrivals = dict(depths)
+    *stages, loss = stages
+    never = len(stages) + 1
+    reached = dict.fromkeys((p for stage in stages for p in stage.parameters), never)
+    reached |= dict.fromkeys(at_once, 0)
+    moves = [0 if through else never] * len(stages)  # first step at which a value moves
+    for number in loss.parents:
+        moves[number] = 0
+    for stage in stages:
+        stage.arrival = never
     changed = True
     while changed:
         changed = False
-        for node in nodes:
-            causes = [moves[n] for n in (node, *node.parents)]
-            causes += [arrivals[p] for p in node.parameters] if incremental else []
-            arrival = 1 + min(causes)
-            if arrival < node.arrival:
-                node.arrival, changed = arrival, True
-            for parameter in node.parameters:
-                arrivals[parameter] = min(arrivals[parameter], node.arrival)
-            for n in (node, *node.parents):
-                moves[n] = min(moves[n], node.arrival)
-    return arrivals
+        for number, stage in reversed([*enumerate(stages)]):
+            values = (number, *stage.parents)
+            causes = [moves[n] for n in values]
+            causes += [reached[p] for p in stage.parameters] if incremental else []
+            if 1 + min(causes) < stage.arrival:
+                stage.arrival, changed = 1 + min(causes), True
+                for parameter in stage.parameters:
+                    reached[parameter] = min(reached[parameter], stage.arrival)
+                for n in values:
+                    moves[n] = min(moves[n], stage.arrival)
+    return reached

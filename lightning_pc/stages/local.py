@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from typing_extensions import override
 
 from lightning_pc.nodes.energies import Slopes
-from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import run
 from lightning_pc.stages.evaluator import Asked, Evaluator
-from lightning_pc.stages.form import Piece
+from lightning_pc.stages.graph import Piece
 
 
 class LocalErrors(Evaluator):
     """Gradients go no further than to the next node, so pieces run one by one, in call order.
 
     A piece runs where an error stands at one of its predictions. The first forward's own graph
-    serves as the first run of a piece, while nothing that the piece reads has moved.
+    serves as the first run of a piece, while nothing that the piece reads has moved. So do
+    predictions that read no value, as long as weights stand and no gradient is asked for.
     """
-
-    @override
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._fresh = set(range(len(self.form.pieces)))
-        self._fixed: dict[int, Tensor] = {}  # predictions that read no value
 
     @override
     def __call__(self, asked: Asked) -> Tensor:
         nodes = self.nodes
         # In call order: a value that follows has moved before it is read.
-        for which, piece in enumerate(self.form.pieces):
+        for piece in self.graph.pieces:
             standing = [n for n in piece.nodes if nodes[n].arrival <= asked.t and nodes[n].weight]
             if standing or (piece.loss and asked.root):
-                self._run(which, piece, standing, asked)
+                self._run(piece, standing, asked)
         for node in nodes:
             node.gradient, node.x.grad = node.x.grad, None
         return self.loss
 
-    def _run(self, which: int, piece: Piece, standing: list[int], asked: Asked) -> None:
+    def _run(self, piece: Piece, standing: list[int], asked: Asked) -> None:
         nodes = self.nodes
         counts = piece.loss and bool(asked.root)
         values = [n for n in piece.parents if nodes[n].arrival <= asked.t + 1]
@@ -62,11 +56,11 @@ class LocalErrors(Evaluator):
                 if inputs and (edge is not None or mu.requires_grad):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
                     errors.append(slopes.dmu.to(mu.dtype))
-            if self.steady and not piece.values:
-                self._fixed[number] = mu.detach()
+            if self.steady and not piece.values:  # it stays
+                self.batch.site(number).first = mu.detach()
             return node.x
 
-        loss = self._forward(which, piece, standing, counts, bool(inputs), meet)
+        loss = self._forward(piece, standing, counts, bool(inputs), meet)
         if loss is not None:
             roots.append(loss)
             errors.append(torch.full_like(loss, asked.root))
@@ -78,7 +72,6 @@ class LocalErrors(Evaluator):
 
     def _forward(
         self,
-        which: int,
         piece: Piece,
         standing: list[int],
         counts: bool,
@@ -86,59 +79,20 @@ class LocalErrors(Evaluator):
         meet: Callable[..., Tensor],
     ) -> Tensor | None:
         """Meets each node with its prediction; returns the loss where it counts."""
-        if which in self._fresh and (self.batch.whole or not counts):
-            sites = [self.batch.watch.sites[self.form.nodes[n]] for n in standing]
-            firsts = [(site.first, site.edge) for site in sites]
-            if all(edge is not None for _, edge in firsts):
-                if differentiated:
-                    self._spend(which)
-                for number, (first, edge) in zip(standing, firsts, strict=True):
-                    meet(number, first, edge)
-                return self.batch.loss if counts else None
-        if not piece.values and not differentiated and all(n in self._fixed for n in standing):
-            for number in standing:
-                meet(number, self._fixed[number])
-            return None
-        self._spend(which)
-        env = self._environment(piece.values, piece.given)
+        sites = [(number, self.batch.site(number)) for number in standing]
+        left = [(number, site.first, site.edge) for number, site in sites]
+        serves = piece in self._fresh and (self.batch.whole or not counts)
+        for _, mu, edge in left:
+            serves = serves and (mu if not differentiated else edge) is not None
+        if differentiated or not serves:
+            self._spend(piece)
+        if serves:
+            for prediction in left:
+                meet(*prediction)
+            return self.batch.loss if counts else None
+        env = self.batch.environment(piece)
         with torch.set_grad_enabled(differentiated):
             run(self.batch.watch.calls, piece.program, env, meet)
-        return env[self.form.loss] if counts else None
-
-    def _spend(self, which: int) -> None:
-        """The first forward's graph of a piece has served, or no longer may."""
-        if which not in self._fresh:
-            return
-        self._fresh.remove(which)
-        for number in self.form.pieces[which].nodes:
-            site = self.batch.watch.sites[self.form.nodes[number]]
-            site.edge = site.first = None
-
-    @override
-    def learned(self, parameters: Iterable[nn.Parameter]) -> None:
-        if not self._fresh and not self._fixed:
-            return
-        moved, watch = set(parameters), self.batch.watch
-        for which, piece in enumerate(self.form.pieces):
-            if any(watch.parameters.get(slot) in moved for slot in piece.given):
-                self._spend(which)
-                for number in piece.nodes:
-                    self._fixed.pop(number, None)
-
-    @override
-    def moved(self, nodes: Iterable[Node]) -> None:
-        if self._fresh:
-            numbers = {self.nodes.index(node) for node in nodes}
-            for which in list(self._fresh):
-                if not numbers.isdisjoint(self.form.pieces[which].values):
-                    self._spend(which)
-
-    @override
-    def disturbed(self) -> None:
-        for which in list(self._fresh):
-            self._spend(which)
-
-    @override
-    def finish(self) -> None:
-        self.disturbed()
-        self._fixed.clear()
+        if self.steady and not piece.values:
+            self._fresh.add(piece)
+        return env[self.graph.loss] if counts else None

@@ -1,99 +1,137 @@
-"""Records the user's forward batch after batch, and puts everything back where that fails."""
+"""The recordings of a module, batch after batch: made, put back where they fail, made ready."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from lightning_pc.errors import ClosureError, PCError
+from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.model import Model
-from lightning_pc.nodes.node import Node
-from lightning_pc.nodes.placement import Placement
+from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.modules import Learned
-from lightning_pc.recording.sites import Site, leaves_of
+from lightning_pc.recording.sites import Site, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
-from lightning_pc.stages.checks import checked_loss, early_message
-from lightning_pc.stages.evaluator import Batch
-from lightning_pc.stages.prepare import Forms
+from lightning_pc.stages.analysis import Analysis
+from lightning_pc.stages.batch import Batch
+from lightning_pc.stages.checks import early_message
+from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.verify import check
 
-Output = TypeVar("Output")
+#: Most forms that are remembered.
+MOST = 16
 
 
 class Recordings:
-    """The recordings of one module.
+    """The recordings of one module, and the forms that they have had.
 
     Args:
         model: The module.
-        forms: What its recordings have looked like.
         softmax: Energy at the logits of a softmax.
         keeps: Values are kept from call to call (``reset="never"``), which draw the same each time.
+        incremental: Weights move while values do.
+        through: Values are held in error coordinates.
 
     Attributes:
         kept: Sites with values to stand again; None for fresh ones.
     """
 
-    def __init__(self, model: Model, forms: Forms, softmax: str, keeps: bool) -> None:
+    def __init__(
+        self, model: Model, softmax: str, keeps: bool, incremental: bool, through: bool
+    ) -> None:
         self.model = model
         self.kept: list[Site] | None = None
-        self._forms, self._softmax, self._keeps = forms, softmax, keeps
+        self._softmax, self._keeps = softmax, keeps
+        self._incremental, self._through = incremental, through
+        self._graphs: list[Graph] = []  # of each form, the last one first
         self._learned = Learned()
         self._draws: RandomStates | None = None
         self._behind: dict[int, tuple[weakref.ref[Tensor], list[nn.Parameter]]] = {}
 
-    def record(
-        self,
-        forward: Callable[[], Output],
-        loss_of: Callable[[Output], Tensor | None],
-        held: set[nn.Parameter] | None,
-        prepare: Callable[[Batch, Placement], None],
-        must: str,
-    ) -> Output:
-        """Runs the forward, once; if that fails, model and generators are as before.
+    @contextmanager
+    def recording(self, held: set[nn.Parameter] | None) -> Iterator[Watch]:
+        """One forward is recorded and made ready inside; if that fails, all is as before.
 
         Args:
-            forward: The user's forward, which computes the loss.
-            loss_of: The scalar loss in what ``forward`` returns, None to skip the batch.
             held: Parameters that the optimizer moves, None for all.
-            prepare: Gets the batch ready, unless it is skipped.
-            must: Whose closure it is, where one that runs the model must give a loss.
         """
-        saved = None if self._forms.expected else self.model.save(held or set())
+        saved = None if self._graphs else self.model.save(held or set())
         start = RandomStates(everywhere=self._keeps)
         if self._draws is not None:
             self._draws.restore()
-        placement, model = self.model.look(), self.model
-        expected, early = self._forms.expected, self._early(held)
-        seen = (self._learned, self._softmax, model.names, model.own, expected)
-        watch = Watch(placement, *seen, self.kept, early)
+        watch = Watch(
+            self.model.look(),
+            self._learned,
+            self._softmax,
+            self.model.names,
+            self.model.own,
+            [graph.expected for graph in self._graphs],
+            self.kept,
+            partial(self._early, held),
+        )
         try:
-            with watch.watching():
-                output = forward()
-                loss = loss_of(output)
-            if loss is None and must and watch.calls:
-                raise ClosureError(
-                    f"The closure given to {must}.step ran the model and returned nothing: "
-                    "end it with 'return loss'. To skip a batch, return before the forward."
-                )
-            if loss is not None:
-                prepare(self._forms.prepare(watch, checked_loss(loss)), placement)
-        except BaseException as error:
-            if isinstance(error, PCError):
-                watch.undo()
-                if saved is not None:
-                    saved.put_back()
-            if isinstance(error, PCError) or self._draws is not None:
-                start.restore()
-            raise
-        if self._draws is not None:
+            yield watch
+        except PCError:
+            watch.undo()
+            if saved is not None:
+                saved.put_back()
             start.restore()
-        elif self._keeps:
+            raise
+        finally:
+            if self._draws is not None:
+                start.restore()
+        if self._keeps and self._draws is None:
             self._draws = start
-        return output
+
+    def prepare(self, watch: Watch, loss: Tensor) -> Batch:
+        """Makes the nodes, and checks a form that was never met.
+
+        Raises:
+            ClosureError: The loss was not computed by the forward.
+            RecordingError: The recording is not all of the forward.
+        """
+        with torch._C.DisableTorchFunction():
+            entry = watch.entry(loss)
+        if entry is None or not entry.depends:
+            raise ClosureError("The loss was not computed by the forward that was recorded.")
+        if watch.kept is not None and len(watch.kept) != len(watch.sites):
+            raise RecordingError(
+                "reset='never' keeps the values of the first call, but the module takes another "
+                "path now. Use reset='batch'."
+            )
+        slot, known = entry.slot, self._graphs
+        graph = next((g for g in known if g.loss == slot and g.expected.keys == watch.keys), None)
+        new = graph is None
+        if graph is None:
+            graph = Analysis(watch, slot).graph(self._incremental, self._through)
+        batch = self._batch(watch, loss, graph)
+        if new:
+            check(batch)
+        self._graphs = [graph, *(g for g in known if g is not graph)][:MOST]
+        return batch
+
+    def _batch(self, watch: Watch, loss: Tensor, graph: Graph) -> Batch:
+        whole = not saved_elsewhere()
+        for site, why in zip(watch.sites, graph.expected.why, strict=True):
+            site.why, whole = why, whole and not (why and site.cut)
+            if why or (site.first is not None and site.first._version != site.version):
+                site.edge = site.first = None
+        watch.number_calls()
+        kind, nodes = ErrorNode if self._through else Node, []
+        for index, stage in zip(graph.sites, graph.stages, strict=False):  # the loss's is the last
+            site = watch.sites[index]
+            if site.node is None:
+                assert site.value is not None
+                assert site.energy is not None
+                site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
+            site.node.depth, site.node.arrival = stage.depth, stage.arrival
+            nodes.append(site.node)
+        return Batch(watch, graph, nodes, loss, whole)
 
     @contextmanager
     def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
@@ -105,25 +143,23 @@ class Recordings:
             saved.put_back()
             start.restore()
 
-    def keep_in_mind(self, nodes: Iterable[Node]) -> None:
+    def keep_in_mind(self, batch: Batch) -> None:
         """The values of a batch stand for the weights that predicted them."""
-        self._behind = {id(n.x): (weakref.ref(n.x), n.parameters) for n in nodes}
+        self._behind = {
+            id(node.x): (weakref.ref(node.x), batch.parameters(stage))
+            for node, stage in zip(batch.nodes, batch.graph.stages, strict=False)
+        }
 
     def forget(self) -> None:
         """The next batch starts anew."""
         self.kept, self._draws = None, None
 
-    def _early(self, held: set[nn.Parameter] | None) -> Callable[[Tensor], str]:
+    def _early(self, held: set[nn.Parameter] | None, tensor: Tensor) -> str:
         """Says what is wrong with a tensor that was computed before the forward."""
-        # A value of the batch before stands for the weights that predicted it.
-        behind = self._behind
-
-        def early(tensor: Tensor) -> str:
-            reached: set[Tensor] = set()
-            for leaf in leaves_of(tensor):
-                ref, weights = behind.get(id(leaf), (None, []))
-                reached.update(weights if ref is not None and ref() is leaf else [leaf])
-            trained = {leaf for leaf in reached if held is None or leaf in held}
-            return early_message(trained, self.model.model) if trained else ""
-
-        return early
+        reached: set[Tensor] = set()
+        for leaf in leaves_of(tensor):
+            # A value of the batch before stands for the weights that predicted it.
+            ref, weights = self._behind.get(id(leaf), (None, []))
+            reached.update(weights if ref is not None and ref() is leaf else [leaf])
+        trained = {leaf for leaf in reached if held is None or leaf in held}
+        return early_message(trained, self.model.model) if trained else ""

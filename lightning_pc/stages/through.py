@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_pc.nodes.energies import Slopes
 from lightning_pc.recording.calls import Environment, run
 from lightning_pc.stages.evaluator import Asked, Evaluator
-from lightning_pc.stages.form import Stage
+from lightning_pc.stages.graph import Stage
 
 
 class ThroughErrors(Evaluator):
@@ -24,7 +24,7 @@ class ThroughErrors(Evaluator):
 
     @override
     def __call__(self, asked: Asked) -> Tensor:
-        nodes, form, watch = self.nodes, self.form, self.batch.watch
+        nodes, graph, watch = self.nodes, self.graph, self.batch.watch
         env: Environment = dict(watch.given)
         edges: list[tuple[Any, torch.dtype]] = []
         errors: dict[int, Slopes] = {}
@@ -37,18 +37,18 @@ class ThroughErrors(Evaluator):
             return nodes[number].stand(mu)
 
         with torch.enable_grad():
-            run(watch.calls, form.whole, env, meet)
-        loss, last = env[form.loss], form.loss_stage
+            run(watch.calls, graph.whole, env, meet)
+        loss = env[graph.loss]
         self.loss = loss.detach()
         root = torch.full_like(loss, asked.root)
-        self._backward(loss, root, root, last, asked)
+        self._backward(loss, root, root, graph.stages[-1], asked)
         for number in reversed(range(len(nodes))):
             node, (edge, dtype) = nodes[number], edges[number]
             below, node.x.grad = node.x.grad, None
             through = None if below is None else below.to(dtype)
             slopes = errors.get(number)
             error = None if slopes is None else slopes.dmu.to(dtype)
-            self._backward(edge, through, error, form.stages[number], asked)
+            self._backward(edge, through, error, graph.stages[number], asked)
             if slopes is not None:
                 node.gradient = slopes.own() if below is None else below.add_(slopes.own())
             elif asked.moves and node.arrival <= asked.t + 1:

@@ -1,0 +1,86 @@
+"""A batch between its recorded forward and its inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from lightning_pc.nodes.node import Node
+from lightning_pc.recording.calls import Environment
+from lightning_pc.recording.losses import LossCall
+from lightning_pc.recording.sites import Site
+from lightning_pc.recording.watch import Watch
+from lightning_pc.stages.graph import Graph, Piece, Stage
+
+
+@dataclass
+class Batch:
+    """One batch between its recorded forward and its inference.
+
+    Attributes:
+        watch: The recording.
+        graph: Of its form.
+        nodes: The value nodes in call order.
+        loss: The loss, with what autograd holds of its own stage.
+        whole: That may be differentiated: autograd was cut nowhere but at the nodes.
+    """
+
+    watch: Watch
+    graph: Graph
+    nodes: list[Node]
+    loss: Tensor
+    whole: bool
+
+    @property
+    def sites(self) -> list[Site]:
+        """Every place that was met, those without a node (and why) included."""
+        return [site for site in self.watch.sites if site.reported]
+
+    @property
+    def losses(self) -> list[LossCall]:
+        """The calls of loss functions on which the loss depends."""
+        return [self.watch.losses[i] for i in self.graph.losses]
+
+    @cached_property
+    def arrivals(self) -> dict[nn.Parameter, int]:
+        """Trainable parameter -> first inference step at which an error reaches it."""
+        return {self.watch.parameters[slot]: t for slot, t in self.graph.reached.items()}
+
+    def parameters(self, stage: Stage) -> list[nn.Parameter]:
+        """The trainable parameters of a stage."""
+        return [self.watch.parameters[slot] for slot in stage.parameters]
+
+    def site(self, number: int) -> Site:
+        """Where a node stands."""
+        return self.watch.sites[self.graph.sites[number]]
+
+    def environment(self, piece: Piece) -> Environment:
+        """What a piece reads: parameters, constants, and values."""
+        env = {slot: self.watch.given[slot] for slot in piece.given}
+        return env | {slot: self.nodes[number].x for slot, number in piece.values.items()}
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Tells tensors apart that have no memory in common."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, nested
+        return id(tensor)
+
+
+def counted_calls(batch: Batch) -> None:
+    """Notes d loss / d call of the loss calls by which the number of terms is told."""
+    losses = batch.losses
+    calls = [c for c in losses if c.reduction in ("sum", "mean")]
+    wanted = [c for c in calls if c.reduction == "sum" or len(losses) > 2]
+    if not wanted:
+        return
+    edges = [GradientEdge(c.function, c.place) for c in wanted]
+    gradients = torch.autograd.grad(batch.loss, edges, retain_graph=True, allow_unused=True)
+    for call, gradient in zip(wanted, gradients, strict=True):
+        if gradient is not None:
+            call.seen[:] = [gradient]

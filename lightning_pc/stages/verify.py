@@ -1,0 +1,127 @@
+"""Whether a recording is all of the forward, which is checked once for each form."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from lightning_pc.errors import PCError, RecordingError
+from lightning_pc.recording.calls import Draws, run
+from lightning_pc.recording.sites import leaves_of
+from lightning_pc.stages.batch import Batch, memory_of
+from lightning_pc.stages.graph import Piece, Stage
+
+#: A stage's graph of the first forward is kept where it holds at most so many times the bytes of
+#: the values that it reads (or predicts, where it reads none).
+KEPT = 2.0
+
+
+def check(batch: Batch) -> None:
+    """Whether the recording is all of the forward; and how much autograd holds of each piece.
+
+    The parameters and values that autograd reaches must be known to the recording. And the pieces,
+    run on the values that they start with, must give the predictions and the loss that the forward
+    gave.
+
+    Raises:
+        RecordingError: Naming the module.
+    """
+    graph = batch.graph
+    drawn = {draw.generator for call in batch.watch.calls for draw in call.draws}
+    states = [Draws(g, g.get_state()) for g in {torch.default_generator, *drawn}]
+    for number, stage in enumerate(graph.stages[:-1]):
+        site = batch.site(number)
+        _check_leaves(batch, site.leaves, stage, site.name)
+    _check_leaves(batch, leaves_of(batch.loss), graph.stages[-1], "the loss")
+    for piece in graph.pieces:
+        read = [batch.nodes[n].x for n in piece.values.values() or piece.nodes]
+        known = {memory_of(tensor) for tensor in (*batch.environment(piece).values(), *read)}
+        held = _run_again(batch, piece)
+        size = sum(n for at, n in held.items() if at not in known)
+        for number in piece.nodes:
+            graph.expected.keeps[graph.sites[number]] = size <= KEPT * sum(x.nbytes for x in read)
+    for state in states:
+        state.again()
+
+
+def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
+    """Checks what a piece gives; returns what autograd holds of it, memory -> bytes."""
+    watch, held = batch.watch, dict[int, int]()
+
+    def pack(tensor: Tensor) -> None:
+        held.setdefault(memory_of(tensor), tensor.nbytes)
+
+    def meet(number: int, mu: Tensor) -> Tensor:
+        site = batch.site(number)
+        assert site.value is not None
+        if watch.kept is None:  # kept values have moved
+            _check_same(mu, site.value, f"'{site.name}'", site.rounding)
+        return batch.nodes[number].x
+
+    before, env = torch.get_rng_state(), batch.environment(piece)
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda _: None):  # type: ignore[arg-type,return-value]
+        try:
+            run(watch.calls, piece.program, env, meet)
+        except (PCError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RecordingError(
+                f"A call of the forward does not run a second time ({error}): it keeps "
+                "something from one call to the next, such as the cache of an "
+                "autograd.Function (transformers: use_cache=False)."
+            ) from error
+    draws = any(watch.calls[i].draws for i, *_ in piece.program.steps)
+    if not draws and not torch.equal(before, torch.get_rng_state()):
+        raise RecordingError(
+            "A call of the forward drew from a random generator now and then only, so that it "
+            "cannot be repeated: draw before the forward."
+        )
+    if piece.loss:
+        eps = torch.finfo(batch.loss.dtype).eps
+        rounding = max([eps, *(site.rounding for site in watch.sites)])
+        _check_same(env[batch.graph.loss], batch.loss, "the loss", rounding)
+    return held
+
+
+def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name: str) -> None:
+    """Autograd reaches nothing from a prediction, or the loss, that its stage does not know."""
+    known = {id(parameter) for parameter in batch.parameters(stage)}
+    known |= {id(batch.nodes[n].x) for n in stage.parents}
+    ours = {id(node.x) for node in batch.nodes}
+    for given in batch.watch.given.values():  # what another network made before belongs to it
+        if given.grad_fn is not None:
+            known.update(map(id, leaves_of(given)))
+    cut = {id(s.value): s for s in batch.watch.sites if s.value is not None and s.why}
+    pending, seen = list(leaves or []), set[int]()
+    while pending:
+        leaf = pending.pop()
+        if id(leaf) in seen or id(leaf) in known:
+            continue
+        seen.add(id(leaf))
+        if id(leaf) in cut:
+            pending += cut[id(leaf)].leaves or []
+        elif isinstance(leaf, nn.Parameter) or id(leaf) in ours:
+            what = "a parameter" if isinstance(leaf, nn.Parameter) else "the value of another node"
+            raise RecordingError(
+                f"{name!r} depends on {what} of shape {tuple(leaf.shape)} by a call that the "
+                "recording has missed: a C++ extension, TorchScript or a function transform."
+            )
+
+
+def _check_same(again: Tensor, before: Tensor, what: str, rounding: float) -> None:
+    again, before = again.detach().to(before.dtype), before.detach()
+    if torch.equal(again, before):
+        return
+    finite = before[before.isfinite()]
+    size = float(finite.abs().max()) if finite.numel() else 1.0
+    far = math.sqrt(rounding) * size
+    close = torch.isclose(again, before, rtol=0.0, atol=far, equal_nan=True)
+    if not bool(close.all()):
+        raise RecordingError(
+            f"The recorded calls give {what} another value than the forward did: something wrote "
+            "to a tensor behind torch's back (through .numpy() or a C++ extension), or a call "
+            "does not give the same result twice. Use plain PyTorch calls while training."
+        )
