@@ -3,7 +3,7 @@
 `Site` is a place that was met: the input of a nonlinearity, or the output of a module that the user
 named. What comes in is the prediction; what is handed on is the value, which starts at the
 prediction. Whether a node really stands there is known once the forward is over
-(`lightning_pc.stages.form`).
+(`lightning_pc.stages.analysis`).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Evaluator:
         self.loss = self.batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
         self._zero = self.loss.new_zeros((), dtype=dtype)
-        self._fresh = set(self.graph.pieces)  # a run that is over still serves them
+        self._fresh = set(self.graph.pieces)  # what is left of the first forward serves them
 
     @cached_property
     def _moving(self) -> dict[int, nn.Parameter]:

@@ -56,7 +56,7 @@ class LocalErrors(Evaluator):
                 if inputs and (edge is not None or mu.requires_grad):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
                     errors.append(slopes.dmu.to(mu.dtype))
-            if self.steady and not piece.values:  # it stays
+            if self.steady and not (piece.values or inputs):  # it stays
                 self.batch.site(number).first = mu.detach()
             return node.x
 
@@ -93,6 +93,6 @@ class LocalErrors(Evaluator):
         env = self.batch.environment(piece)
         with torch.set_grad_enabled(differentiated):
             run(self.batch.watch.calls, piece.program, env, meet)
-        if self.steady and not piece.values:
+        if self.steady and not (piece.values or differentiated):
             self._fresh.add(piece)
         return env[self.graph.loss] if counts else None
