@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pc.inference.movers import Descent, reached
+from lightning_pc.inference.movers import Descent
 from lightning_pc.nodes.node import Node
 
 #: The longest step, in units of gamma. With 8 inference comes little further (0.53 for 0.51 of the
@@ -65,7 +65,7 @@ class Conjugate(Descent):
     @override
     @torch.no_grad()
     def move(self, nodes: Sequence[Node], scale: float) -> None:
-        self._moving.update(node for node in nodes if reached(node))
+        self._moving.update(node for node in nodes if node.gradient is not None)
         slopes = torch.cat([_flat_gradient(node) for node in nodes])
         if self._uphill is None or self._slopes is None:
             self._slopes, self._uphill = slopes, slopes.clone()

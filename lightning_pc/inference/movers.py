@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -92,6 +92,7 @@ class Descent(Mover):
     def __init__(self, gamma: float, gamma_decay: float = 1.0, momentum: float = 0.0) -> None:
         super().__init__(gamma)
         self.gamma_decay, self.momentum = gamma_decay, momentum
+        self._velocities: dict[Node, Tensor] = {}  # in the scale of parameter gradients
 
     @override
     @torch.no_grad()
@@ -109,21 +110,20 @@ class Descent(Mover):
     @override
     @torch.no_grad()
     def move(self, nodes: Sequence[Node], scale: float) -> None:
-        moving = [node for node in nodes if reached(node)]
-        values = [node.coordinates for node in moving]
-        for node in moving:  # a rate on the device is not waited for
+        moves = {node: node.gradient for node in nodes if node.gradient is not None}
+        if self.momentum:
+            for velocity in self._velocities.values():
+                velocity.mul_(self.momentum)
+            for node, gradient in moves.items():
+                velocity = self._velocities.get(node)
+                self._velocities[node] = (
+                    gradient.clone() if velocity is None else velocity + gradient
+                )
+            moves = self._velocities
+        for node in moves:  # a rate on the device is not waited for
             rate = self.start_gamma if isinstance(self.gamma, Tensor) else self.gamma
             node.moved(rate, self.momentum)
-        if not self.momentum:
-            descend(values, moving, scale, self.gamma)
-            return
-        for node in moving:
-            if node.velocity is None:
-                node.velocity = torch.zeros_like(node.coordinates, requires_grad=False)
-        velocities = [node.velocity for node in moving if node.velocity is not None]
-        torch._foreach_mul_(velocities, self.momentum)
-        descend(velocities, moving, scale, -1.0)
-        add(values, velocities, 1.0, self.gamma)
+        descend(moves, scale, self.gamma)
 
 
 class PassingOn(Descent):
@@ -157,7 +157,7 @@ class PassingOn(Descent):
                 stretch = math.sqrt(self._aim / (self.start_gamma * node.weight)) - 1.0
                 step = 1.0 / (max(stretch, 1.0) ** 2 * node.weight)
                 longer = max(step, self.start_gamma) - self.gamma
-                add([node.coordinates], [node.gradient], scale, longer)
+                descend({node: node.gradient}, scale, longer)
 
 
 class OptimizerMover(Mover):
@@ -189,11 +189,6 @@ class OptimizerMover(Mover):
             value.grad = None
 
 
-def reached(node: Node) -> bool:
-    """Whether an error has moved the node, or does so now."""
-    return node.gradient is not None or node.velocity is not None
-
-
 def slope(node: Node, scale: float) -> Tensor | None:
     """dF/dx of a node, [B, *]; None where no error has reached it.
 
@@ -204,21 +199,13 @@ def slope(node: Node, scale: float) -> Tensor | None:
     return None if node.gradient is None else node.gradient * scale
 
 
-def descend(
-    targets: Sequence[Tensor], nodes: Sequence[Node], scale: float, gamma: float | Tensor
-) -> None:
-    """Moves targets by -gamma dF/dx, each where an error has reached its node."""
-    pulls = [(x, n.gradient) for x, n in zip(targets, nodes, strict=True) if n.gradient is not None]
-    if pulls:
-        add([x for x, _ in pulls], [gradient for _, gradient in pulls], scale, gamma)
-
-
-def add(
-    targets: list[Tensor], gradients: list[Tensor], factor: float, gamma: float | Tensor
-) -> None:
-    """Moves targets by -gamma * factor * gradient."""
+def descend(moves: Mapping[Node, Tensor], scale: float, gamma: float | Tensor) -> None:
+    """Moves the values of nodes by -gamma * scale times what is given of each."""
+    if not moves:
+        return
+    values, gradients = [node.coordinates for node in moves], [*moves.values()]
     if isinstance(gamma, Tensor):  # a rate on the device has no alpha
         gradients = list(torch._foreach_mul(gradients, gamma))
-        torch._foreach_add_(targets, gradients, alpha=-factor)
+        torch._foreach_add_(values, gradients, alpha=-scale)
     else:
-        torch._foreach_add_(targets, gradients, alpha=-factor * gamma)
+        torch._foreach_add_(values, gradients, alpha=-scale * gamma)

@@ -27,7 +27,6 @@ class Node:
         weight: Of its energy in F, at the coming evaluation.
         followed: Share of what its prediction moves by that its value moves with it, in [0, 1]. At
             0, as in the paper, the value stays. At 1 its error does.
-        velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         gradient: dF/dx at this evaluation, [B, *], in the scale of parameter gradients; None before
             an error arrives.
         total: Its energy at this evaluation, with its weight, []; None before an error arrives.
@@ -41,7 +40,6 @@ class Node:
     rounding: float = torch.finfo(torch.float32).eps
     weight: float = 1.0
     followed: float = 0.0
-    velocity: Tensor | None = None
     gradient: Tensor | None = None
     total: Tensor | None = None
     _before: Tensor | None = None  # the prediction as of the last evaluation, where it is followed
@@ -81,9 +79,8 @@ class Node:
         """Takes in that its coordinates have made a step."""
 
     def restart(self, start: Tensor) -> None:
-        """Its coordinates are back where they started, at rest."""
+        """Its coordinates are back where they started."""
         self.coordinates.data.copy_(start)
-        self.velocity = None
 
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
