@@ -176,7 +176,7 @@ def test_what_counts_is_what_the_move_adds(bears, goes, follows):
     along, x = follows(torch.tensor(2 * bears), 0.5), torch.full((1, 1), 10.0)
     for mu in (9.0, 8.0):
         prediction = torch.full((1, 1), mu)
-        total = 2 * Gaussian().value(x, prediction).sum()
+        total = Gaussian().evaluate(x, prediction, 1.0, 2.0).total
         along.moved(x, prediction, Gaussian(), 2.0, total)
     assert float(x) == (9.5 if goes else 10.0)
     assert int(along.times) == goes
@@ -186,7 +186,8 @@ def went(follows, x, before, mu, energy=None, bears=0.0):
     """The value after its prediction has moved from ``before`` to ``mu``."""
     along, energy, x = follows(torch.tensor(bears), 1.0), energy or Gaussian(), x.clone()
     for prediction in (before, mu):
-        along.moved(x, prediction, energy, 1.0, energy.value(x, prediction).sum())
+        total = energy.evaluate(x, prediction, 1.0).total
+        along.moved(x, prediction, energy, 1.0, total)
     return x
 
 

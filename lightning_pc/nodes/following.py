@@ -93,7 +93,7 @@ class Following:
         before = self._exchange(mu)
         if before is None or (self.waits and not total > self.bears):
             return False
-        was = energy.value(x, before).sum() * weight
+        was = energy.evaluate(x, before, 1.0, weight).total
         return self._go(x, mu, before, energy, total - was > self.bears)
 
     def _go(
