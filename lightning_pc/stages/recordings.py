@@ -62,7 +62,7 @@ class Recordings:
             prepare: Gets the batch ready, unless it is skipped.
             must: Whose closure it is, where one that runs the model must give a loss.
         """
-        saved = None if self._forms.expected else self.model.save(held or set())
+        put_back = None if self._forms.expected else self.model.save(held or set())
         start = RandomStates(everywhere=self._keeps)
         if self._draws is not None:
             self._draws.restore()
@@ -84,8 +84,8 @@ class Recordings:
         except BaseException as error:
             if isinstance(error, PCError):
                 watch.undo()
-                if saved is not None:
-                    saved.put_back()
+                if put_back is not None:
+                    put_back()
             if isinstance(error, PCError) or self._draws is not None:
                 start.restore()
             raise
@@ -98,11 +98,11 @@ class Recordings:
     @contextmanager
     def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
         """What is recorded inside changes neither the model nor the generators."""
-        start, saved = RandomStates(), self.model.save(held or set())
+        start, put_back = RandomStates(), self.model.save(held or set())
         try:
             yield
         finally:
-            saved.put_back()
+            put_back()
             start.restore()
 
     def keep_in_mind(self, nodes: Iterable[Node]) -> None:
