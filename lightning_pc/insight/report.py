@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -38,6 +39,7 @@ class StepReport:
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
+        learned: Parameter name -> number of updates it took part in.
     """
 
     algorithm: str
@@ -51,8 +53,7 @@ class StepReport:
     curvature: float | None
     energies: Tensor
     momentum: float | Literal["conjugate"] = 0.0
-    _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
-    _learned_at: tuple[int, ...] = field(repr=False, default=())
+    learned: dict[str, int] = field(repr=False, default_factory=dict)
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
     _followed: tuple[Tensor | int, ...] = field(repr=False, default=())
 
@@ -100,14 +101,6 @@ class StepReport:
         went = zip(self.nodes, map(int, self._followed), strict=bool(self._followed))
         return {name: times for name, times in went if times}
 
-    @cached_property
-    def learned(self) -> dict[str, int]:
-        """Parameter name -> number of updates it took part in."""
-        return {
-            name: 0 if depth is None else sum(t >= depth for t in self._learned_at)
-            for name, depth in self._depths.items()
-        }
-
 
 def make_report(
     algorithm: str,
@@ -125,6 +118,7 @@ def make_report(
     ``learnable`` are the optimizer's parameters by name.
     """
     losses = [loss for trace in traces for loss in trace.losses]
+    updates = [age + t for t in traces[-1].learned_at]
     went = [node.followed for node in graph.nodes]
     return StepReport(
         algorithm=algorithm,
@@ -139,7 +133,9 @@ def make_report(
         curvature=curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
-        _depths={name: graph.arrivals.get(p) for name, p in learnable.items()},
-        _learned_at=tuple(age + t for t in traces[-1].learned_at),
+        learned={
+            name: sum(t >= graph.arrivals.get(p, math.inf) for t in updates)
+            for name, p in learnable.items()
+        },
         _followed=tuple(0 if followed is None else followed.times for followed in went),
     )
