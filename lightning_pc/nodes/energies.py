@@ -7,7 +7,6 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -110,24 +109,10 @@ class Categorical(Energy):
         return Slopes(dmu, dx, divergence.sum().mul_(weight))
 
 
-#: Name -> what makes the energy at the logits of a softmax over an axis.
-SOFTMAX_ENERGIES: dict[str, Callable[[int], Energy]] = {
-    "categorical": Categorical,
-    "gaussian": lambda dim: MaskedGaussian(),
-}
-
-
 def softmax_energy(name: str, dim: int) -> Energy:
-    """The energy of a node at the logits of a softmax over ``dim``.
-
-    Args:
-        name: A name of `SOFTMAX_ENERGIES`: ``"categorical"`` (F_KL) or ``"gaussian"``.
-        dim: The axis of the softmax.
-
-    Raises:
-        ConfigError: For any other name.
-    """
-    if name not in tuple(SOFTMAX_ENERGIES):
-        known = " or ".join(map(repr, SOFTMAX_ENERGIES))
-        raise ConfigError(f"softmax_energy={name!r}: expected {known}.")
-    return SOFTMAX_ENERGIES[name](dim)
+    """The energy of that name at the logits of a softmax over ``dim``; else a ConfigError."""
+    if name == "categorical":
+        return Categorical(dim)
+    if name == "gaussian":
+        return MaskedGaussian()
+    raise ConfigError(f"softmax_energy={name!r}: expected 'categorical' or 'gaussian'.")
