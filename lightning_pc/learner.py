@@ -17,7 +17,6 @@ from lightning_pc.inference.conjugate import conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover
 from lightning_pc.inference.phase import Phase, clear_gradients
-from lightning_pc.inference.precisions import Wave, precisions
 from lightning_pc.inference.relax import Trace
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
@@ -25,6 +24,7 @@ from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.placement import Placement
+from lightning_pc.precisions import Wave, precisions
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings

@@ -209,10 +209,8 @@ class IEPC(PredictiveCodingOptimizer):
 
 def _refuse_accumulation() -> None:
     """Accelerate runs the closure of the last of several batches alone, and never says so."""
-    module = sys.modules.get("accelerate.state")
-    if module is None or not module.GradientState._shared_state:
-        return
-    batches = module.GradientState().num_steps
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    batches = state().num_steps if state and state._shared_state else 1
     if batches > 1:
         raise ConfigError(
             f"Accelerate is to accumulate gradients over {batches} batches, and would run the "

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.inference.precisions import Constant, Precisions, is_number, precisions
 from lightning_pc.inference.schedules import schedule
 from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.placement import Entry
+from lightning_pc.precisions import Constant, Precisions, is_number, precisions
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_pc.inference.curvature import LARGEST, REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.precisions import Precisions
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.nodes.following import AXES, Following
 from lightning_pc.nodes.node import ErrorNode, Node
+from lightning_pc.precisions import Precisions
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lightning_pc.inference.begin import Beginning
 from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.precisions import Precisions, checked_weight
 from lightning_pc.inference.relax import Trace, relax
 from lightning_pc.inference.schedules import Schedule
+from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
 

@@ -66,8 +66,7 @@ class StepReport:
     def peak_energy(self) -> dict[str, float]:
         """Node name -> the largest energy it had; zero means that it never inferred anything."""
         # Rounding may make a divergence negative that is next to nothing.
-        peaks = self.energy.abs().amax(0) if len(self.energy) else torch.zeros(len(self.nodes))
-        return dict(zip(self.nodes, peaks.tolist(), strict=True))
+        return dict(zip(self.nodes, self.energy.abs().amax(0).tolist(), strict=True))
 
     @cached_property
     def energy_by_depth(self) -> dict[int, float]:

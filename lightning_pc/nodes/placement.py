@@ -48,29 +48,21 @@ def _linear_maps(model: nn.Module) -> list[nn.Module]:
     return [m for m in _leaves(model) if isinstance(m, _LINEAR) or type(m).__name__ == "Conv1D"]
 
 
-def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+def _blocks(module: nn.Module) -> list[nn.Module]:
     """The outermost repeated blocks: what a ModuleList holds, or a Sequential holds twice.
 
     Members of a Sequential count where they have children of their own (a residual block does, a
     Linear does not).
     """
-
-    def repeated(container: nn.Module) -> list[nn.Module]:
-        members = [m for m in container.children() if [*m.parameters()]]
-        if isinstance(container, nn.Sequential):
-            members = [m for m in members if [*m.children()]]
-            types = [type(m) for m in members if type(m) is not nn.Sequential]
-            return [m for m in members if types.count(type(m)) > 1]
-        return members if isinstance(container, nn.ModuleList) else []
-
-    def outermost(module: nn.Module) -> Iterable[nn.Module]:
-        found = repeated(module)
-        yield from found
-        for child in module.children():
-            if child not in found:
-                yield from outermost(child)
-
-    return outermost(model)
+    found = [m for m in module.children() if [*m.parameters()]]
+    if isinstance(module, nn.Sequential):
+        found = [m for m in found if [*m.children()]]
+        types = [type(m) for m in found if type(m) is not nn.Sequential]
+        found = [m for m in found if types.count(type(m)) > 1]
+    elif not isinstance(module, nn.ModuleList):
+        found = []
+    others = [m for m in module.children() if m not in found]
+    return [*found, *(block for other in others for block in _blocks(other))]
 
 
 #: Preset name -> the modules at whose outputs it puts nodes.
