@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,8 +133,8 @@ def make_report(
         curvature=curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
-        learned={
-            name: sum(t >= graph.arrivals.get(p, math.inf) for t in updates)
+        learned={  # in the updates from its arrival on
+            name: len(updates) - bisect_left(updates, graph.arrivals.get(p, math.inf))
             for name, p in learnable.items()
         },
         _followed=tuple(0 if followed is None else followed.times for followed in went),
