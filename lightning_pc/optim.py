@@ -283,7 +283,8 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
         "inference: use SGD, Adam(W) or another optimizer of one gradient a step.": (
             isinstance(optimizer, LBFGS)
         ),
-        f"Expected a torch optimizer, got {name}.": not is_one,
+        f"Expected a torch optimizer, got {name}: make one of the parameters of "
+        f"{type(model).__name__}.": not is_one,
         f"{name} holds a tensor of shape {others[:1] and others[0]} that is no "
         "nn.Parameter: predictive coding trains the parameters of a module.": others,
         f"The optimizer ({name}) holds no parameter of {type(model).__name__}, which would learn "

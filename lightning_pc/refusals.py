@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
@@ -11,11 +11,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, PCError
 from lightning_pc.inference.schedules import SCHEDULES
-from lightning_pc.optim import refuse_optimizer
 from lightning_pc.settings import refuse
 
 
@@ -81,14 +79,3 @@ def refuse_accumulation(algorithm: str, batches: int) -> None:
             f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
             "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
         )
-
-
-@at_the_door()
-def refuse_optimizers(module: pl.LightningModule, optimizers: Sequence[object]) -> None:
-    """Refuses all but one optimizer that can take a predictive coding step of the module."""
-    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
-        raise ConfigError(
-            f"PCStrategy needs exactly one optimizer, {type(module).__name__}."
-            f"configure_optimizers gave {len(optimizers)}."
-        )
-    refuse_optimizer(optimizers[0], module)
