@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -34,22 +35,20 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     that step within a batch planned accumulation.
     """
     name, plugin = type(module).__name__, trainer.precision_plugin
+    overrides = partial(is_overridden, instance=module, parent=pl.LightningModule)
     refused = {
         f"PCStrategy trains on one device and cannot use {type(plugin).__name__}.": (
             isinstance(plugin, (precision.FSDPPrecision, precision.DeepSpeedPrecision))
         ),
         "PCStrategy does not train in float16: prediction errors fall below its range, "
         "and a gradient scaler would skip single updates within a batch. Use "
-        "precision='bf16-mixed', 'bf16-true' or '32-true'.": (
-            isinstance(plugin, (precision.MixedPrecision, precision.HalfPrecision))
-            and plugin.precision.startswith("16")
-        ),
+        "precision='bf16-mixed', 'bf16-true' or '32-true'.": str(plugin.precision).startswith("16"),
         f"{name} uses manual optimization, but PCStrategy decides when values and weights "
         "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
         "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "
         "call optimizer.step(closure).": not module.automatic_optimization,
         f"{name} overrides `backward`, which PCStrategy replaces: remove the override.": (
-            is_overridden("backward", module, pl.LightningModule)
+            overrides("backward")
         ),
         f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
         "PCStrategy asks the batch how many terms its loss is a mean of: take (batch, "
@@ -60,8 +59,7 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         "nodes: give the Trainer the module itself.": getattr(module, "_compiler_ctx", None),
         f"{name} overrides `optimizer_step`, but {algorithm} steps T times a batch and only "
         "the last of these would go through it: remove the override, or use 'pc'.": (
-            SCHEDULES[algorithm].incremental
-            and is_overridden("optimizer_step", module, pl.LightningModule)
+            SCHEDULES[algorithm].incremental and overrides("optimizer_step")
         ),
     }
     refuse(refused)
