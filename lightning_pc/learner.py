@@ -16,13 +16,13 @@ from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
 from lightning_pc.inference.infer import Inference, clear_gradients
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
-from lightning_pc.inference.precisions import Wave, precisions
 from lightning_pc.inference.relax import Trace
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
+from lightning_pc.precisions import Wave, precisions
 from lightning_pc.recording.calls import Draws
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings

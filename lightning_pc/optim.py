@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ from lightning_pc.errors import ClosureError, ConfigError, PCError
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse, refuse_unknown
-from lightning_pc.wrapping import STATE, once, with_state, without_state
+
+#: Where an optimizer's state dict holds the learner's.
+STATE = "lightning_pc"
 
 
 def _wrapped(name: str) -> Any:
@@ -68,8 +70,9 @@ class PredictiveCodingOptimizer(Optimizer):
         self.optimizer = optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        given = {"model": self._learner.model, "settings": self.settings}
-        return {"optimizer": self.optimizer, **given, STATE: self._learner.state_dict()}
+        learner = self._learner
+        whole = {"optimizer": self.optimizer, "model": learner.model, "settings": self.settings}
+        return with_state(whole, learner)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest, ours = without_state(state)
@@ -206,10 +209,8 @@ class IEPC(PredictiveCodingOptimizer):
 
 def _refuse_accumulation() -> None:
     """Accelerate runs the closure of the last of several batches alone, and never says so."""
-    module = sys.modules.get("accelerate.state")
-    if module is None or not module.GradientState._shared_state:
-        return
-    batches = module.GradientState().num_steps
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    batches = state().num_steps if state and state._shared_state else 1
     if batches > 1:
         raise ConfigError(
             f"Accelerate is to accumulate gradients over {batches} batches, and would run the "
@@ -233,6 +234,42 @@ def _fabric_agrees() -> Iterator[None]:
             wrappers._in_fabric_backward = flag
 
 
+def with_state(state_dict: dict[str, Any], learner: Learner) -> dict[str, Any]:
+    """An optimizer's state with the learner's beside it, which torch's optimizers pass over."""
+    ours = learner.state_dict()
+    return {**state_dict, STATE: ours} if ours else state_dict
+
+
+def without_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An optimizer's state alone, and the learner's ({} where it has none)."""
+    return {k: v for k, v in state_dict.items() if k != STATE}, state_dict.get(STATE, {})
+
+
+def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
+    """``closure``, for an optimizer that reads its loss; it computes no gradient anew.
+
+    Called once more, or at other weights, it is a ConfigError: it would need another gradient.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    learning = any(p.grad is not None for p in parameters)
+    versions = [p._version for p in parameters]
+    called = False
+
+    def first() -> Any:
+        nonlocal called
+        moved = [p._version for p in parameters] != versions
+        if called or moved or (learning and all(p.grad is None for p in parameters)):
+            raise ConfigError(
+                f"{type(optimizer).__name__} evaluates its closure more than once a step, or at "
+                "other weights, each of which would be a whole inference: use an optimizer of one "
+                "gradient a step."
+            )
+        called = True
+        return closure()
+
+    return first
+
+
 def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
     """Refuses what cannot take a predictive coding step of ``model``."""
     name, is_one = type(optimizer).__name__, isinstance(optimizer, Optimizer)
@@ -246,7 +283,8 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
         "inference: use SGD, Adam(W) or another optimizer of one gradient a step.": (
             isinstance(optimizer, LBFGS)
         ),
-        f"Expected a torch optimizer, got {name}.": not is_one,
+        f"Expected a torch optimizer, got {name}: make one of the parameters of "
+        f"{type(model).__name__}.": not is_one,
         f"{name} holds a tensor of shape {others[:1] and others[0]} that is no "
         "nn.Parameter: predictive coding trains the parameters of a module.": others,
         f"The optimizer ({name}) holds no parameter of {type(model).__name__}, which would learn "

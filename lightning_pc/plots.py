@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,18 +23,14 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     """
     from matplotlib.ticker import MaxNLocator
 
-    ax = _axes(ax)
-    steps = range(report.steps)
-    per_term = report.energy / report.loss_terms
-    for index, (name, colour) in enumerate(zip(report.nodes, _colours(report.nodes), strict=True)):
-        ax.plot(steps, per_term[:, index].tolist(), color=colour, marker="o", ms=3, label=name)
+    per_term = (report.energy / report.loss_terms).T.tolist()
+    lines = {name: [*enumerate(e)] for name, e in zip(report.nodes, per_term, strict=True)}
+    ax = _energies(ax, lines, marker="o", ms=3)
     free = (report.free_energy / report.loss_terms).tolist()
-    ax.plot(steps, free, "k--", lw=1.2, label="free energy F")
-    title = f"{report.algorithm}: energy during one batch"
-    ax.set(xlabel="inference step t", ylabel="energy per loss term", title=title)
+    ax.plot(range(report.steps), free, "k--", lw=1.2, label="free energy F")
+    ax.set(xlabel="inference step t", title=f"{report.algorithm}: energy during one batch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_yscale("log", nonpositive="mask")  # a node appears when the first error reaches it
-    return _dressed(ax, len(report.nodes))
+    return _dressed(ax, len(lines))
 
 
 def plot_history(
@@ -46,14 +42,11 @@ def plot_history(
         history: As `lightning_pc.EnergyMonitor` keeps it: batch and energy per loss term by node.
         ax: Where to draw; None for a new figure.
     """
-    ax = _axes(ax)
-    names = list(dict.fromkeys(name for _, energies in history for name in energies))
-    for name, colour in zip(names, _colours(names), strict=True):
-        points = [(batch, float(e[name])) for batch, e in history if name in e]
-        ax.plot(*zip(*points, strict=True), color=colour, lw=1, label=name)
-    ax.set(xlabel="batch", ylabel="energy per loss term", title="energy after inference")
-    ax.set_yscale("log", nonpositive="mask")
-    return _dressed(ax, len(names))
+    names = dict.fromkeys(name for _, energies in history for name in energies)
+    lines = {name: [(batch, float(e[name])) for batch, e in history if name in e] for name in names}
+    ax = _energies(ax, lines, lw=1)
+    ax.set(xlabel="batch", title="energy after inference")
+    return _dressed(ax, len(lines))
 
 
 def plot_reliability(metric: AdaptiveCalibrationError, ax: Axes | None = None) -> Axes:
@@ -77,11 +70,16 @@ def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1] if ax is None else ax
 
 
-def _colours(names: Sequence[str]) -> list[tuple[float, float, float, float]]:
+def _energies(ax: Axes | None, lines: dict[str, list[tuple[int, float]]], **style: Any) -> Axes:
     from matplotlib import colormaps
 
-    shades = [0.85 * index / max(1, len(names) - 1) for index in range(len(names))]
-    return [colormaps["viridis"](shade) for shade in shades]
+    ax = _axes(ax)
+    for index, (name, points) in enumerate(lines.items()):
+        colour = colormaps["viridis"](0.85 * index / max(1, len(lines) - 1))
+        ax.plot(*zip(*points, strict=True), color=colour, label=name, **style)
+    ax.set_ylabel("energy per loss term")
+    ax.set_yscale("log", nonpositive="mask")  # a node appears when the first error reaches it
+    return ax
 
 
 def _dressed(ax: Axes, nodes: int = 0) -> Axes:

@@ -1,12 +1,175 @@
-"""Precisions for users to name: weights of the node energies, by depth and step."""
+"""Precisions: the weight of each energy in F, by depth and step. One small class and a row each.
 
-from typing import Any
+F(t) = sum over nodes of w(depth, t) E + w(0, t) * loss: depth 0 is the loss, which `Spiking` alone
+weighs. A weight multiplies all of an energy: its gradients to values and to parameters, and what
+the report shows of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from typing_extensions import override
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.inference.precisions import GONE
-from lightning_pc.inference.precisions import Constant as Constant
-from lightning_pc.inference.precisions import Precisions as Precisions
-from lightning_pc.inference.precisions import Spiking as Spiking
+
+
+class Precisions(ABC):
+    """The weight of an energy in F; a variant is a subclass."""
+
+    name = "custom"
+    #: Whether weights differ from step to step, so that F moves by itself.
+    varies = True
+    #: Whether all is done once the error has arrived everywhere: T is depth + 1 by default.
+    wave = False
+
+    @abstractmethod
+    def weight(self, depth: int, t: int, steps: int) -> float:
+        """The weight, >= 0.
+
+        Args:
+            depth: A node's depth, 1 for what the loss reads; 0 for the loss itself.
+            t: Step within the batch, from 0 on.
+            steps: How many of the batch's steps move values: t = ``steps`` is pc's learning step.
+        """
+
+    def lasting(self, depth: int, steps: int) -> float:
+        """The weight that a stable gamma goes by: the largest of the steps that move values."""
+        return max(checked_weight(self, depth, t, steps) for t in range(steps))
+
+
+@dataclass(frozen=True)
+class Constant(Precisions):
+    """Every node energy weighs ``value`` > 0; 1 is plain predictive coding."""
+
+    value: float = 1.0
+    name = "constant"
+    varies = False
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.value) and self.value > 0):
+            raise ConfigError(f"precisions={self.value!r}: expected a number > 0.")
+
+    @override
+    def weight(self, depth: int, t: int, steps: int) -> float:
+        return self.value if depth else 1.0
+
+
+@dataclass(frozen=True)
+class Spiking(Precisions):
+    """Spiking precision (Qi et al. 2025, Eq. 4): 1 at the step the error arrives, else ``rest``.
+
+    The error of depth d arrives at t = d and travels on at the full rate; all that it has passed is
+    held back. As in the authors' code (DeepPCNs) the loss is weighed as depth 0, and pc learns from
+    unweighted energies. ipc learns from the weighted ones: a stage has one step at full weight, the
+    first of its T - d. So values that stay do not pull predictions back to where they were.
+
+    On a chain of Gaussian nodes, with ``rest`` 0, weights that hardly move and values without
+    momentum, a step of depth d is gamma^d times backprop's in ipc. pc learns after the wave, which
+    leaves about (1 - gamma) gamma^d of it but at the top: there gamma is to stay well below 1.
+
+    Args:
+        rest: Weight before and after, >= 0; 0 lets each stage run once, theirs is 0.001.
+    """
+
+    rest: float = 0.0
+    name = "spiking"
+    wave = True
+
+    def __post_init__(self) -> None:
+        if not (is_number(self.rest) and self.rest >= 0):
+            raise ConfigError(f"Spiking: rest={self.rest!r}: expected a number >= 0.")
+
+    @override
+    def weight(self, depth: int, t: int, steps: int) -> float:
+        return 1.0 if t >= steps or t == depth else self.rest
+
+    @override
+    def lasting(self, depth: int, steps: int) -> float:
+        # A value makes two steps at full weight, which no gamma turns into a run-away.
+        return self.rest
+
+
+class Wave(Precisions):
+    """1 at t = depth and 0 else: Z-IL, in which each stage counts once."""
+
+    name = "wave"
+    wave = True
+
+    @override
+    def weight(self, depth: int, t: int, steps: int) -> float:
+        return float(t == depth)
+
+
+@dataclass(frozen=True)
+class Custom(Precisions):
+    """A callable ``(depth, t) -> weight`` of the user's, which is asked for nodes alone."""
+
+    function: Callable[[int, int], float]
+
+    @override
+    def weight(self, depth: int, t: int, steps: int) -> float:
+        return self.function(depth, t) if depth else 1.0
+
+
+#: Name -> class, made with its defaults.
+PRECISIONS: dict[str, Callable[[], Precisions]] = {"constant": Constant, "spiking": Spiking}
+#: Names of earlier versions, and the callable that says the same.
+GONE = {
+    "depth": "lambda depth, t: 0.9 ** (depth - 1)",
+    "decaying": "lambda depth, t: 0.0 if t < depth else math.exp(depth - t)",
+}
+
+
+def precisions(given: object) -> Precisions:
+    """What the argument ``precisions=`` stands for; anything else is a ConfigError."""
+    if isinstance(given, Precisions):
+        return given
+    if isinstance(given, str):
+        if given in PRECISIONS:
+            return PRECISIONS[given]()
+        written = GONE.get(given.rpartition(".")[2].lower())  # in YAML by its class_path, too
+        if written is not None:
+            raise ConfigError(f"precisions={given!r} is gone: write precisions={written}.")
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return Constant(float(given))
+    if callable(given) and not isinstance(given, type):
+        try:
+            inspect.signature(given).bind(1, 0)
+        except ValueError:  # a builtin does not tell
+            pass
+        except TypeError as error:
+            told = f"precisions={given!r} cannot be called with (depth, t): {error}."
+            raise ConfigError(told) from None
+        return Custom(given)
+    known = ", ".join(map(repr, PRECISIONS))
+    raise ConfigError(
+        f"precisions={given!r}: expected one of {known}, a positive number, an object of "
+        "lightning_pc.precisions or a callable (depth, t) -> weight."
+    )
+
+
+def checked_weight(given: Precisions, depth: int, t: int, steps: int) -> float:
+    """The weight as a float >= 0, else a ConfigError; the first loss, which all needs, is > 0."""
+    weight = given.weight(depth, t, steps)
+    with suppress(TypeError, ValueError):
+        value = float(weight)
+        if 0 < value < math.inf or (value == 0 and (depth or t)):
+            return value
+    raise ConfigError(
+        f"precisions gave {weight!r} at depth {depth}, step {t}: expected a weight >= 0."
+    )
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,11 +12,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, PCError
 from lightning_pc.inference.schedules import SCHEDULES
-from lightning_pc.optim import refuse_optimizer
 from lightning_pc.settings import refuse
 
 
@@ -36,22 +35,20 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     that step within a batch planned accumulation.
     """
     name, plugin = type(module).__name__, trainer.precision_plugin
+    overrides = partial(is_overridden, instance=module, parent=pl.LightningModule)
     refused = {
         f"PCStrategy trains on one device and cannot use {type(plugin).__name__}.": (
             isinstance(plugin, (precision.FSDPPrecision, precision.DeepSpeedPrecision))
         ),
         "PCStrategy does not train in float16: prediction errors fall below its range, "
         "and a gradient scaler would skip single updates within a batch. Use "
-        "precision='bf16-mixed', 'bf16-true' or '32-true'.": (
-            isinstance(plugin, (precision.MixedPrecision, precision.HalfPrecision))
-            and plugin.precision.startswith("16")
-        ),
+        "precision='bf16-mixed', 'bf16-true' or '32-true'.": str(plugin.precision).startswith("16"),
         f"{name} uses manual optimization, but PCStrategy decides when values and weights "
         "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
         "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "
         "call optimizer.step(closure).": not module.automatic_optimization,
         f"{name} overrides `backward`, which PCStrategy replaces: remove the override.": (
-            is_overridden("backward", module, pl.LightningModule)
+            overrides("backward")
         ),
         f"{name}.training_step takes a `dataloader_iter` and draws its batches itself, but "
         "PCStrategy asks the batch how many terms its loss is a mean of: take (batch, "
@@ -62,8 +59,7 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         "nodes: give the Trainer the module itself.": getattr(module, "_compiler_ctx", None),
         f"{name} overrides `optimizer_step`, but {algorithm} steps T times a batch and only "
         "the last of these would go through it: remove the override, or use 'pc'.": (
-            SCHEDULES[algorithm].incremental
-            and is_overridden("optimizer_step", module, pl.LightningModule)
+            SCHEDULES[algorithm].incremental and overrides("optimizer_step")
         ),
     }
     refuse(refused)
@@ -81,14 +77,3 @@ def refuse_accumulation(algorithm: str, batches: int) -> None:
             f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
             "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
         )
-
-
-@at_the_door()
-def refuse_optimizers(module: pl.LightningModule, optimizers: Sequence[object]) -> None:
-    """Refuses all but one optimizer that can take a predictive coding step of the module."""
-    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
-        raise ConfigError(
-            f"PCStrategy needs exactly one optimizer, {type(module).__name__}."
-            f"configure_optimizers gave {len(optimizers)}."
-        )
-    refuse_optimizer(optimizers[0], module)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError
-from lightning_pc.inference.precisions import Constant, Precisions, is_number, precisions
 from lightning_pc.inference.schedules import Moves, schedule
 from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.placement import Entry
+from lightning_pc.precisions import Constant, Precisions, is_number, precisions
 
 
 @dataclass(frozen=True)
@@ -91,60 +91,53 @@ class Settings:
         idle = {"gamma": gamma != "auto", "gamma_decay": decay, "momentum": momentum is not None}
         given = [argument for argument, is_given in idle.items() if is_given]
         refused = {
-            f"T={T!r}: expected a whole number of inference steps, >= 1, or None.": (
+            f"{T=}: expected a whole number of inference steps, >= 1, or None.": (
                 T is not None and (isinstance(T, bool) or not isinstance(T, Integral) or T < 1)
             ),
-            f"gamma={gamma!r}: expected a positive inference rate or 'auto'.": (
+            f"{gamma=}: expected a positive inference rate or 'auto'.": (
                 gamma != "auto" and not (is_number(gamma) and gamma > 0)
             ),
-            f"gamma={gamma}: zil is exact at gamma = 1 alone, leave gamma at 'auto'.": (
-                zil and gamma not in ("auto", 1)
-            ),
+            f"{gamma=}: zil is exact at 1, leave it at 'auto'.": zil and gamma not in ("auto", 1),
             f"gamma_decay={decay!r}: expected a factor in (0, 1]; 1 keeps gamma.": (
                 decay is not None and not (is_number(decay) and 0 < decay <= 1)
             ),
-            f"reset={reset!r}: expected 'batch' or 'never'.": reset not in ("batch", "never"),
-            "reset='never': zil starts from the forward pass, use reset='batch'.": zil and never,
-            f"loss_terms={terms!r}: expected the number of terms that the loss is a mean of, "
-            "or a callable of the batch.": (
+            f"{reset=}: expected 'batch' or 'never'.": reset not in ("batch", "never"),
+            f"{reset=}: zil starts from the forward pass, use reset='batch'.": zil and never,
+            f"loss_terms={terms!r}: expected the number of terms that the loss is a mean of, or a "
+            "callable of the batch.": (
                 not (terms is None or callable(terms) or (is_number(terms) and terms > 0))
             ),
-            f"momentum={momentum!r}: expected the share of their velocity that values keep "
-            "from step to step, in [0, 1), 'conjugate' or None.": (
+            f"{momentum=}: expected the share of their velocity that values keep from step to "
+            "step, in [0, 1), 'conjugate' or None.": (
                 not (momentum is None or conjugate or (is_number(momentum) and 0 <= momentum < 1))
             ),
-            f"momentum={momentum!r}: zil is exact at 0 alone.": zil and momentum,
-            f"momentum={momentum!r} leads towards the minimum of F, but {name} stays near its "
-            "start on purpose: give a number, or use 'ipc'.": conjugate and way.whole,
-            f"momentum={momentum!r} tells from two gradients how F bends between them, but "
-            "varying precisions change F itself: give a number.": conjugate and weights.varies,
-            f"beta={beta!r}: expected the loss's factor in F, a number that is not 0 "
-            "(negative pushes values away from the target), or a pair such as (0.3, -0.3).": (
+            f"{momentum=}: zil is exact at 0 alone.": zil and momentum,
+            f"{momentum=} leads towards the minimum of F, but {name} stays near its start on "
+            "purpose: give a number, or use 'ipc'.": conjugate and way.whole,
+            f"{momentum=} tells from two gradients how F bends between them, but varying "
+            "precisions change F itself: give a number.": conjugate and weights.varies,
+            f"{beta=}: expected the loss's factor in F, a number that is not 0 (negative pushes "
+            "values away from the target), or a pair such as (0.3, -0.3).": (
                 len(self.betas) not in (1, 2) or not all(is_number(b) and b for b in self.betas)
             ),
-            "zil is exact for plain predictive coding alone: leave precisions and beta at "
-            "their defaults.": zil and (self.betas != (1,) or weights != Constant()),
-            f"precisions={weights.name!r} send one wave through a batch, but reset='never' keeps "
-            "values for the next, in which it would only add up: "
-            "use reset='batch'.": wave and never,
-            f"precisions={weights.name!r} follows an error on its way up, stage by stage, but "
-            f"{name}'s errors start everywhere at once: "
-            "use 'pc' or 'ipc'.": wave and way.through,
-            f"reset='never': {name} would go on learning from gradients of calls long past, since "
-            "its errors forget as slowly as they move. Use 'ipc' or 'pc'.": never and way.whole,
-            f"inference={inference!r}: expected a callable that makes an optimizer of the values, "
-            "e.g. lambda values: torch.optim.Adam(values, 0.05).": (
+            "zil is exact for plain predictive coding alone: leave precisions and beta at their "
+            "defaults.": zil and (self.betas != (1,) or weights != Constant()),
+            f"precisions={weights.name!r} send one wave through a batch, which would only add up "
+            "in values that are kept: use reset='batch'.": wave and never,
+            f"precisions={weights.name!r} follows an error from stage to stage, but {name}'s "
+            "errors start everywhere at once: use 'pc' or 'ipc'.": wave and way.through,
+            f"{reset=}: {name} would go on learning from gradients of calls long past, since its "
+            "errors forget as slowly as they move. Use 'ipc' or 'pc'.": never and way.whole,
+            f"{inference=}: expected a callable that makes an optimizer of the values, e.g. "
+            "lambda values: torch.optim.Adam(values, 0.05).": (
                 not (inference is None or callable(inference))
             ),
-            f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would "
-            "have no effect, leave it out.": inference is not None and (given or zil),
-            f"beta={beta!r}: {name} moves the weights at every step, and the second phase would "
-            "not start where the first did. "
-            "Use 'pc' or 'epc', or one beta.": pair and way.incremental,
-            f"beta={beta!r}: both phases start from the forward pass, use reset='batch'.": (
-                pair and never
-            ),
-            f"beta={beta!r}: T=1 leaves the values no step, use T >= 2.": pair and T == 1,
+            f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would have "
+            "no effect, leave it out.": inference is not None and (given or zil),
+            f"{beta=}: {name} moves the weights at every step, and the second phase would not "
+            "start where the first did. Use 'pc' or 'epc', or one beta.": pair and way.incremental,
+            f"{beta=}: both phases start from the forward pass, use reset='batch'.": pair and never,
+            f"{beta=}: T=1 leaves the values no step, use T >= 2.": pair and T == 1,
         }
         refuse(refused)
         way.steps(1, T)

@@ -27,9 +27,9 @@ from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
-from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_optimizers, refuse_set_up
+from lightning_pc.optim import once, refuse_optimizer, with_state, without_state
+from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_set_up
 from lightning_pc.settings import Settings, refuse_unknown
-from lightning_pc.wrapping import once, with_state, without_state
 
 
 class PCStrategy(SingleDeviceStrategy):
@@ -112,8 +112,8 @@ class PCStrategy(SingleDeviceStrategy):
             return
         refuse_set_up(self._module, trainer, self.settings.algorithm)
         super().setup(trainer)
-        refuse_optimizers(self._module, self.optimizers)
-        with at_the_door():
+        with at_the_door():  # Lightning lets no two optimizers through
+            refuse_optimizer(next(iter(self.optimizers), None), self._module)
             self._learner = Learner(self._module, self.settings)
             self._learner.check()
 

@@ -11,7 +11,8 @@ from torch import nn
 import lightning_pc.precisions
 from lightning_pc import describe, explain
 from lightning_pc.errors import ConfigError
-from lightning_pc.inference.precisions import (
+from lightning_pc.optim import IPC, PC
+from lightning_pc.precisions import (
     GONE,
     PRECISIONS,
     Constant,
@@ -20,7 +21,6 @@ from lightning_pc.inference.precisions import (
     Spiking,
     precisions,
 )
-from lightning_pc.optim import IPC, PC
 
 
 def fading(depth, t):

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_pc.inference.curvature import REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.precisions import Precisions, checked_weight
 from lightning_pc.inference.relax import Trace, relax
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.nodes.node import ErrorNode, Node
+from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
 #: Stages in a row down to which values follow all that their predictions move by.

@@ -112,8 +112,8 @@ class Descent(Mover):
     def move(self, nodes: Sequence[Node], scale: float) -> None:
         moves = {node: node.gradient for node in nodes if node.gradient is not None}
         if self.momentum:
-            for velocity in self._velocities.values():
-                velocity.mul_(self.momentum)
+            for kept in self._velocities.values():
+                kept.mul_(self.momentum)
             for node, gradient in moves.items():
                 velocity = self._velocities.get(node)
                 self._velocities[node] = (

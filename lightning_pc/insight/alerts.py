@@ -31,7 +31,7 @@ class Alerts:
     ) -> None:
         self._auto, self._patience, self._known = auto, patience, known
         # An automatic gamma mends a rise by itself, unless weights move at the same time.
-        self._counts = not varies and (schedule.incremental or auto is None)
+        self._counts = schedule.incremental or auto is None
         self._varies, self._through = varies, schedule.through
         self._told: set[str] = set()
         self._batches = 0

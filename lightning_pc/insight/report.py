@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +42,7 @@ class StepReport:
             device.
         followed: Node name -> share of its prediction's moves by which its value moved along, in
             (0, 1]; values that stayed are left out. Only in ipc with gamma="auto".
+        learned: Parameter name -> number of updates it took part in.
     """
 
     algorithm: str
@@ -54,8 +57,7 @@ class StepReport:
     energies: Tensor
     momentum: float | Literal["conjugate"] = 0.0
     followed: dict[str, float] = field(default_factory=dict)
-    _depths: Mapping[str, int | None] = field(repr=False, default_factory=dict)
-    _learned_at: tuple[int, ...] = field(repr=False, default=())
+    learned: dict[str, int] = field(repr=False, default_factory=dict)
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
 
     @cached_property
@@ -67,8 +69,7 @@ class StepReport:
     def peak_energy(self) -> dict[str, float]:
         """Node name -> the largest energy it had; zero means that it never inferred anything."""
         # Rounding may make a divergence negative that is next to nothing.
-        peaks = self.energy.abs().amax(0) if len(self.energy) else torch.zeros(len(self.nodes))
-        return dict(zip(self.nodes, peaks.tolist(), strict=True))
+        return dict(zip(self.nodes, self.energy.abs().amax(0).tolist(), strict=True))
 
     @cached_property
     def energy_by_depth(self) -> dict[int, float]:
@@ -91,14 +92,6 @@ class StepReport:
         loss = self.loss.detach().cpu() * self.loss_terms
         return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
 
-    @cached_property
-    def learned(self) -> dict[str, int]:
-        """Parameter name -> number of updates it took part in."""
-        return {
-            name: 0 if depth is None else sum(t >= depth for t in self._learned_at)
-            for name, depth in self._depths.items()
-        }
-
 
 def make_report(
     algorithm: str,
@@ -116,6 +109,7 @@ def make_report(
     ``learnable`` are the optimizer's parameters by name.
     """
     losses = [loss for trace in traces for loss in trace.losses]
+    updates = [age + t for t in traces[-1].learned_at]
     return StepReport(
         algorithm=algorithm,
         steps=len(losses),
@@ -129,7 +123,9 @@ def make_report(
         curvature=curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
-        _depths={name: batch.arrivals.get(p) for name, p in learnable.items()},
-        _learned_at=tuple(age + t for t in traces[-1].learned_at),
         followed={node.name: node.followed for node in batch.nodes if node.followed},
+        learned={  # in the updates from its arrival on
+            name: len(updates) - bisect_left(updates, batch.arrivals.get(p, math.inf))
+            for name, p in learnable.items()
+        },
     )

@@ -7,7 +7,6 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -43,15 +42,8 @@ class Energy(ABC):
     masks: ClassVar[bool] = True
 
     @abstractmethod
-    def value(self, x: Tensor, mu: Tensor) -> Tensor:
-        """Energy of each sample, [B]."""
-
-    @abstractmethod
-    def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        """``(dE/dx, dE/dmu)`` of the energy summed over samples, each [B, *]."""
-
     def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
-        """Gradients and energy of one inference step; override where they share work.
+        """Energy and gradients of one inference step.
 
         Args:
             x: The value, [B, *].
@@ -59,12 +51,6 @@ class Energy(ABC):
             scale: Factor from the energy's gradient to the parameters'.
             weight: The energy's weight in F, >= 0.
         """
-        dx, dmu = (gradient * (scale * weight) for gradient in self.grads(x, mu))
-        return Slopes(dmu, dx, self.value(x, mu).sum().mul_(weight))
-
-
-def _per_sample(energy: Tensor) -> Tensor:
-    return energy.flatten(1).sum(1) if energy.dim() > 1 else energy.reshape(-1)
 
 
 class Gaussian(Energy):
@@ -72,15 +58,6 @@ class Gaussian(Energy):
 
     name = "gaussian"
     masks = False
-
-    @override
-    def value(self, x: Tensor, mu: Tensor) -> Tensor:
-        return _per_sample(0.5 * self._error(x, mu).square())
-
-    @override
-    def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        error = self._error(x, mu)
-        return error, -error
 
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
@@ -99,6 +76,7 @@ class MaskedGaussian(Gaussian):
     name = "gaussian_logits"
     masks = True
 
+    @override
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return torch.where(x == mu, 0.0, x - mu)
 
@@ -110,7 +88,7 @@ class Categorical(Energy):
     probability, no energy and no gradient.
 
     Args:
-        dim: The axis of the softmax; all other axes but the first are summed.
+        dim: The axis of the softmax.
     """
 
     name = "categorical"
@@ -119,50 +97,22 @@ class Categorical(Energy):
         self.dim = dim
 
     @override
-    def value(self, x: Tensor, mu: Tensor) -> Tensor:
-        p, _, log_ratio = self._distributions(x, mu)
-        return _per_sample(p * log_ratio)
-
-    @override
-    def grads(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
-        slopes = self.evaluate(x, mu, 1.0)
-        return slopes.own(), slopes.dmu
-
-    @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
-        p, q, log_ratio = self._distributions(x, mu)
+        masked = mu <= torch.finfo(mu.dtype).min / 2
+        log_p = torch.log_softmax(x, self.dim)
+        log_q = torch.log_softmax(mu.to(x.dtype), self.dim)
+        p, q = log_p.exp().masked_fill(masked, 0.0), log_q.exp().masked_fill(masked, 0.0)
+        log_ratio = (log_p - log_q).masked_fill(masked, 0.0)
         divergence = (p * log_ratio).sum(self.dim, keepdim=True)
         dmu = q.sub_(p).mul_(scale * weight)
         dx = log_ratio.sub_(divergence).mul_(p).mul_(scale * weight)
         return Slopes(dmu, dx, divergence.sum().mul_(weight))
 
-    def _distributions(self, x: Tensor, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """softmax(x), softmax(mu) and the logarithm of their ratio, zero where masked."""
-        masked = mu <= torch.finfo(mu.dtype).min / 2
-        log_p = torch.log_softmax(x, self.dim)
-        log_q = torch.log_softmax(mu.to(x.dtype), self.dim)
-        p, q = log_p.exp().masked_fill(masked, 0.0), log_q.exp().masked_fill(masked, 0.0)
-        return p, q, (log_p - log_q).masked_fill(masked, 0.0)
-
-
-#: Name -> what makes the energy at the logits of a softmax over an axis.
-SOFTMAX_ENERGIES: dict[str, Callable[[int], Energy]] = {
-    "categorical": Categorical,
-    "gaussian": lambda dim: MaskedGaussian(),
-}
-
 
 def softmax_energy(name: str, dim: int) -> Energy:
-    """The energy of a node at the logits of a softmax over ``dim``.
-
-    Args:
-        name: A name of `SOFTMAX_ENERGIES`: ``"categorical"`` (F_KL) or ``"gaussian"``.
-        dim: The axis of the softmax.
-
-    Raises:
-        ConfigError: For any other name.
-    """
-    if name not in tuple(SOFTMAX_ENERGIES):
-        known = " or ".join(map(repr, SOFTMAX_ENERGIES))
-        raise ConfigError(f"softmax_energy={name!r}: expected {known}.")
-    return SOFTMAX_ENERGIES[name](dim)
+    """The energy of that name at the logits of a softmax over ``dim``; else a ConfigError."""
+    if name == "categorical":
+        return Categorical(dim)
+    if name == "gaussian":
+        return MaskedGaussian()
+    raise ConfigError(f"softmax_energy={name!r}: expected 'categorical' or 'gaussian'.")

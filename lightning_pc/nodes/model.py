@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +11,24 @@ from torch.nn.parameter import is_lazy
 from lightning_pc.errors import UnsupportedError
 from lightning_pc.nodes.placement import Placement, ValueNodes, resolve
 
-_SHARDED = {
-    "FullyShardedDataParallel": "FSDP",
-    "DistributedDataParallel": "DistributedDataParallel",
-    "DataParallel": "DataParallel",
-    "DeepSpeedEngine": "DeepSpeed",
-}
+#: How the names of wrappers for several devices end.
+_SHARDED = ("DataParallel", "DeepSpeedEngine")
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuses compiled and sharded modules and such as have nothing to train.
-
-    Raises:
-        UnsupportedError: Naming the module and what to do.
-    """
+def _check(model: nn.Module) -> None:
+    """Refuses compiled and sharded modules and such as have nothing to train."""
     for name, module in model.named_modules():
-        where = f"'{name}'" if name else f"the model ({type(module).__name__})"
-        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+        kind = type(module).__name__
+        where = f"'{name}'" if name else f"the model ({kind})"
+        if kind == "OptimizedModule" or module._compiled_call_impl is not None:
             raise UnsupportedError(
                 f"{where} is compiled by torch.compile, which hides its nonlinearities from value "
                 "nodes: train the module uncompiled and compile it for inference."
             )
-        wrapper = _SHARDED.get(type(module).__name__)
-        if wrapper is not None:
+        if kind.endswith(_SHARDED):
             raise UnsupportedError(
-                f"{where} is wrapped by {wrapper}: predictive coding runs on one device for now, "
-                "give it the bare module."
+                f"{where} is wrapped by {kind}: predictive coding runs on one device for now, give "
+                "it the bare module."
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UnsupportedError(
@@ -52,15 +44,13 @@ class Model:
         value_nodes: Where its nodes stand.
 
     Attributes:
-        modules: The module and all in it.
-        names: Their dotted names.
+        names: The module and all in it -> their dotted names.
         own: Ids of its buffers and of the parameters that are not trained.
         trained: Its trainable parameters -> their dotted names.
     """
 
     def __init__(self, model: nn.Module, value_nodes: ValueNodes) -> None:
         self.model, self._value_nodes = model, value_nodes
-        self.modules: tuple[nn.Module, ...] = ()
         self.names: dict[nn.Module, str] = {}
         self.own: frozenset[int] = frozenset()
         self.trained: dict[nn.Parameter, str] = {}
@@ -72,12 +62,11 @@ class Model:
         Raises:
             PCError: The module cannot be trained, or ``value_nodes`` names what it has not.
         """
-        modules = tuple(self.model.modules())
+        modules = list(self.model.modules())
         compiled = any(module._compiled_call_impl is not None for module in modules)
-        if self._placement is None or modules != self.modules or compiled:
-            check_model(self.model)
+        if self._placement is None or modules != list(self.names) or compiled:
+            _check(self.model)
             self._placement = resolve(self._value_nodes, self.model)
-            self.modules = modules
             self.names = {module: name for name, module in self.model.named_modules()}
         # Any of these may have been replaced since the last batch.
         own: list[Tensor] = []
@@ -92,28 +81,18 @@ class Model:
         self.own = frozenset(map(id, own))
         return self._placement
 
-    def save(self, held: set[nn.Parameter]) -> Saved:
-        """What a forward may write to: buffers, and weights of no optimizer."""
+    def save(self, held: set[nn.Parameter]) -> Callable[[], None]:
+        """What puts back all that a forward may write to: buffers, and weights of no optimizer."""
         rest = [p for p in self.model.parameters() if p not in held]
         tensors = [t for t in [*self.model.buffers(), *rest] if not (t.is_meta or is_lazy(t))]
-        return Saved([(t, t.data, t.detach().clone()) for t in tensors])
+        saved = [(t, t.data, t.detach().clone()) for t in tensors]
 
+        @torch.no_grad()
+        def put_back() -> None:
+            for tensor, data, content in saved:
+                if data.shape == content.shape:
+                    data.copy_(content)
+                if tensor.data_ptr() != data.data_ptr() or tensor.shape != content.shape:
+                    tensor.data = data if data.shape == content.shape else content
 
-@dataclass
-class Saved:
-    """Tensors as they were.
-
-    Attributes:
-        tensors: Each with its data and a copy of that.
-    """
-
-    tensors: list[tuple[Tensor, Tensor, Tensor]]
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """They are so again."""
-        for tensor, data, content in self.tensors:
-            if data.shape == content.shape:
-                data.copy_(content)
-            if tensor.data_ptr() != data.data_ptr() or tensor.shape != content.shape:
-                tensor.data = data if data.shape == content.shape else content
+        return put_back

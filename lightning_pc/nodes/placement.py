@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -25,62 +25,44 @@ class Placement:
 
     Attributes:
         nonlinearities: Nodes stand at the inputs of nonlinearities.
-        outputs: Modules at whose outputs nodes stand, with their dotted names.
+        outputs: Modules at whose outputs nodes stand.
         entries: Each entry that the user wrote out (no preset), and the modules it matched.
-        exact: The entries that are the name of one module.
     """
 
     nonlinearities: bool
-    outputs: dict[nn.Module, str]
-    entries: list[tuple[str, list[nn.Module]]] = field(default_factory=list)
-    exact: frozenset[str] = frozenset()
+    outputs: set[nn.Module]
+    entries: list[tuple[str, list[nn.Module]]]
 
     def insists(self, module: nn.Module) -> bool:
         """Whether the user wrote out an entry that matches ``module``."""
         return any(module in modules for _, modules in self.entries)
 
 
-def _holds_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
-
-
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
-
-
-def _leaves(model: nn.Module) -> Iterable[nn.Module]:
+def _leaves(model: nn.Module) -> list[nn.Module]:
     """Leaf modules that hold parameters."""
-    return (m for m in model.modules() if _is_leaf(m) and _holds_parameters(m))
+    return [m for m in model.modules() if not [*m.children()] and [*m.parameters()]]
 
 
-def _linear_maps(model: nn.Module) -> Iterable[nn.Module]:
+def _linear_maps(model: nn.Module) -> list[nn.Module]:
     """Linear and convolution modules, transformers' transposed ``Conv1D`` among them."""
-    return (m for m in _leaves(model) if isinstance(m, _LINEAR) or type(m).__name__ == "Conv1D")
+    return [m for m in _leaves(model) if isinstance(m, _LINEAR) or type(m).__name__ == "Conv1D"]
 
 
-def _blocks(model: nn.Module) -> Iterable[nn.Module]:
+def _blocks(module: nn.Module) -> list[nn.Module]:
     """The outermost repeated blocks: what a ModuleList holds, or a Sequential holds twice.
 
     Members of a Sequential count where they have children of their own (a residual block does, a
     Linear does not).
     """
-
-    def repeated(container: nn.Module) -> list[nn.Module]:
-        members = [m for m in container.children() if _holds_parameters(m)]
-        if isinstance(container, nn.Sequential):
-            members = [m for m in members if not _is_leaf(m)]
-            types = [type(m) for m in members if type(m) is not nn.Sequential]
-            return [m for m in members if types.count(type(m)) > 1]
-        return members if isinstance(container, nn.ModuleList) else []
-
-    def outermost(module: nn.Module) -> Iterable[nn.Module]:
-        found = repeated(module)
-        yield from found
-        for child in module.children():
-            if child not in found:
-                yield from outermost(child)
-
-    return outermost(model)
+    found = [m for m in module.children() if [*m.parameters()]]
+    if isinstance(module, nn.Sequential):
+        found = [m for m in found if [*m.children()]]
+        types = [type(m) for m in found if type(m) is not nn.Sequential]
+        found = [m for m in found if types.count(type(m)) > 1]
+    elif not isinstance(module, nn.ModuleList):
+        found = []
+    others = [m for m in module.children() if m not in found]
+    return [*found, *(block for other in others for block in _blocks(other))]
 
 
 #: Preset name -> the modules at whose outputs it puts nodes.
@@ -93,11 +75,12 @@ PRESETS: dict[str, Callable[[nn.Module], Iterable[nn.Module]]] = {
 }
 
 
-def _match(entry: Entry, named: dict[str, nn.Module]) -> list[str]:
-    """Names of the modules that one written-out entry matches."""
+def _match(entry: Entry, named: dict[str, nn.Module]) -> list[nn.Module]:
+    """The modules that one written-out entry matches."""
+    inner = [(name, module) for name, module in named.items() if name]
     if isinstance(entry, str):
         if entry in named:
-            return [entry]
+            return [named[entry]]
         try:
             pattern = re.compile(entry)
         except re.error as error:
@@ -105,12 +88,12 @@ def _match(entry: Entry, named: dict[str, nn.Module]) -> list[str]:
                 f"value_nodes entry {entry!r} is neither a module's name nor a valid regular "
                 f"expression ({error})."
             ) from error
-        return [name for name in named if name and pattern.fullmatch(name)]
+        return [module for name, module in inner if pattern.fullmatch(name)]
     if isinstance(entry, type) and issubclass(entry, nn.Module):
-        return [name for name, module in named.items() if name and isinstance(module, entry)]
+        return [module for _, module in inner if isinstance(module, entry)]
     if callable(entry) and not isinstance(entry, (type, nn.Module)):
         try:
-            return [name for name, module in named.items() if name and entry(name, module)]
+            return [module for name, module in inner if entry(name, module)]
         except TypeError as error:
             raise ConfigError(
                 f"value_nodes entry {entry!r} cannot be called as (name, module) -> bool: {error}."
@@ -136,15 +119,14 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
 
     Args:
         value_nodes: A preset (also where a module has that name; ``"(blocks)"`` is the module), a
-            module name or regular expression (which must match the whole
-            name), a module type, a callable ``(name, module) -> bool``, or a list of these.
+            module name or regular expression (which must match the whole name), a module type, a
+            callable ``(name, module) -> bool``, or a list of these.
         model: The module that is trained.
 
     Raises:
         ConfigError: An entry is of no known kind.
         PlacementError: An entry matches no module; the message lists near misses.
     """
-    entries: list[Entry]
     if isinstance(value_nodes, Sequence) and not isinstance(value_nodes, str):
         entries = list(value_nodes)
     else:
@@ -152,9 +134,8 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
     if not entries:
         raise ConfigError("value_nodes is empty: expected 'auto' or at least one entry.")
     named = dict(model.named_modules())
-    names = {module: name for name, module in named.items()}
-    outputs: dict[nn.Module, str] = {}
-    written: list[tuple[str, list[nn.Module]]] = []
+    at_nonlinearities = any(entry in ("auto", "nonlinearities") for entry in entries)
+    placement = Placement(at_nonlinearities, set(), [])
     for entry in entries:
         if isinstance(entry, str) and entry in PRESETS:
             found = list(PRESETS[entry](model))
@@ -164,18 +145,13 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
                     "'linear', 'modules', or name modules."
                 )
         else:
-            found = [named[name] for name in _match(entry, named)]
+            found = _match(entry, named)
             if not found:
                 raise PlacementError(
                     f"value_nodes entry {entry!r} matches no module of {type(model).__name__}. "
                     f"Near misses: {_near_misses(entry, named)}."
                 )
             label = entry if isinstance(entry, str) else getattr(entry, "__name__", "?")
-            written.append((label, found))
-        outputs.update((module, names[module]) for module in found)
-    return Placement(
-        nonlinearities=any(entry in ("auto", "nonlinearities") for entry in entries),
-        outputs=outputs,
-        entries=written,
-        exact=frozenset(label for label, _ in written if label in named),
-    )
+            placement.entries.append((label, found))
+        placement.outputs.update(found)
+    return placement

@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_pc.errors import ConfigError
 
@@ -33,10 +34,6 @@ _BY_ROW = (  # one term for each row of the last axis
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
 )
 _SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, F.ctc_loss)}
-_DEFAULTS = {
-    f: {name: p.default for name, p in signature.parameters.items()}
-    for f, signature in _SIGNATURES.items()
-}
 
 
 @dataclass
@@ -44,46 +41,45 @@ class LossCall:
     """One call of a loss function.
 
     Attributes:
-        output: What it returned.
-        function: The autograd function of that.
-        place: Of the output among those of the function.
+        edge: Of what it returned in autograd's graph.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: Size of dimension 0 of its target (or input, where there is none).
         divisor: What a mean was divided by; None for the other reductions.
-        seen: d loss / d output, [], once the first backward has met it; else empty.
+        gradient: d loss / d output, []; None before the first backward and where none arrives.
         slot: Of its output in the recording.
     """
 
-    output: Tensor
-    function: Any
-    place: int
+    edge: GradientEdge
     reduction: str
     batch: int
     divisor: float | None = None
-    seen: list[Tensor] = field(default_factory=list)
+    gradient: Tensor | None = None
     slot: int = -1
 
-    @property
-    def gradient(self) -> Tensor | None:
-        """Of the loss in the output, []; None before the first backward and where none arrives."""
-        return self.seen[0] if self.seen else None
+
+def _divisor(func: Callable[..., Any], call: dict[str, Any], tensors: list[Tensor]) -> float:
+    """What the call divides a mean by."""
+    first, weight = tensors[0], call.get("weight")
+    if func in _BY_CLASS:
+        target: Tensor = call["target"]
+        if target.is_floating_point() and target.shape == first.shape:  # class probabilities
+            return first.numel() / first.shape[1 if first.dim() > 1 else 0]
+        counted = target != call["ignore_index"]
+        return float(counted.sum() if weight is None else weight[target[counted]].sum())
+    if func in _BY_WEIGHT and weight is not None:
+        return float(weight.sum())
+    if func in _BY_ELEMENT:
+        return float(math.prod(np.broadcast_shapes(*(v.shape for v in tensors if v is not weight))))
+    if func in _BY_ROW:
+        return first.numel() / first.shape[-1]
+    return float(_batch(func, call, first))
 
 
-def _class_divisor(call: dict[str, Any]) -> float:
-    target: Tensor = call["target"]
-    scores: Tensor = call["input"]
-    if target.is_floating_point() and target.shape == scores.shape:  # class probabilities
-        return scores.numel() / scores.shape[1 if scores.dim() > 1 else 0]
-    counted = target != call["ignore_index"]
-    weight: Tensor | None = call["weight"]
-    if weight is None:
-        return float(counted.sum())
-    return float(weight[target[counted]].sum())
-
-
-def is_loss(func: Callable[..., Any]) -> bool:
-    """Whether it is a loss function of torch's."""
-    return func in _SIGNATURES
+def _batch(func: Callable[..., Any], call: dict[str, Any], first: Tensor) -> int:
+    if func is F.ctc_loss:  # log-probabilities are [T, N, C], or [T, C] of one sequence
+        return first.shape[1] if first.dim() == 3 else 1
+    target = call.get("target", first)
+    return target.shape[0] if target.dim() else 1
 
 
 def read_loss_call(
@@ -93,32 +89,21 @@ def read_loss_call(
     signature = _SIGNATURES.get(func)
     if signature is None or not isinstance(output, Tensor) or output.grad_fn is None:
         return None
-    call = {**_DEFAULTS[func], **dict(zip(signature.parameters, args, strict=False)), **kwargs}
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
     tensors = [v for v in call.values() if isinstance(v, Tensor)]
-    target = call.get("target", tensors[0])
-    batch = target.shape[0] if target.dim() else 1
-    if func is F.ctc_loss:  # log-probabilities are [T, N, C], or [T, C] of one sequence
-        batch = tensors[0].shape[1] if tensors[0].dim() == 3 else 1
-    reduction = call["reduction"]
+    reduction, divisor = call["reduction"], None
     if call.get("reduce") is False:  # the names of torch before 0.4
         reduction = "none"
     elif call.get("size_average") is False:
         reduction = "sum"
-    divisor = None
     if reduction == "batchmean":
         reduction, divisor = "mean", float(tensors[0].shape[0])
-    elif reduction == "mean" and func in _BY_CLASS:
-        divisor = _class_divisor(call)
-    elif reduction == "mean" and func in _BY_WEIGHT and call.get("weight") is not None:
-        divisor = float(call["weight"].sum())
-    elif reduction == "mean" and func in _BY_ELEMENT:
-        shapes = [v.shape for v in tensors if v is not call.get("weight")]
-        divisor = float(math.prod(np.broadcast_shapes(*shapes)))
-    elif reduction == "mean" and func in _BY_ROW:
-        divisor = tensors[0].numel() / tensors[0].shape[-1]
     elif reduction == "mean":
-        divisor = float(batch)
-    return LossCall(output, output.grad_fn, output.output_nr, reduction, batch, divisor)
+        divisor = _divisor(func, call, tensors)
+    edge = GradientEdge(output.grad_fn, output.output_nr)
+    return LossCall(edge, reduction, _batch(func, call, tensors[0]), divisor)
 
 
 def loss_terms(calls: list[LossCall]) -> float | None:
@@ -195,13 +180,12 @@ def count_terms(
     agreed = loss_terms(calls)
     if agreed is not None:
         return agreed, doubt(calls, agreed)
-    if calls:
-        guess: float | None = calls[0].batch
-        why = "the loss functions it calls do not agree on it"
-        if any(call.reduction == "none" for call in calls):
-            why = "a loss function is called with reduction='none'"
-    else:
-        guess, why = batch_size(), "it calls no loss function of torch's"
+    guess = calls[0].batch if calls else batch_size()
+    why = "the loss functions it calls do not agree on it"
+    if not calls:
+        why = "it calls no loss function of torch's"
+    elif any(call.reduction == "none" for call in calls):
+        why = "a loss function is called with reduction='none'"
     terms = float(otherwise if guess is None else guess)
     return terms, (
         f"Cannot read off the training loss how many terms it is a mean of ({why}); the batch "

@@ -33,7 +33,7 @@ from lightning_pc.recording.functions import (
     softmax_dim,
     whole_call,
 )
-from lightning_pc.recording.losses import LossCall, is_loss, read_loss_call
+from lightning_pc.recording.losses import LossCall, read_loss_call
 from lightning_pc.recording.modules import Learned, Modules
 from lightning_pc.recording.sites import (
     Expected,
@@ -136,12 +136,11 @@ class Watch(Modules):
         if func in _DIFFERENTIATES:
             self._refuse_gradients(args)
         output = self.record(func, args, kwargs)
-        if is_loss(func):
-            loss = read_loss_call(func, args, kwargs, output)
-            entry = None if loss is None else self.entry(loss.output)
-            if loss is not None and entry is not None:
-                loss.slot = entry.slot
-                self.losses.append(loss)
+        loss = read_loss_call(func, args, kwargs, output)
+        entry = None if loss is None else self.entry(output)
+        if loss is not None and entry is not None:
+            loss.slot = entry.slot
+            self.losses.append(loss)
         return output
 
     # Functions

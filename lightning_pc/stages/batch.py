@@ -7,7 +7,6 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import Environment
@@ -79,8 +78,7 @@ def counted_calls(batch: Batch) -> None:
     wanted = [c for c in calls if c.reduction == "sum" or len(losses) > 2]
     if not wanted:
         return
-    edges = [GradientEdge(c.function, c.place) for c in wanted]
+    edges = [c.edge for c in wanted]
     gradients = torch.autograd.grad(batch.loss, edges, retain_graph=True, allow_unused=True)
     for call, gradient in zip(wanted, gradients, strict=True):
-        if gradient is not None:
-            call.seen[:] = [gradient]
+        call.gradient = gradient

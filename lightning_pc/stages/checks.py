@@ -70,7 +70,7 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
             )
         else:
             why = (
-                f"the forward never called {'it' if entry in placement.exact else 'them'} "
+                f"the forward never called {'it' if len(modules) == 1 else 'them'} "
                 "as module(...), so its node never fired"
             )
         raise PlacementError(

@@ -60,7 +60,7 @@ class Recordings:
         Args:
             held: Parameters that the optimizer moves, None for all.
         """
-        saved = None if self._graphs else self.model.save(held or set())
+        put_back = None if self._graphs else self.model.save(held or set())
         start = RandomStates(everywhere=self._keeps)
         if self._draws is not None:
             self._draws.restore()
@@ -78,8 +78,8 @@ class Recordings:
             yield watch
         except PCError:
             watch.undo()
-            if saved is not None:
-                saved.put_back()
+            if put_back is not None:
+                put_back()
             start.restore()
             raise
         finally:
@@ -136,11 +136,11 @@ class Recordings:
     @contextmanager
     def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
         """What is recorded inside changes neither the model nor the generators."""
-        start, saved = RandomStates(), self.model.save(held or set())
+        start, put_back = RandomStates(), self.model.save(held or set())
         try:
             yield
         finally:
-            saved.put_back()
+            put_back()
             start.restore()
 
     def keep_in_mind(self, batch: Batch) -> None:
