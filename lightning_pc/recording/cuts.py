@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_pc.errors import RecordingError
 from lightning_pc.nodes.energies import Energy
-from lightning_pc.recording.calls import Call
+from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.recording.recorder import Recorder
 from lightning_pc.recording.sites import (
     FROZEN,
@@ -31,7 +31,7 @@ from lightning_pc.recording.sites import (
     saved_elsewhere,
 )
 from lightning_pc.recording.slots import first
-from lightning_pc.recording.traits import Traits
+from lightning_pc.recording.traits import Known
 
 
 class Cuts(Recorder):
@@ -51,7 +51,7 @@ class Cuts(Recorder):
 
     def __init__(
         self,
-        known: dict[Any, Traits],
+        known: Known,
         own: frozenset[int],
         early: Callable[[Tensor], str],
         forms: Sequence[Expected],
@@ -91,7 +91,7 @@ class Cuts(Recorder):
         if entry is None:
             site.why = FROZEN
             return None
-        call = self._append(Call(first, (mu,), {}, (entry.slot,)))
+        call = self._append(Call(first, (Ref(0),), {}, (entry.slot,)))
         site.mu, site.slot = entry.slot, self._new_slot()
         call.fills = (site.slot,)
         # Whether the loss reads a place is known at the end alone, whatever it was the last time.
@@ -120,7 +120,7 @@ class Cuts(Recorder):
             handed = site.value
             if copy or site.value.dtype != mu.dtype:
                 handed = hand(site.value, mu.dtype, copy)
-                self._insert(handed, Call(hand, (site.value, mu.dtype, copy), {}, (site.slot,)))
+                self._insert(handed, hand, site.slot, further=(mu.dtype, copy))
         return handed
 
     def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:

@@ -19,7 +19,7 @@ from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.cuts import Cuts
 from lightning_pc.recording.sites import INSIDE, LINEAR, Expected, Site
-from lightning_pc.recording.traits import Traits
+from lightning_pc.recording.traits import Known
 
 #: A module of the model; of one that the forward makes on the spot, its type.
 Kind = nn.Module | type[nn.Module]
@@ -37,7 +37,7 @@ class Learned:
 
     nonlinearity: dict[Kind, bool] = field(default_factory=dict)
     writes: set[Kind] = field(default_factory=set)
-    functions: dict[Any, Traits] = field(default_factory=dict)
+    functions: Known = field(default_factory=Known)
 
 
 @dataclass

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_pc.recording.applied import Applied
-from lightning_pc.recording.calls import Call, Draws, arguments, current_context, tensors_in
+from lightning_pc.recording.calls import Call, Draws, current_context, tensors_in, with_refs
 from lightning_pc.recording.slots import Entry, Slots, is_continuous, version_of
-from lightning_pc.recording.traits import NORMS, TELLS, Function, Traits, guess
+from lightning_pc.recording.traits import NORMS, TELLS, Function, Known, Traits
 
 
 def _same(content: Tensor, tensor: Tensor) -> bool:
@@ -40,9 +40,7 @@ class Recorder(Slots, TorchFunctionMode):
         early: As of `Slots`.
     """
 
-    def __init__(
-        self, known: dict[Any, Traits], own: frozenset[int], early: Callable[[Tensor], str]
-    ) -> None:
+    def __init__(self, known: Known, own: frozenset[int], early: Callable[[Tensor], str]) -> None:
         Slots.__init__(self, own, early)
         TorchFunctionMode.__init__(self)
         self.known = known
@@ -53,20 +51,26 @@ class Recorder(Slots, TorchFunctionMode):
 
     def record(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Makes a call, and keeps it where it depends on a value or a trainable parameter."""
-        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
-            generator = kwargs["generator"]
+        tensors: list[Tensor] = []
+        shown = with_refs(args, tensors)
+        named = with_refs(kwargs, tensors) if kwargs else kwargs
+        if kwargs and isinstance(generator := kwargs.get("generator"), torch.Generator):
             self._generators.setdefault(generator, generator.get_state())
-        tensors = arguments(args, kwargs)
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
-        entries = [self.entry(tensor) for tensor in tensors]
-        traits = self.known.get(function)
-        if traits is None:
-            traits = self.known[function] = guess(function)
-        for entry in entries:
-            if entry is not None and entry.depends:
-                break
-        else:
+        entries, depends = [], False
+        for tensor in tensors:
+            entry = self._entries.get(id(tensor))
+            if (
+                entry is None
+                or entry.ref() is not tensor
+                or (entry.depends and entry.version != version_of(tensor))
+            ):
+                entry = self.entry(tensor)
+            entries.append(entry)
+            depends = depends or (entry is not None and entry.depends)
+        traits = self.known[function]
+        if not depends:
             return self._constantly(function, args, kwargs, tensors, traits)
         draws: tuple[Draws, ...] = ()
         if traits.draws or not traits.met:
@@ -99,7 +103,7 @@ class Recorder(Slots, TorchFunctionMode):
             traits.draws = bool(draws)
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
-        if not rewritten and not any(map(is_continuous, results)):
+        if not rewritten and not any(t.requires_grad or is_continuous(t) for t in results):
             if function is Tensor.register_hook:
                 self._hook(entries[0], args[1], output)
             return output
@@ -110,14 +114,16 @@ class Recorder(Slots, TorchFunctionMode):
                 reads.append(self._constant(tensors[i], copies[i] if i in copied else None))
             else:
                 reads.append(entry.slot)
-        context = current_context(self.device)
-        call = Call(function, args, kwargs, tuple(reads), context)
-        call.draws, call.copies = draws, tuple(copied)
-        self._append(call, context, tuple(rewritten), len(results))
+        call = Call(function, shown, named, tuple(reads), current_context(self.device))
+        self._append(call, call.context, tuple(rewritten), len(results))
+        if draws:
+            call.draws = draws
+        if copied:
+            call.copies = tuple(copied)
         for i in rewritten:
             self._writes.append((tensors[i].untyped_storage()._cdata, self.slots))
-            call.rewrites += ((i, self._bind(tensors[i], call, written=True)),)
-        call.fills = tuple([self._bind(result, call) for result in results])
+            call.rewrites += ((i, self._bind(tensors[i], written=True)),)
+        call.fills = tuple(map(self._bind, results))
         return output
 
     def _constantly(
@@ -206,10 +212,12 @@ class Recorder(Slots, TorchFunctionMode):
                 del self._entries[other]
 
     def _hook(self, entry: Entry | None, hook: Any, handle: Any) -> None:
-        call = None if entry is None else self._producers.get(entry.slot)
-        if entry is not None and call is not None and entry.slot in call.fills:
-            hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
-            call.hooks.append((call.fills.index(entry.slot), hook, handle.id, hooks))
+        slot = None if entry is None else entry.slot
+        for call in reversed(self.calls):
+            if slot in call.fills:
+                hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
+                call.hooks += ((call.fills.index(slot), hook, handle.id, hooks),)
+                return
 
     @torch.no_grad()
     def undo(self) -> None:

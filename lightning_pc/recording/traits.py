@@ -53,9 +53,12 @@ class Traits:
     met: bool = False
 
 
-def guess(function: Function) -> Traits:
-    """What a function's name tells."""
-    name = getattr(function, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    writes = in_place or name in _WRITING or function in NORMS
-    return Traits(name.rstrip("_") in _DRAWING, writes)
+class Known(dict[Any, Traits]):
+    """What is known of functions; of a new one, what its name tells."""
+
+    def __missing__(self, function: Function) -> Traits:
+        name = getattr(function, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        writes = in_place or name in _WRITING or function in NORMS
+        self[function] = Traits(name.rstrip("_") in _DRAWING, writes)
+        return self[function]
