@@ -33,7 +33,8 @@ _BY_ROW = (  # one term for each row of the last axis
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
 )
 _SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, F.ctc_loss)}
-_DEFAULTS = {
+#: The loss functions of torch's -> their defaults.
+LOSSES: dict[Callable[..., Any], dict[str, Any]] = {
     f: {name: p.default for name, p in signature.parameters.items()}
     for f, signature in _SIGNATURES.items()
 }
@@ -81,11 +82,6 @@ def _class_divisor(call: dict[str, Any]) -> float:
     return float(weight[target[counted]].sum())
 
 
-def is_loss(func: Callable[..., Any]) -> bool:
-    """Whether it is a loss function of torch's."""
-    return func in _SIGNATURES
-
-
 def read_loss_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> LossCall | None:
@@ -93,7 +89,7 @@ def read_loss_call(
     signature = _SIGNATURES.get(func)
     if signature is None or not isinstance(output, Tensor) or output.grad_fn is None:
         return None
-    call = {**_DEFAULTS[func], **dict(zip(signature.parameters, args, strict=False)), **kwargs}
+    call = {**LOSSES[func], **dict(zip(signature.parameters, args, strict=False)), **kwargs}
     tensors = [v for v in call.values() if isinstance(v, Tensor)]
     target = call.get("target", tensors[0])
     batch = target.shape[0] if target.dim() else 1

@@ -40,17 +40,18 @@ class Learned:
     functions: Known = field(default_factory=Known)
 
 
-@dataclass
 class _Running:
     """A module call in progress."""
 
-    module: nn.Module
-    start: int = -1  # index of the tentative site at its input, -1 for none
+    start = -1  # index of the tentative site at its input, -1 for none
     mu: Tensor | None = None
     handed: Tensor | None = None
-    version: int = 0
-    suppresses: bool = False
-    nonlinear: bool = False
+    version = 0
+    suppresses = False
+    nonlinear = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
 
 class Modules(Cuts):
@@ -97,14 +98,16 @@ class Modules(Cuts):
             )
         call = _Running(module)
         self._running.append(call)
+        kind = self._kind(module)
+        verdict = self.learned.nonlinearity.get(kind)
+        if verdict is False:
+            return None
         if _is_metric(module):
             call.suppresses = True
             self._suppressed += 1
             return None
         if self._suppressed or not self.placement.nonlinearities or not torch.is_grad_enabled():
             return None
-        kind = self._kind(module)
-        verdict = self.learned.nonlinearity.get(kind)
         if verdict is None and not _may_be_nonlinearity(module):
             verdict = self.learned.nonlinearity[kind] = False
         if verdict is False or len(args) != 1 or not is_activation(args[0]):
@@ -132,24 +135,31 @@ class Modules(Cuts):
             if call.module is module:
                 break
         changed = False
-        with torch._C.DisableTorchFunction():
-            if call.mu is not None and call.handed is not None:
-                same = isinstance(output, Tensor) and output.shape == call.mu.shape
-                kind = self._kind(module)
-                verdict = self.learned.nonlinearity.setdefault(kind, same and call.nonlinear)
-                self._settle(call.start, verdict)
-                if call.handed._version != call.version:  # it wrote to its input: so do we
-                    self.learned.writes.add(kind)
-                    self._overwrite(call.mu, call.handed)
-                    if output is call.handed:
-                        output, changed = call.mu, True
-            if module in self.placement.outputs and torch.is_grad_enabled():
-                output, changed = self._output(module, output), True
-            if isinstance(output, Tensor) and module in self.names:
-                entry = self._entries.get(id(output))
-                if entry is not None and entry.depends:
-                    self.outputs.append((self.names[module], entry.slot))
+        if call.mu is not None or module in self.placement.outputs:
+            with torch._C.DisableTorchFunction():
+                output, changed = self._finish(call, output)
+        if isinstance(output, Tensor) and module in self.names:
+            entry = self._entries.get(id(output))
+            if entry is not None and entry.depends:
+                self.outputs.append((self.names[module], entry.slot))
         return output if changed else None
+
+    def _finish(self, call: _Running, output: Any) -> tuple[Any, bool]:
+        """What a module with a place at its input, or its output, returns; and whether it is new."""
+        changed = False
+        if call.mu is not None and call.handed is not None:
+            same = isinstance(output, Tensor) and output.shape == call.mu.shape
+            kind = self._kind(call.module)
+            verdict = self.learned.nonlinearity.setdefault(kind, same and call.nonlinear)
+            self._settle(call.start, verdict)
+            if call.handed._version != call.version:  # it wrote to its input: so do we
+                self.learned.writes.add(kind)
+                self._overwrite(call.mu, call.handed)
+                if output is call.handed:
+                    output, changed = call.mu, True
+        if call.module in self.placement.outputs and torch.is_grad_enabled():
+            output, changed = self._output(call.module, output), True
+        return output, changed
 
     def _settle(self, start: int, nonlinearity: bool) -> None:
         """Whether the module at whose input place ``start`` is turned out a nonlinearity."""

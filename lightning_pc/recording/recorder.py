@@ -59,40 +59,34 @@ class Recorder(Slots, TorchFunctionMode):
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
         entries, depends = [], False
-        for tensor in tensors:
+        versions = [version_of(tensor) for tensor in tensors]
+        for tensor, version in zip(tensors, versions):
             entry = self._entries.get(id(tensor))
-            if (
-                entry is None
-                or entry.ref() is not tensor
-                or (entry.depends and entry.version != version_of(tensor))
-            ):
+            if entry is None or entry.ref() is not tensor or entry.version != version:
                 entry = self.entry(tensor)
             entries.append(entry)
             depends = depends or (entry is not None and entry.depends)
         traits = self.known[function]
         if not depends:
             return self._constantly(function, args, kwargs, tensors, traits)
-        draws: tuple[Draws, ...] = ()
-        if traits.draws or not traits.met:
-            draws = self._states(tensors, kwargs)
-        if traits.met and not traits.writes and "out" not in kwargs:
-            copies, output = {}, function(*args, **kwargs)
-            rewritten, weights = self._rewrites(tensors, entries, None)
-        else:
-            first_entry = entries[0]
-            if traits.writes and (first_entry is None or not first_entry.depends):
-                entries[0] = self._take_memory(tensors[0]) or first_entry
-            copies, versions = self._copies(tensors, entries), [*map(version_of, tensors)]
+        draws = self._states(tensors, kwargs) if traits.draws or not traits.met else ()
+        copies: dict[int, Tensor] = {}
+        careful = traits.writes or not traits.met or "out" in kwargs
+        if careful:
+            if traits.writes and (entries[0] is None or not entries[0].depends):
+                entries[0] = self._take_memory(tensors[0]) or entries[0]
+            copies = self._copies(tensors, entries)
             # What the user wrote may draw or write now and then.
             traits.met = not isinstance(function, Applied)
-            output = function(*args, **kwargs)
+        output = function(*args, **kwargs)
+        rewritten: list[int] = []
+        weights: list[int] = []
+        if versions != [version_of(tensor) for tensor in tensors]:
             rewritten, weights = self._rewrites(tensors, entries, versions)
-            # Some write without a new version, as observers do. (An attribute is set once.)
-            if function not in NORMS and getattr(function, "__name__", "") != "__set__":
-                told = (*rewritten, *weights)
-                rewritten += [
-                    i for i in copies if i not in told and not _same(copies[i], tensors[i])
-                ]
+        # Some write without a new version, as observers do. (An attribute is set once.)
+        if careful and function not in NORMS and getattr(function, "__name__", "") != "__set__":
+            told = (*rewritten, *weights)
+            rewritten += [i for i in copies if i not in told and not _same(copies[i], tensors[i])]
         if type(output) in TELLS:
             traits.passive = True
             return output
@@ -103,17 +97,17 @@ class Recorder(Slots, TorchFunctionMode):
             traits.draws = bool(draws)
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
-        if not rewritten and not any(t.requires_grad or is_continuous(t) for t in results):
+        if not rewritten and not [t for t in results if t.requires_grad or is_continuous(t)]:
             if function is Tensor.register_hook:
                 self._hook(entries[0], args[1], output)
             return output
         copied = [i for i in copies if i in rewritten or function in NORMS] + weights
-        reads = []
-        for i, entry in enumerate(entries):
-            if entry is None or not entry.depends:
-                reads.append(self._constant(tensors[i], copies[i] if i in copied else None))
-            else:
-                reads.append(entry.slot)
+        reads = [
+            entry.slot
+            if entry is not None and entry.depends
+            else self._constant(tensors[i], copies[i] if i in copied else None)
+            for i, entry in enumerate(entries)
+        ]
         call = Call(function, shown, named, tuple(reads), current_context(self.device))
         self._append(call, call.context, tuple(rewritten), len(results))
         if draws:
@@ -123,7 +117,7 @@ class Recorder(Slots, TorchFunctionMode):
         for i in rewritten:
             self._writes.append((tensors[i].untyped_storage()._cdata, self.slots))
             call.rewrites += ((i, self._bind(tensors[i], written=True)),)
-        call.fills = tuple(map(self._bind, results))
+        call.fills = tuple([self._bind(result) for result in results])
         return output
 
     def _constantly(
@@ -157,7 +151,7 @@ class Recorder(Slots, TorchFunctionMode):
         return copies
 
     def _rewrites(
-        self, tensors: list[Tensor], entries: list[Entry | None], versions: list[int] | None
+        self, tensors: list[Tensor], entries: list[Entry | None], versions: list[int]
     ) -> tuple[list[int], list[int]]:
         """Indices of the tensors that the call has written to, and of the weights among them.
 
@@ -168,13 +162,7 @@ class Recorder(Slots, TorchFunctionMode):
         found: list[int] = []
         weights: list[int] = []
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
-            if versions is not None:
-                before = versions[i]
-            elif entry is not None and entry.depends:
-                before = entry.version
-            else:
-                continue
-            if version_of(tensor) == before or any(tensors[j] is tensor for j in found):
+            if version_of(tensor) == versions[i] or any(tensors[j] is tensor for j in found):
                 continue
             memory = tensor.untyped_storage()._cdata
             if any(weight.untyped_storage()._cdata == memory for weight in self._weights):

@@ -33,7 +33,7 @@ from lightning_pc.recording.functions import (
     softmax_dim,
     whole_call,
 )
-from lightning_pc.recording.losses import LossCall, is_loss, read_loss_call
+from lightning_pc.recording.losses import LOSSES, LossCall, read_loss_call
 from lightning_pc.recording.modules import Learned, Modules
 from lightning_pc.recording.sites import (
     Expected,
@@ -41,6 +41,10 @@ from lightning_pc.recording.sites import (
 )
 
 _DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+#: Functions that are more to us than calls to record.
+_MEANT = frozenset(
+    (*NONLINEAR, *NONLINEARITIES, *COMPOSITES, *LOSSES, *_DIFFERENTIATES, COND, SDPA)
+)
 
 
 class Watch(Modules):
@@ -110,9 +114,11 @@ class Watch(Modules):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        traits = self.known.get(func)
-        if traits is not None and traits.passive:
+        traits = self.known[func]
+        if traits.passive:
             return func(*args, **kwargs)
+        if not self._inside and func not in _MEANT:
+            return self.record(func, args, kwargs)
         if func is L1_LOSS:
             kwargs = whole_call(kwargs)
         if self._running and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
@@ -136,10 +142,10 @@ class Watch(Modules):
         if func in _DIFFERENTIATES:
             self._refuse_gradients(args)
         output = self.record(func, args, kwargs)
-        if is_loss(func):
-            loss = read_loss_call(func, args, kwargs, output)
-            entry = None if loss is None else self.entry(loss.output)
-            if loss is not None and entry is not None:
+        loss = read_loss_call(func, args, kwargs, output)
+        if loss is not None:
+            entry = self.entry(loss.output)
+            if entry is not None:
                 loss.slot = entry.slot
                 self.losses.append(loss)
         return output
