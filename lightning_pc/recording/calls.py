@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_pc.recording.draws import Draws
+
 #: The tensors of a batch by slot.
 Environment = dict[int, Tensor]
 
@@ -55,18 +57,6 @@ def current_context(device: str) -> Context | None:
     types = dict.fromkeys(("cpu", device))
     states = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in types]
     return Context(grad, tuple(states))
-
-
-@dataclass(eq=False)
-class Draws:
-    """The state of a random generator before a call drew from it."""
-
-    generator: torch.Generator
-    state: Tensor
-
-    def again(self) -> None:
-        """The next draw is that one."""
-        self.generator.set_state(self.state)
 
 
 class Call:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,28 +14,9 @@ from typing_extensions import override
 
 from lightning_pc.errors import PlacementError, UnsupportedError
 from lightning_pc.nodes.energies import Gaussian
-from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.cuts import Cuts
-from lightning_pc.recording.sites import INSIDE, LINEAR, Expected, Site
-from lightning_pc.recording.traits import Known
-
-#: A module of the model; of one that the forward makes on the spot, its type.
-Kind = nn.Module | type[nn.Module]
-
-
-@dataclass
-class Learned:
-    """What has been learned about modules and functions, kept from batch to batch.
-
-    Attributes:
-        nonlinearity: A module without parameters -> whether it is a nonlinearity.
-        writes: Nonlinearities that write to their input.
-        functions: What is known of torch functions.
-    """
-
-    nonlinearity: dict[Kind, bool] = field(default_factory=dict)
-    writes: set[Kind] = field(default_factory=set)
-    functions: Known = field(default_factory=Known)
+from lightning_pc.recording.sites import INSIDE, LINEAR
+from lightning_pc.recording.task import Kind, Task
 
 
 class _Running:
@@ -58,30 +37,15 @@ class Modules(Cuts):
     """Records one forward and cuts it at modules.
 
     Args:
-        placement: Where nodes are asked for.
-        learned: What is known of modules and functions; it is added to.
-        names: Module -> dotted name.
-        own: As of `Recorder`.
-        early: As of `Recorder`.
-        forms: As of `Cuts`.
-        kept: As of `Cuts`.
+        task: As of `Recorder`.
 
     Attributes:
         outputs: Module name and slot of its output, of calls that return one tensor.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        learned: Learned,
-        names: Mapping[nn.Module, str],
-        own: frozenset[int],
-        early: Callable[[Tensor], str],
-        forms: Sequence[Expected],
-        kept: list[Site] | None,
-    ) -> None:
-        super().__init__(learned.functions, own, early, forms, kept)
-        self.placement, self.learned, self.names = placement, learned, names
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.placement, self.learned, self.names = task.placement, task.learned, task.names
         self.outputs: list[tuple[str, int]] = []
         self._running: list[_Running] = []
         self._suppressed = 0
@@ -145,7 +109,7 @@ class Modules(Cuts):
         return output if changed else None
 
     def _finish(self, call: _Running, output: Any) -> tuple[Any, bool]:
-        """What a module with a place at its input, or its output, returns; and whether it is new."""
+        """What a module with a place at its input or output returns, and whether it is new."""
         changed = False
         if call.mu is not None and call.handed is not None:
             same = isinstance(output, Tensor) and output.shape == call.mu.shape

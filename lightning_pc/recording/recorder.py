@@ -9,7 +9,7 @@ has made gives away a call that was not seen, which is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_pc.recording.applied import Applied
-from lightning_pc.recording.calls import Call, Draws, current_context, tensors_in, with_refs
+from lightning_pc.recording.calls import Call, current_context, tensors_in, with_refs
+from lightning_pc.recording.draws import Draws
+from lightning_pc.recording.functions import NORMS, TELLS, Function, Traits
 from lightning_pc.recording.slots import Entry, Slots, is_continuous, version_of
-from lightning_pc.recording.traits import NORMS, TELLS, Function, Known, Traits
+from lightning_pc.recording.task import Task
 
 
 def _same(content: Tensor, tensor: Tensor) -> bool:
@@ -35,19 +37,17 @@ class Recorder(Slots, TorchFunctionMode):
     """Records the calls of one forward.
 
     Args:
-        known: What is known of functions; it is added to.
-        own: As of `Slots`; if the batch is undone these tensors are put back.
-        early: As of `Slots`.
+        task: As of `Slots`; if the batch is undone, the tensors that the model owns are put back.
     """
 
-    def __init__(self, known: Known, own: frozenset[int], early: Callable[[Tensor], str]) -> None:
-        Slots.__init__(self, own, early)
+    def __init__(self, task: Task) -> None:
+        Slots.__init__(self, task)
         TorchFunctionMode.__init__(self)
-        self.known = known
+        self.known = task.learned.functions
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self.device = "cuda" if cuda else "cpu"
         self._undo: list[tuple[Tensor, Tensor]] = []
-        self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
+        self._generators: dict[torch.Generator, Draws] = {}  # of the user's, as they were
 
     def record(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Makes a call, and keeps it where it depends on a value or a trainable parameter."""
@@ -55,12 +55,12 @@ class Recorder(Slots, TorchFunctionMode):
         shown = with_refs(args, tensors)
         named = with_refs(kwargs, tensors) if kwargs else kwargs
         if kwargs and isinstance(generator := kwargs.get("generator"), torch.Generator):
-            self._generators.setdefault(generator, generator.get_state())
+            self._generators.setdefault(generator, Draws(generator))
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
         entries, depends = [], False
         versions = [version_of(tensor) for tensor in tensors]
-        for tensor, version in zip(tensors, versions):
+        for tensor, version in zip(tensors, versions, strict=True):
             entry = self._entries.get(id(tensor))
             if entry is None or entry.ref() is not tensor or entry.version != version:
                 entry = self.entry(tensor)
@@ -146,7 +146,7 @@ class Recorder(Slots, TorchFunctionMode):
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
             if (entry is None or not entry.depends) and not tensor.is_meta:
                 copies[i] = tensor.detach().clone()
-                if id(tensor) in self._own:
+                if id(tensor) in self.task.own:
                     self._undo.append((tensor, copies[i]))
         return copies
 
@@ -181,12 +181,12 @@ class Recorder(Slots, TorchFunctionMode):
         own = kwargs.get("generator")
         if isinstance(own, torch.Generator):
             generators.append(own)
-        return tuple(Draws(generator, generator.get_state()) for generator in generators)
+        return tuple(map(Draws, generators))
 
     def _before_write(self, tensor: Tensor) -> None:
         """A constant is about to be written to: the recording keeps what it was."""
         content = None
-        if id(tensor) in self._own:
+        if id(tensor) in self.task.own:
             content = tensor.detach().clone()
             self._undo.append((tensor, content))
         memory = None
@@ -210,7 +210,7 @@ class Recorder(Slots, TorchFunctionMode):
     @torch.no_grad()
     def undo(self) -> None:
         """What the model holds is as it was before the forward, and so are its generators."""
-        for generator, state in self._generators.items():
-            generator.set_state(state)
+        for draws in self._generators.values():
+            draws.again()
         for tensor, content in reversed(self._undo):
             tensor.data = content if tensor.shape != content.shape else tensor.data.copy_(content)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.recording.calls import Call, Ref
+from lightning_pc.recording.task import Task
 
 
 class Entry:
@@ -57,8 +58,7 @@ class Slots:
     """What is known of the tensors of one forward.
 
     Args:
-        own: Ids of the tensors that the model holds.
-        early: What is wrong with a tensor that was computed before the forward, "" for nothing.
+        task: What the recording goes by.
 
     Attributes:
         calls: What was recorded, in order.
@@ -71,8 +71,8 @@ class Slots:
         still: Slots of constants that are the same for any batch.
     """
 
-    def __init__(self, own: frozenset[int], early: Callable[[Tensor], str]) -> None:
-        self._own, self._early = own, early
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.calls: list[Call] = []
         self.keys: list[Any] = []
         self.given: dict[int, Tensor] = {}
@@ -111,7 +111,7 @@ class Slots:
         root = tensor if tensor.grad_fn is None else tensor._base
         if root is None or root.grad_fn is not None:
             function: Any = tensor.grad_fn
-            wrong = self._early(tensor) if function._sequence_nr() < self._begun else ""
+            wrong = self.task.early(tensor) if function._sequence_nr() < self._begun else ""
             if wrong:
                 raise ClosureError(wrong)
             if function._sequence_nr() >= self._begun:
@@ -173,7 +173,7 @@ class Slots:
         Else other views of it would not see the write.
         """
         base = target._base
-        if base is None or isinstance(base, nn.Parameter) or id(base) in self._own:
+        if base is None or isinstance(base, nn.Parameter) or id(base) in self.task.own:
             return None
         memory = base.untyped_storage()._cdata
         constant = self._constant(base, base.detach().clone())
@@ -231,7 +231,7 @@ class Slots:
 
     def _is_still(self, tensor: Tensor) -> bool:
         """Whether a constant owes nothing to the batch: a buffer, a mask, fresh noise."""
-        if id(tensor) in self._own:
+        if id(tensor) in self.task.own:
             return True
         known = self._still.get(id(tensor))
         return known is not None and known() is tensor

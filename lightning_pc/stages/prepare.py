@@ -10,7 +10,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.node import ErrorNode, Node
-from lightning_pc.recording.calls import Draws, Environment, run
+from lightning_pc.recording.calls import Environment, run
+from lightning_pc.recording.draws import Draws
 from lightning_pc.recording.sites import Expected, leaves_of, saved_elsewhere
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
@@ -53,7 +54,7 @@ class Forms:
             entry = watch.entry(loss)
         if entry is None or not entry.depends:
             raise ClosureError("The loss was not computed by the forward that was recorded.")
-        if watch.kept is not None and len(watch.kept) != len(watch.sites):
+        if watch.task.kept is not None and len(watch.task.kept) != len(watch.sites):
             raise RecordingError(
                 "reset='never' keeps the values of the first call, but the module takes another "
                 "path now. Use reset='batch'."
@@ -142,7 +143,7 @@ def check(batch: Batch) -> None:
     """
     watch, form = batch.watch, batch.form
     drawn = {draw.generator for call in watch.calls for draw in call.draws}
-    states = [Draws(generator, generator.get_state()) for generator in drawn]
+    states = [*map(Draws, drawn)]
     for number, index in enumerate(form.nodes):
         _check_leaves(
             batch, watch.sites[index].leaves, form.stages[number], watch.sites[index].name
@@ -159,7 +160,7 @@ def check(batch: Batch) -> None:
         def meet(number: int, mu: Tensor) -> Tensor:
             site = watch.sites[form.nodes[number]]
             assert site.value is not None
-            if watch.kept is None:  # kept values have moved
+            if watch.task.kept is None:  # kept values have moved
                 _check_same(mu, site.value, f"'{site.name}'", site.rounding)
             return batch.graph.nodes[number].x
 

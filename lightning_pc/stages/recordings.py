@@ -14,8 +14,8 @@ from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.node import Node
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.draws import RandomStates
-from lightning_pc.recording.modules import Learned
 from lightning_pc.recording.sites import Site, leaves_of
+from lightning_pc.recording.task import Learned, Task
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.checks import checked_loss, early_message
 from lightning_pc.stages.evaluator import Batch
@@ -67,9 +67,18 @@ class Recordings:
         if self._draws is not None:
             self._draws.restore()
         placement, model = self.model.look(), self.model
-        expected, early = self._forms.expected, self._early(held)
-        seen = (self._learned, self._softmax, model.names, model.own, expected)
-        watch = Watch(placement, *seen, self.kept, early)
+        watch = Watch(
+            Task(
+                placement=placement,
+                softmax=self._softmax,
+                names=model.names,
+                own=model.own,
+                early=self._early(held),
+                forms=self._forms.expected,
+                kept=self.kept,
+                learned=self._learned,
+            )
+        )
         try:
             with watch.watching():
                 output = forward()
