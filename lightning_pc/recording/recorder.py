@@ -83,6 +83,9 @@ class Recorder(Slots, TorchFunctionMode):
         weights: list[int] = []
         if versions != [version_of(tensor) for tensor in tensors]:
             rewritten, weights = self._rewrites(tensors, entries, versions)
+        if careful:  # it may have changed a list: when it runs again it gets what it has left
+            left: list[Tensor] = []
+            shown, named = with_refs(args, left), with_refs(kwargs, left)
         # Some write without a new version, as observers do. (An attribute is set once.)
         if careful and function not in NORMS and getattr(function, "__name__", "") != "__set__":
             told = (*rewritten, *weights)
