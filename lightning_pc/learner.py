@@ -23,7 +23,7 @@ from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
 from lightning_pc.precisions import Wave, precisions
-from lightning_pc.recording.calls import Draws
+from lightning_pc.recording.draws import Draws
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
 from lightning_pc.stages.batch import Batch, counted_calls
@@ -183,7 +183,7 @@ class Learner:
             return None
         # Calls that draw again move the generators that they drew from.
         drawn = {d.generator for call in waiting.batch.watch.calls for d in call.draws}
-        after = [Draws(generator, generator.get_state()) for generator in drawn]
+        after = [*map(Draws, drawn)]
         kind = ThroughErrors if self.schedule.through else LocalErrors
         steady = not self.schedule.incremental
         evaluator = kind(waiting.batch, self._held(), self.schedule.wave, steady)

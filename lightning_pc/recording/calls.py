@@ -15,23 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_pc.recording.draws import Draws
+
 #: The tensors of a batch by slot.
 Environment = dict[int, Tensor]
 
 
-@dataclass(frozen=True)
-class Ref:
-    """Stands among a call's arguments for the tensor that it reads there.
-
-    Attributes:
-        index: Into `Call.reads`.
-    """
-
-    index: int
+class Ref(int):
+    """Stands among a call's arguments for the tensor that it reads there: index into `reads`."""
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size))
-_REFS = [Ref(i) for i in range(64)]
 
 
 class Context(NamedTuple):
@@ -65,18 +59,6 @@ def current_context(device: str) -> Context | None:
     return Context(grad, tuple(states))
 
 
-@dataclass(eq=False)
-class Draws:
-    """The state of a random generator before a call drew from it."""
-
-    generator: torch.Generator
-    state: Tensor
-
-    def again(self) -> None:
-        """The next draw is that one."""
-        self.generator.set_state(self.state)
-
-
 class Call:
     """One recorded call.
 
@@ -94,10 +76,10 @@ class Call:
         hooks: Hooks on its results: (which of them, the hook, its id, all that the tensor has).
     """
 
-    __slots__ = (
-        *("function", "args", "kwargs", "reads", "fills", "rewrites", "context"),
-        *("draws", "copies", "hooks", "flat"),
-    )
+    rewrites: tuple[tuple[int, int], ...] = ()
+    draws: tuple[Draws, ...] = ()
+    copies: tuple[int, ...] = ()
+    hooks: tuple[tuple[int, Any, int, Any], ...] = ()
 
     def __init__(
         self,
@@ -107,16 +89,9 @@ class Call:
         reads: tuple[int, ...],
         context: Context | None = None,
     ) -> None:
-        self.function, self.reads, self.context = function, reads, context
+        self.function, self.args, self.kwargs = function, args, kwargs
+        self.reads, self.context = reads, context
         self.fills: tuple[int, ...] = ()
-        self.rewrites: tuple[tuple[int, int], ...] = ()
-        self.draws: tuple[Draws, ...] = ()
-        self.copies: tuple[int, ...] = ()
-        self.hooks: list[tuple[int, Any, int, Any]] = []
-        refs = iter(_REFS if len(reads) <= len(_REFS) else map(Ref, range(len(reads))))
-        self.args = _with_refs(args, refs)
-        self.kwargs: dict[str, Any] = _with_refs(kwargs, refs) if kwargs else {}
-        self.flat = [type(a) for a in self.args].count(Ref) == len(reads)
 
     def run(self, env: Environment) -> None:
         """Runs again on the tensors in ``env``, which gains the results."""
@@ -125,12 +100,8 @@ class Call:
             tensors[index] = tensors[index].clone()
         for draw in self.draws:
             draw.again()
-        if self.flat:
-            args = [tensors[a.index] if type(a) is Ref else a for a in self.args]
-            output = self.function(*args, **self.kwargs)
-        else:
-            args = _without_refs(self.args, tensors)
-            output = self.function(*args, **_without_refs(self.kwargs, tensors))
+        args = _without_refs(self.args, tensors)
+        output = self.function(*args, **_without_refs(self.kwargs, tensors))
         fills = self.fills
         if len(fills) == 1 and isinstance(output, Tensor):
             env[fills[0]] = output
@@ -145,52 +116,52 @@ class Call:
                 result.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def _with_refs(value: Any, refs: Iterator[Ref]) -> Any:
+def with_refs(value: Any, tensors: list[Tensor]) -> Any:
+    """A call's arguments with a `Ref` in the place of each tensor, which goes to ``tensors``."""
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind(
-            [
-                v
-                if (k := type(v)) in _PLAIN
-                else next(refs)
-                if k is Tensor
-                else _with_refs(v, refs)
-                for v in value
-            ]
-        )
+        items = []
+        for item in value:
+            if type(item) in _PLAIN:
+                items.append(item)
+            elif isinstance(item, Tensor):
+                items.append(Ref(len(tensors)))
+                tensors.append(item)
+            else:
+                items.append(with_refs(item, tensors))
+        return items if kind is list else tuple(items)
     if isinstance(value, Tensor):
-        return next(refs)
+        tensors.append(value)
+        return Ref(len(tensors) - 1)
     if kind is dict:
-        return {k: _with_refs(v, refs) for k, v in value.items()}
+        return {k: with_refs(v, tensors) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(_with_refs(v, refs) for v in value))
+        return kind(*[with_refs(v, tensors) for v in value])
+    if isinstance(value, (tuple, list, dict)):
+        tensors += tensors_in(value)  # a class of somebody's own, which stays as it is
     return value
 
 
 def _without_refs(value: Any, tensors: Sequence[Tensor]) -> Any:
     kind = type(value)
     if kind is Ref:
-        return tensors[value.index]
+        return tensors[value]
     if kind is tuple or kind is list:
-        return kind(_without_refs(v, tensors) for v in value)
+        return kind(
+            [
+                v
+                if (k := type(v)) in _PLAIN
+                else tensors[v]
+                if k is Ref
+                else _without_refs(v, tensors)
+                for v in value
+            ]
+        )
     if kind is dict:
         return {k: _without_refs(v, tensors) for k, v in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*(_without_refs(v, tensors) for v in value))
+        return kind(*[_without_refs(v, tensors) for v in value])
     return value
-
-
-def arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments of a call, in order."""
-    found: list[Tensor] = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if type(value) in _PLAIN:
-            continue
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list, dict)):
-            found += tensors_in(value)
-    return found
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -8,7 +8,7 @@ prediction. Whether a node really stands there is known once the forward is over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_pc.errors import RecordingError
 from lightning_pc.nodes.energies import Energy
-from lightning_pc.recording.calls import Call
+from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.recording.recorder import Recorder
 from lightning_pc.recording.sites import (
     FROZEN,
@@ -31,37 +31,25 @@ from lightning_pc.recording.sites import (
     saved_elsewhere,
 )
 from lightning_pc.recording.slots import first
-from lightning_pc.recording.traits import Traits
+from lightning_pc.recording.task import Task
 
 
 class Cuts(Recorder):
     """Records one forward and cuts it at sites.
 
     Args:
-        known: As of `Recorder`.
-        own: As of `Recorder`.
-        early: As of `Recorder`.
-        forms: What this recording may turn out to be, the likeliest first.
-        kept: Sites with values to stand again instead of fresh ones (``reset="never"``).
+        task: As of `Recorder`.
 
     Attributes:
         sites: Every place in call order.
         form: What it has been so far, None for nothing that was expected.
     """
 
-    def __init__(
-        self,
-        known: dict[Any, Traits],
-        own: frozenset[int],
-        early: Callable[[Tensor], str],
-        forms: Sequence[Expected],
-        kept: list[Site] | None,
-    ) -> None:
-        super().__init__(known, own, early)
-        self.kept = kept
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
         self.sites: list[Site] = []
-        self._forms, self._checked = forms, 0
-        self.form: Expected | None = next(iter(forms), None)
+        self._checked = 0
+        self.form: Expected | None = next(iter(task.forms), None)
 
     def place(
         self,
@@ -91,13 +79,13 @@ class Cuts(Recorder):
         if entry is None:
             site.why = FROZEN
             return None
-        call = self._append(Call(first, (mu,), {}, (entry.slot,)))
+        call = self._append(Call(first, (Ref(0),), {}, (entry.slot,)))
         site.mu, site.slot = entry.slot, self._new_slot()
         call.fills = (site.slot,)
         # Whether the loss reads a place is known at the end alone, whatever it was the last time.
         expected = "" if form is None else form.why[index]
         site.why = expected if expected in KNOWN_AT_ONCE else ""
-        if self.kept is not None:
+        if self.task.kept is not None:
             self._stand_again(site, index, mu)
         if site.why:
             handed = mu.view_as(mu)
@@ -120,7 +108,7 @@ class Cuts(Recorder):
             handed = site.value
             if copy or site.value.dtype != mu.dtype:
                 handed = hand(site.value, mu.dtype, copy)
-                self._insert(handed, Call(hand, (site.value, mu.dtype, copy), {}, (site.slot,)))
+                self._insert(handed, hand, site.slot, further=(mu.dtype, copy))
         return handed
 
     def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:
@@ -129,13 +117,13 @@ class Cuts(Recorder):
         Raises:
             RecordingError: There was another place.
         """
-        assert self.kept is not None
-        if index >= len(self.kept) or self.kept[index].key != site.key:
+        assert self.task.kept is not None
+        if index >= len(self.task.kept) or self.task.kept[index].key != site.key:
             raise RecordingError(
                 f"reset='never' keeps the values of the first call, but '{site.name}' was not met "
                 "there: the module takes another path now. Use reset='batch'."
             )
-        before = self.kept[index]
+        before = self.task.kept[index]
         site.why, site.node = before.why, before.node
         if site.node is None:
             return
@@ -168,7 +156,7 @@ class Cuts(Recorder):
         if self.form is not None and (
             self.keys[self._checked : done] != self.form.keys[self._checked : done]
         ):
-            self.form = next((f for f in self._forms if f.keys[:done] == self.keys), None)
+            self.form = next((f for f in self.task.forms if f.keys[:done] == self.keys), None)
         self._checked = done
         return self.form
 

@@ -8,6 +8,17 @@ import numpy as np
 import torch
 
 
+class Draws:
+    """The state of a random generator before a call drew from it."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator, self.state = generator, generator.get_state()
+
+    def again(self) -> None:
+        """The next draw is that one."""
+        self.generator.set_state(self.state)
+
+
 class RandomStates:
     """Where the random generators of torch, and of Python and numpy, stand now.
 
@@ -20,12 +31,12 @@ class RandomStates:
         generators = [torch.default_generator]
         if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             generators += torch.cuda.default_generators
-        self._torch = [(generator, generator.get_state()) for generator in generators]
+        self._torch = [Draws(generator) for generator in generators]
 
     def restore(self) -> None:
         """Sets them back."""
         if self._others is not None:
             random.setstate(self._others[0])
             np.random.set_state(self._others[1])
-        for generator, state in self._torch:
-            generator.set_state(state)
+        for draws in self._torch:
+            draws.again()

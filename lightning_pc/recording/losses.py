@@ -34,6 +34,8 @@ _BY_ROW = (  # one term for each row of the last axis
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
 )
 _SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, F.ctc_loss)}
+#: The loss functions of torch's.
+LOSSES = frozenset(_SIGNATURES)
 
 
 @dataclass

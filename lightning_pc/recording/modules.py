@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,71 +14,38 @@ from typing_extensions import override
 
 from lightning_pc.errors import PlacementError, UnsupportedError
 from lightning_pc.nodes.energies import Gaussian
-from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.cuts import Cuts
-from lightning_pc.recording.sites import INSIDE, LINEAR, Expected, Site
-from lightning_pc.recording.traits import Traits
-
-#: A module of the model; of one that the forward makes on the spot, its type.
-Kind = nn.Module | type[nn.Module]
+from lightning_pc.recording.sites import INSIDE, LINEAR
+from lightning_pc.recording.task import Kind, Task
 
 
-@dataclass
-class Learned:
-    """What has been learned about modules and functions, kept from batch to batch.
-
-    Attributes:
-        nonlinearity: A module without parameters -> whether it is a nonlinearity.
-        writes: Nonlinearities that write to their input.
-        functions: What is known of torch functions.
-    """
-
-    nonlinearity: dict[Kind, bool] = field(default_factory=dict)
-    writes: set[Kind] = field(default_factory=set)
-    functions: dict[Any, Traits] = field(default_factory=dict)
-
-
-@dataclass
 class _Running:
     """A module call in progress."""
 
-    module: nn.Module
-    start: int = -1  # index of the tentative site at its input, -1 for none
+    start = -1  # index of the tentative site at its input, -1 for none
     mu: Tensor | None = None
     handed: Tensor | None = None
-    version: int = 0
-    suppresses: bool = False
-    nonlinear: bool = False
+    version = 0
+    suppresses = False
+    nonlinear = False
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
 
 class Modules(Cuts):
     """Records one forward and cuts it at modules.
 
     Args:
-        placement: Where nodes are asked for.
-        learned: What is known of modules and functions; it is added to.
-        names: Module -> dotted name.
-        own: As of `Recorder`.
-        early: As of `Recorder`.
-        forms: As of `Cuts`.
-        kept: As of `Cuts`.
+        task: As of `Recorder`.
 
     Attributes:
         outputs: Module name and slot of its output, of calls that return one tensor.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        learned: Learned,
-        names: Mapping[nn.Module, str],
-        own: frozenset[int],
-        early: Callable[[Tensor], str],
-        forms: Sequence[Expected],
-        kept: list[Site] | None,
-    ) -> None:
-        super().__init__(learned.functions, own, early, forms, kept)
-        self.placement, self.learned, self.names = placement, learned, names
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.placement, self.learned, self.names = task.placement, task.learned, task.names
         self.outputs: list[tuple[str, int]] = []
         self._running: list[_Running] = []
         self._suppressed = 0
@@ -97,14 +62,16 @@ class Modules(Cuts):
             )
         call = _Running(module)
         self._running.append(call)
+        kind = self._kind(module)
+        verdict = self.learned.nonlinearity.get(kind)
+        if verdict is False:
+            return None
         if _is_metric(module):
             call.suppresses = True
             self._suppressed += 1
             return None
         if self._suppressed or not self.placement.nonlinearities or not torch.is_grad_enabled():
             return None
-        kind = self._kind(module)
-        verdict = self.learned.nonlinearity.get(kind)
         if verdict is None and not _may_be_nonlinearity(module):
             verdict = self.learned.nonlinearity[kind] = False
         if verdict is False or len(args) != 1 or not is_activation(args[0]):
@@ -132,24 +99,31 @@ class Modules(Cuts):
             if call.module is module:
                 break
         changed = False
-        with torch._C.DisableTorchFunction():
-            if call.mu is not None and call.handed is not None:
-                same = isinstance(output, Tensor) and output.shape == call.mu.shape
-                kind = self._kind(module)
-                verdict = self.learned.nonlinearity.setdefault(kind, same and call.nonlinear)
-                self._settle(call.start, verdict)
-                if call.handed._version != call.version:  # it wrote to its input: so do we
-                    self.learned.writes.add(kind)
-                    self._overwrite(call.mu, call.handed)
-                    if output is call.handed:
-                        output, changed = call.mu, True
-            if module in self.placement.outputs and torch.is_grad_enabled():
-                output, changed = self._output(module, output), True
-            if isinstance(output, Tensor) and module in self.names:
-                entry = self._entries.get(id(output))
-                if entry is not None and entry.depends:
-                    self.outputs.append((self.names[module], entry.slot))
+        if call.mu is not None or module in self.placement.outputs:
+            with torch._C.DisableTorchFunction():
+                output, changed = self._finish(call, output)
+        if isinstance(output, Tensor) and module in self.names:
+            entry = self._entries.get(id(output))
+            if entry is not None and entry.depends:
+                self.outputs.append((self.names[module], entry.slot))
         return output if changed else None
+
+    def _finish(self, call: _Running, output: Any) -> tuple[Any, bool]:
+        """What a module with a place at its input or output returns, and whether it is new."""
+        changed = False
+        if call.mu is not None and call.handed is not None:
+            same = isinstance(output, Tensor) and output.shape == call.mu.shape
+            kind = self._kind(call.module)
+            verdict = self.learned.nonlinearity.setdefault(kind, same and call.nonlinear)
+            self._settle(call.start, verdict)
+            if call.handed._version != call.version:  # it wrote to its input: so do we
+                self.learned.writes.add(kind)
+                self._overwrite(call.mu, call.handed)
+                if output is call.handed:
+                    output, changed = call.mu, True
+        if call.module in self.placement.outputs and torch.is_grad_enabled():
+            output, changed = self._output(call.module, output), True
+        return output, changed
 
     def _settle(self, start: int, nonlinearity: bool) -> None:
         """Whether the module at whose input place ``start`` is turned out a nonlinearity."""

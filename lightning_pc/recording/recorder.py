@@ -9,7 +9,7 @@ has made gives away a call that was not seen, which is an error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_pc.recording.applied import Applied
-from lightning_pc.recording.calls import Call, Draws, arguments, current_context, tensors_in
+from lightning_pc.recording.calls import Call, current_context, tensors_in, with_refs
+from lightning_pc.recording.draws import Draws
+from lightning_pc.recording.functions import NORMS, TELLS, Function, Traits
 from lightning_pc.recording.slots import Entry, Slots, is_continuous, version_of
-from lightning_pc.recording.traits import NORMS, TELLS, Function, Traits, guess
+from lightning_pc.recording.task import Task
 
 
 def _same(content: Tensor, tensor: Tensor) -> bool:
@@ -35,60 +37,59 @@ class Recorder(Slots, TorchFunctionMode):
     """Records the calls of one forward.
 
     Args:
-        known: What is known of functions; it is added to.
-        own: As of `Slots`; if the batch is undone these tensors are put back.
-        early: As of `Slots`.
+        task: As of `Slots`; if the batch is undone, the tensors that the model owns are put back.
     """
 
-    def __init__(
-        self, known: dict[Any, Traits], own: frozenset[int], early: Callable[[Tensor], str]
-    ) -> None:
-        Slots.__init__(self, own, early)
+    def __init__(self, task: Task) -> None:
+        Slots.__init__(self, task)
         TorchFunctionMode.__init__(self)
-        self.known = known
+        self.known = task.learned.functions
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self.device = "cuda" if cuda else "cpu"
         self._undo: list[tuple[Tensor, Tensor]] = []
-        self._generators: dict[torch.Generator, Tensor] = {}  # of the user's, as they were
+        self._generators: dict[torch.Generator, Draws] = {}  # of the user's, as they were
 
     def record(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Makes a call, and keeps it where it depends on a value or a trainable parameter."""
-        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
-            generator = kwargs["generator"]
-            self._generators.setdefault(generator, generator.get_state())
-        tensors = arguments(args, kwargs)
+        tensors: list[Tensor] = []
+        shown = with_refs(args, tensors)
+        named = with_refs(kwargs, tensors) if kwargs else kwargs
+        if kwargs and isinstance(generator := kwargs.get("generator"), torch.Generator):
+            self._generators.setdefault(generator, Draws(generator))
         if not tensors:
             return self._keep_still(function(*args, **kwargs))
-        entries = [self.entry(tensor) for tensor in tensors]
-        traits = self.known.get(function)
-        if traits is None:
-            traits = self.known[function] = guess(function)
-        for entry in entries:
-            if entry is not None and entry.depends:
-                break
-        else:
+        entries, depends = [], False
+        versions = [version_of(tensor) for tensor in tensors]
+        for tensor, version in zip(tensors, versions, strict=True):
+            entry = self._entries.get(id(tensor))
+            if entry is None or entry.ref() is not tensor or entry.version != version:
+                entry = self.entry(tensor)
+            entries.append(entry)
+            depends = depends or (entry is not None and entry.depends)
+        traits = self.known[function]
+        if not depends:
             return self._constantly(function, args, kwargs, tensors, traits)
-        draws: tuple[Draws, ...] = ()
-        if traits.draws or not traits.met:
-            draws = self._states(tensors, kwargs)
-        if traits.met and not traits.writes and "out" not in kwargs:
-            copies, output = {}, function(*args, **kwargs)
-            rewritten, weights = self._rewrites(tensors, entries, None)
-        else:
-            first_entry = entries[0]
-            if traits.writes and (first_entry is None or not first_entry.depends):
-                entries[0] = self._take_memory(tensors[0]) or first_entry
-            copies, versions = self._copies(tensors, entries), [*map(version_of, tensors)]
+        draws = self._states(tensors, kwargs) if traits.draws or not traits.met else ()
+        copies: dict[int, Tensor] = {}
+        careful = traits.writes or not traits.met or "out" in kwargs
+        if careful:
+            if traits.writes and (entries[0] is None or not entries[0].depends):
+                entries[0] = self._take_memory(tensors[0]) or entries[0]
+            copies = self._copies(tensors, entries)
             # What the user wrote may draw or write now and then.
             traits.met = not isinstance(function, Applied)
-            output = function(*args, **kwargs)
+        output = function(*args, **kwargs)
+        rewritten: list[int] = []
+        weights: list[int] = []
+        if versions != [version_of(tensor) for tensor in tensors]:
             rewritten, weights = self._rewrites(tensors, entries, versions)
-            # Some write without a new version, as observers do. (An attribute is set once.)
-            if function not in NORMS and getattr(function, "__name__", "") != "__set__":
-                told = (*rewritten, *weights)
-                rewritten += [
-                    i for i in copies if i not in told and not _same(copies[i], tensors[i])
-                ]
+        if careful:  # it may have changed a list: when it runs again it gets what it has left
+            left: list[Tensor] = []
+            shown, named = with_refs(args, left), with_refs(kwargs, left)
+        # Some write without a new version, as observers do. (An attribute is set once.)
+        if careful and function not in NORMS and getattr(function, "__name__", "") != "__set__":
+            told = (*rewritten, *weights)
+            rewritten += [i for i in copies if i not in told and not _same(copies[i], tensors[i])]
         if type(output) in TELLS:
             traits.passive = True
             return output
@@ -99,25 +100,27 @@ class Recorder(Slots, TorchFunctionMode):
             traits.draws = bool(draws)
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
-        if not rewritten and not any(map(is_continuous, results)):
+        if not rewritten and not [t for t in results if t.requires_grad or is_continuous(t)]:
             if function is Tensor.register_hook:
                 self._hook(entries[0], args[1], output)
             return output
         copied = [i for i in copies if i in rewritten or function in NORMS] + weights
-        reads = []
-        for i, entry in enumerate(entries):
-            if entry is None or not entry.depends:
-                reads.append(self._constant(tensors[i], copies[i] if i in copied else None))
-            else:
-                reads.append(entry.slot)
-        context = current_context(self.device)
-        call = Call(function, args, kwargs, tuple(reads), context)
-        call.draws, call.copies = draws, tuple(copied)
-        self._append(call, context, tuple(rewritten), len(results))
+        reads = [
+            entry.slot
+            if entry is not None and entry.depends
+            else self._constant(tensors[i], copies[i] if i in copied else None)
+            for i, entry in enumerate(entries)
+        ]
+        call = Call(function, shown, named, tuple(reads), current_context(self.device))
+        self._append(call, call.context, tuple(rewritten), len(results))
+        if draws:
+            call.draws = draws
+        if copied:
+            call.copies = tuple(copied)
         for i in rewritten:
             self._writes.append((tensors[i].untyped_storage()._cdata, self.slots))
-            call.rewrites += ((i, self._bind(tensors[i], call, written=True)),)
-        call.fills = tuple([self._bind(result, call) for result in results])
+            call.rewrites += ((i, self._bind(tensors[i], written=True)),)
+        call.fills = tuple([self._bind(result) for result in results])
         return output
 
     def _constantly(
@@ -146,12 +149,12 @@ class Recorder(Slots, TorchFunctionMode):
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
             if (entry is None or not entry.depends) and not tensor.is_meta:
                 copies[i] = tensor.detach().clone()
-                if id(tensor) in self._own:
+                if id(tensor) in self.task.own:
                     self._undo.append((tensor, copies[i]))
         return copies
 
     def _rewrites(
-        self, tensors: list[Tensor], entries: list[Entry | None], versions: list[int] | None
+        self, tensors: list[Tensor], entries: list[Entry | None], versions: list[int]
     ) -> tuple[list[int], list[int]]:
         """Indices of the tensors that the call has written to, and of the weights among them.
 
@@ -162,13 +165,7 @@ class Recorder(Slots, TorchFunctionMode):
         found: list[int] = []
         weights: list[int] = []
         for i, (tensor, entry) in enumerate(zip(tensors, entries, strict=True)):
-            if versions is not None:
-                before = versions[i]
-            elif entry is not None and entry.depends:
-                before = entry.version
-            else:
-                continue
-            if version_of(tensor) == before or any(tensors[j] is tensor for j in found):
+            if version_of(tensor) == versions[i] or any(tensors[j] is tensor for j in found):
                 continue
             memory = tensor.untyped_storage()._cdata
             if any(weight.untyped_storage()._cdata == memory for weight in self._weights):
@@ -187,12 +184,12 @@ class Recorder(Slots, TorchFunctionMode):
         own = kwargs.get("generator")
         if isinstance(own, torch.Generator):
             generators.append(own)
-        return tuple(Draws(generator, generator.get_state()) for generator in generators)
+        return tuple(map(Draws, generators))
 
     def _before_write(self, tensor: Tensor) -> None:
         """A constant is about to be written to: the recording keeps what it was."""
         content = None
-        if id(tensor) in self._own:
+        if id(tensor) in self.task.own:
             content = tensor.detach().clone()
             self._undo.append((tensor, content))
         memory = None
@@ -206,15 +203,17 @@ class Recorder(Slots, TorchFunctionMode):
                 del self._entries[other]
 
     def _hook(self, entry: Entry | None, hook: Any, handle: Any) -> None:
-        call = None if entry is None else self._producers.get(entry.slot)
-        if entry is not None and call is not None and entry.slot in call.fills:
-            hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
-            call.hooks.append((call.fills.index(entry.slot), hook, handle.id, hooks))
+        slot = None if entry is None else entry.slot
+        for call in reversed(self.calls):
+            if slot in call.fills:
+                hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
+                call.hooks += ((call.fills.index(slot), hook, handle.id, hooks),)
+                return
 
     @torch.no_grad()
     def undo(self) -> None:
         """What the model holds is as it was before the forward, and so are its generators."""
-        for generator, state in self._generators.items():
-            generator.set_state(state)
+        for draws in self._generators.values():
+            draws.again()
         for tensor, content in reversed(self._undo):
             tensor.data = content if tensor.shape != content.shape else tensor.data.copy_(content)

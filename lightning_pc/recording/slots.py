@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, RecordingError
-from lightning_pc.recording.calls import Call
+from lightning_pc.recording.calls import Call, Ref
+from lightning_pc.recording.task import Task
 
 
 class Entry:
@@ -26,7 +27,7 @@ class Entry:
     __slots__ = ("depends", "ref", "slot", "version")
 
     def __init__(self, tensor: Tensor, slot: int, depends: bool) -> None:
-        self.ref, self.slot, self.depends = weakref.ref(tensor), slot, depends
+        self.ref, self.slot, self.depends = ref(tensor), slot, depends
         self.version = version_of(tensor)
 
 
@@ -57,8 +58,7 @@ class Slots:
     """What is known of the tensors of one forward.
 
     Args:
-        own: Ids of the tensors that the model holds.
-        early: What is wrong with a tensor that was computed before the forward, "" for nothing.
+        task: What the recording goes by.
 
     Attributes:
         calls: What was recorded, in order.
@@ -71,8 +71,8 @@ class Slots:
         still: Slots of constants that are the same for any batch.
     """
 
-    def __init__(self, own: frozenset[int], early: Callable[[Tensor], str]) -> None:
-        self._own, self._early = own, early
+    def __init__(self, task: Task) -> None:
+        self.task = task
         self.calls: list[Call] = []
         self.keys: list[Any] = []
         self.given: dict[int, Tensor] = {}
@@ -81,9 +81,8 @@ class Slots:
         self.inert: set[int] = set()
         self.scalars: set[int] = set()
         self.still: set[int] = set()
-        self._still: dict[int, weakref.ref[Tensor]] = {}
+        self._still: dict[int, ref[Tensor]] = {}
         self._entries: dict[int, Entry] = {}
-        self._producers: dict[int, Call] = {}  # of each slot
         self._writes: list[tuple[int, int]] = []  # (memory, slot since)
         self._weights: list[Tensor] = []  # what is trained
         self._slot_of: dict[int, int] = {}  # id of a parameter -> its first slot
@@ -112,7 +111,7 @@ class Slots:
         root = tensor if tensor.grad_fn is None else tensor._base
         if root is None or root.grad_fn is not None:
             function: Any = tensor.grad_fn
-            wrong = self._early(tensor) if function._sequence_nr() < self._begun else ""
+            wrong = self.task.early(tensor) if function._sequence_nr() < self._begun else ""
             if wrong:
                 raise ClosureError(wrong)
             if function._sequence_nr() >= self._begun:
@@ -166,8 +165,7 @@ class Slots:
                 "to by a call that a recording cannot see (a C++ extension?). Use the plain "
                 "PyTorch version of that call while training."
             )
-        call = Call(first, (tensor, *(tensor for _ in since)), {}, (entry.slot, *since))
-        return self._insert(tensor, call)
+        return self._insert(tensor, first, entry.slot, *since)
 
     def _take_memory(self, target: Tensor) -> Entry | None:
         """A view of a constant is about to be written to: its memory becomes part of the recording.
@@ -175,12 +173,12 @@ class Slots:
         Else other views of it would not see the write.
         """
         base = target._base
-        if base is None or isinstance(base, nn.Parameter) or id(base) in self._own:
+        if base is None or isinstance(base, nn.Parameter) or id(base) in self.task.own:
             return None
         memory = base.untyped_storage()._cdata
-        call = Call(torch.clone, (base,), {}, (self._constant(base, base.detach().clone()),))
+        constant = self._constant(base, base.detach().clone())
         self._entries.pop(id(base), None)
-        self._memories[memory] = self._insert(base, call).slot
+        self._memories[memory] = self._insert(base, torch.clone, constant).slot
         self._bases.append(base)  # or its memory may become another tensor's
         return self._seen_in(target, memory)
 
@@ -188,33 +186,38 @@ class Slots:
         """A tensor in memory that the recording writes to, after all writes so far."""
         place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
         since = [slot for at, slot in self._writes if at == memory]
-        tensors = [tensor for _ in since]
-        reads = (self._memories[memory], *since)
-        call = Call(view_of, (tensor, *tensors, place), {}, reads)
-        return self._insert(tensor, call)
+        return self._insert(tensor, view_of, self._memories[memory], *since, further=(place,))
 
     def _new_slot(self) -> int:
         self.slots += 1
         return self.slots - 1
 
-    def _bind(self, tensor: Tensor, call: Call, written: bool = False) -> int:
+    def _bind(self, tensor: Tensor, written: bool = False) -> int:
         """Gives a tensor that a call has made, or ``written`` to, a new slot."""
         slot = self.slots
         self.slots = slot + 1
-        if tensor.requires_grad:
-            self._producers[slot] = call
-        elif written or is_continuous(tensor):
+        if not tensor.requires_grad:
+            if not written and not is_continuous(tensor):
+                return slot  # whole numbers are constants
             self.inert.add(slot)
-        else:
-            return slot  # whole numbers are constants
         if tensor.numel() == 1:
             self.scalars.add(slot)
         self._entries[id(tensor)] = Entry(tensor, slot, True)
         return slot
 
-    def _insert(self, tensor: Tensor, call: Call) -> Entry:
-        """Keeps a call of ours that stands for the tensor from now on."""
-        call.fills = (self._bind(tensor, self._append(call)),)
+    def _insert(
+        self, tensor: Tensor, function: Callable[..., Tensor], *reads: int, further: Any = ()
+    ) -> Entry:
+        """Keeps a call of ours that stands for the tensor from now on.
+
+        Args:
+            tensor: What the call gives.
+            function: Takes what it reads, then ``further``.
+            reads: Slots.
+            further: Arguments.
+        """
+        call = self._append(Call(function, (*map(Ref, range(len(reads))), *further), {}, reads))
+        call.fills = (self._bind(tensor),)
         return self._entries[id(tensor)]
 
     def _know(self, tensor: Tensor, slot: int) -> None:
@@ -228,14 +231,14 @@ class Slots:
 
     def _is_still(self, tensor: Tensor) -> bool:
         """Whether a constant owes nothing to the batch: a buffer, a mask, fresh noise."""
-        if id(tensor) in self._own:
+        if id(tensor) in self.task.own:
             return True
-        ref = self._still.get(id(tensor))
-        return ref is not None and ref() is tensor
+        known = self._still.get(id(tensor))
+        return known is not None and known() is tensor
 
     def _keep_still(self, output: Any) -> Any:
         if isinstance(output, Tensor):
-            self._still[id(output)] = weakref.ref(output)
+            self._still[id(output)] = ref(output)
         return output
 
     def where(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from typing_extensions import override
 
 from lightning_pc.errors import ClosureError
 from lightning_pc.nodes.energies import Gaussian, softmax_energy
-from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.applied import Applied, active_modes, functions_met
 from lightning_pc.recording.functions import (
     COMPOSITES,
@@ -33,46 +32,29 @@ from lightning_pc.recording.functions import (
     softmax_dim,
     whole_call,
 )
-from lightning_pc.recording.losses import LossCall, read_loss_call
-from lightning_pc.recording.modules import Learned, Modules
-from lightning_pc.recording.sites import (
-    Expected,
-    Site,
-)
+from lightning_pc.recording.losses import LOSSES, LossCall, read_loss_call
+from lightning_pc.recording.modules import Modules
+from lightning_pc.recording.task import Task
 
 _DIFFERENTIATES = frozenset((torch.autograd.grad, torch.autograd.backward, Tensor.backward))
+#: Functions that are more to us than calls to record.
+_MEANT = frozenset(
+    (*NONLINEAR, *NONLINEARITIES, *COMPOSITES, *LOSSES, *_DIFFERENTIATES, COND, SDPA)
+)
 
 
 class Watch(Modules):
     """Records one forward and cuts it where nodes are asked for.
 
     Args:
-        placement: As of `Modules`.
-        learned: As of `Modules`.
-        softmax: Energy at the logits of a softmax.
-        names: As of `Modules`.
-        own: As of `Recorder`.
-        forms: As of `Cuts`.
-        kept: As of `Cuts`.
-        early: As of `Recorder`.
+        task: As of `Recorder`.
 
     Attributes:
         losses: The calls of loss functions.
     """
 
-    def __init__(
-        self,
-        placement: Placement,
-        learned: Learned,
-        softmax: str,
-        names: Mapping[nn.Module, str],
-        own: frozenset[int] = frozenset(),
-        forms: Sequence[Expected] = (),
-        kept: list[Site] | None = None,
-        early: Callable[[Tensor], str] = lambda tensor: "",
-    ) -> None:
-        super().__init__(placement, learned, names, own, early, forms, kept)
-        self.softmax = softmax
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
         self.losses: list[LossCall] = []
         self._inside = 0  # of a call that is recorded as one
 
@@ -110,9 +92,11 @@ class Watch(Modules):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        traits = self.known.get(func)
-        if traits is not None and traits.passive:
+        traits = self.known[func]
+        if traits.passive:
             return func(*args, **kwargs)
+        if not self._inside and func not in _MEANT:
+            return self.record(func, args, kwargs)
         if func is L1_LOSS:
             kwargs = whole_call(kwargs)
         if self._running and func in NONLINEAR and _bends(NONLINEAR[func], args, kwargs):
@@ -137,10 +121,11 @@ class Watch(Modules):
             self._refuse_gradients(args)
         output = self.record(func, args, kwargs)
         loss = read_loss_call(func, args, kwargs, output)
-        entry = None if loss is None else self.entry(output)
-        if loss is not None and entry is not None:
-            loss.slot = entry.slot
-            self.losses.append(loss)
+        if loss is not None:
+            entry = self.entry(output)
+            if entry is not None:
+                loss.slot = entry.slot
+                self.losses.append(loss)
         return output
 
     # Functions
@@ -160,7 +145,7 @@ class Watch(Modules):
             name,
             partial(self._function_name, name),
             mu,
-            lambda: Gaussian() if dim is None else softmax_energy(self.softmax, dim),
+            lambda: Gaussian() if dim is None else softmax_energy(self.task.softmax, dim),
             overwritten=in_place,
         )
         if x is None:
@@ -175,7 +160,7 @@ class Watch(Modules):
 
         def logits_node(mu: Tensor) -> Tensor:
             with torch._C.DisableTorchFunction():
-                x = self.place("softmax", name, mu, lambda: softmax_energy(self.softmax, -1))
+                x = self.place("softmax", name, mu, lambda: softmax_energy(self.task.softmax, -1))
             return mu if x is None else x
 
         inputs = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False), **kwargs)

@@ -14,8 +14,8 @@ from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.node import ErrorNode, Node
 from lightning_pc.recording.draws import RandomStates
-from lightning_pc.recording.modules import Learned
 from lightning_pc.recording.sites import Site, leaves_of, saved_elsewhere
+from lightning_pc.recording.task import Learned, Task
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
 from lightning_pc.stages.batch import Batch
@@ -65,14 +65,16 @@ class Recordings:
         if self._draws is not None:
             self._draws.restore()
         watch = Watch(
-            self.model.look(),
-            self._learned,
-            self._softmax,
-            self.model.names,
-            self.model.own,
-            [graph.expected for graph in self._graphs],
-            self.kept,
-            partial(self._early, held),
+            Task(
+                placement=self.model.look(),
+                softmax=self._softmax,
+                names=self.model.names,
+                own=self.model.own,
+                early=partial(self._early, held),
+                forms=[graph.expected for graph in self._graphs],
+                kept=self.kept,
+                learned=self._learned,
+            )
         )
         try:
             yield watch
@@ -99,7 +101,7 @@ class Recordings:
             entry = watch.entry(loss)
         if entry is None or not entry.depends:
             raise ClosureError("The loss was not computed by the forward that was recorded.")
-        if watch.kept is not None and len(watch.kept) != len(watch.sites):
+        if watch.task.kept is not None and len(watch.task.kept) != len(watch.sites):
             raise RecordingError(
                 "reset='never' keeps the values of the first call, but the module takes another "
                 "path now. Use reset='batch'."

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_pc.errors import PCError, RecordingError
-from lightning_pc.recording.calls import Draws, run
+from lightning_pc.recording.calls import run
+from lightning_pc.recording.draws import Draws
 from lightning_pc.recording.sites import leaves_of
 from lightning_pc.stages.batch import Batch, memory_of
 from lightning_pc.stages.graph import Piece, Stage
@@ -31,7 +32,7 @@ def check(batch: Batch) -> None:
     """
     graph = batch.graph
     drawn = {draw.generator for call in batch.watch.calls for draw in call.draws}
-    states = [Draws(g, g.get_state()) for g in {torch.default_generator, *drawn}]
+    states = [*map(Draws, {torch.default_generator, *drawn})]
     for number, stage in enumerate(graph.stages[:-1]):
         site = batch.site(number)
         _check_leaves(batch, site.leaves, stage, site.name)
@@ -57,7 +58,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
     def meet(number: int, mu: Tensor) -> Tensor:
         site = batch.site(number)
         assert site.value is not None
-        if watch.kept is None:  # kept values have moved
+        if watch.task.kept is None:  # kept values have moved
             _check_same(mu, site.value, f"'{site.name}'", site.rounding)
         return batch.nodes[number].x
 
