@@ -62,10 +62,11 @@ def test_an_adaptive_solver_trains(kind):
     x = torch.randn(16, 8)
     y = (x[:, 0] * x[:, 1] > 0).long() + (x[:, 2] > 1).long()
     model = ODE()
-    optimizer = kind(torch.optim.Adam(model.parameters(), 1e-2), model)
-    losses = learn(optimizer, lambda: F.cross_entropy(model(x), y), 5)
+    # iPC takes eight steps a batch, and its values hold none of them back.
+    optimizer = kind(torch.optim.Adam(model.parameters(), 3e-3), model)
+    losses = learn(optimizer, lambda: F.cross_entropy(model(x), y), 8)
     assert losses[-1] < losses[0] - 0.05
-    assert len(model.steps) == 5
+    assert len(model.steps) == 8
     assert len(set(model.steps)) > 1
     assert min(optimizer.report.learned.values()) > 0
 

@@ -13,7 +13,7 @@ from lightning_pc.inference.curvature import REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Trace, relax
 from lightning_pc.inference.schedules import Schedule
-from lightning_pc.nodes.node import ErrorNode, Node
+from lightning_pc.nodes.node import Node
 from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
@@ -122,8 +122,7 @@ class Inference:
         if auto is not None and self.schedule.deep is not None and self.age is None:
             deep = min(1.0, (self.schedule.deep / longest) ** 2)
         for node in nodes:
-            if isinstance(node, ErrorNode):
-                node.whole = self.schedule.whole or deep < 1.0
+            node.whole = self.schedule.whole or deep < 1.0
         if self.look_due:
             self.seen = self._look(asked, 0, True)
         if auto is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.model import Model
-from lightning_pc.nodes.node import ErrorNode, Node
+from lightning_pc.nodes.node import Node
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.sites import Site, leaves_of, saved_elsewhere
 from lightning_pc.recording.task import Learned, Task
@@ -124,13 +124,14 @@ class Recordings:
             if why or (site.first is not None and site.first._version != site.version):
                 site.edge = site.first = None
         watch.number_calls()
-        kind, nodes = ErrorNode if self._through else Node, []
+        nodes = []
         for index, stage in zip(graph.sites, graph.stages, strict=False):  # the loss's is the last
             site = watch.sites[index]
             if site.node is None:
                 assert site.value is not None
                 assert site.energy is not None
-                site.node = kind(site.name, site.value, site.energy, rounding=site.rounding)
+                e = torch.zeros_like(site.value, requires_grad=False) if self._through else None
+                site.node = Node(site.name, site.value, site.energy, e, rounding=site.rounding)
             site.node.depth, site.node.arrival = stage.depth, stage.arrival
             nodes.append(site.node)
         return Batch(watch, graph, nodes, loss, whole)
