@@ -77,7 +77,7 @@ class Description:
         table.add_column("weights", justify="right")
         number = {row.name: i for i, row in enumerate(self.rows, 1)}
         for row in self.rows:
-            parents = _ranges([number[name] for name in row.parents]) or "input"
+            parents = ", ".join(str(number[name]) for name in row.parents) or "input"
             cells = (row.energy, parents, str(row.depth), f"{row.parameters:,}")
             table.add_row(str(number[row.name]), row.name, _shape(row), *cells)
         for row in self.passed_over:
@@ -87,17 +87,6 @@ class Description:
 
 def _shape(row: NodeRow) -> str:
     return "x".join(map(str, row.shape))
-
-
-def _ranges(numbers: list[int]) -> str:
-    """1, 2, 3 and 5 as ``1-3, 5``."""
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1][1:] = [n]
-        else:
-            runs.append([n])
-    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def describe(

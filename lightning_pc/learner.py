@@ -249,17 +249,8 @@ class Learner:
                     node.restart(start)
             mover = self._mover(batch.graph)
             traces.append(inference.run(mover, beta, self._divergence))
-        self.report = make_report(
-            self.settings.algorithm,
-            "conjugate" if isinstance(mover, Conjugate) else mover.momentum,
-            None if self.auto is None else self.auto.curvature,
-            batch,
-            traces,
-            terms,
-            float(mover.gamma),
-            self._age,
-            {name: p for p, name in self._recordings.model.trained.items() if p in held},
-        )
+        learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
+        self.report = make_report(inference, mover, traces, learnable)
         self._alerts.after(batch.nodes, mover, inference.seen, self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.

@@ -54,7 +54,8 @@ class Inference:
     age: int | None
     update: Callable[[], None]
     seen: tuple[float, Node] | None = None
-    _pull: float = 0.0
+    _beta: float = 1.0
+    _pull: float = 1.0
 
     def run(
         self, mover: Mover, beta: float, diverged: Callable[[Trace, Mover], Exception]
@@ -66,18 +67,18 @@ class Inference:
             beta: Factor of the loss in F, not 0.
             diverged: Makes the error for a loss or an energy that is not finite.
         """
-        scale = self.seed / (self.terms * beta)  # from an energy's gradient to the parameters'
+        self._beta = beta
         return relax(
-            partial(self._evaluate, beta, scale),
+            self._evaluate,
             self.evaluator.nodes,
             self.schedule,
             mover,
-            partial(self._weigh, beta),
+            self._weigh,
             self._step,
             self.T,
             self.terms,
-            1.0 / scale,
-            partial(self._begin, mover, beta, scale),
+            self.terms * beta / self.seed,
+            partial(self._begin, mover),
             lambda trace: diverged(trace, mover),
         )
 
@@ -86,7 +87,7 @@ class Inference:
         """How many of the steps move values."""
         return self.T - (not self.schedule.moves(self.T - 1, self.T))
 
-    def _weigh(self, beta: float, t: int) -> float:
+    def _weigh(self, t: int) -> float:
         nodes = self.evaluator.nodes
         if t and not self.precisions.varies:
             return self._pull
@@ -96,28 +97,24 @@ class Inference:
         }
         for node in nodes:
             node.weight = weights[node.depth]
-        self._pull = beta * weights[0]
+        self._pull = self._beta * weights[0]
         return self._pull
 
-    def _asked(
-        self, beta: float, scale: float, t: int, moves: bool, learns: bool, pull: float
-    ) -> Asked:
-        last = learns and t == self.T - 1
-        return Asked((self.age or 0) + t, moves, learns, last, self.seed * pull / beta, scale)
+    def _asked(self, t: int, moves: bool, learns: bool) -> Asked:
+        root, last = self.seed / self._beta, learns and t == self.T - 1
+        return Asked((self.age or 0) + t, moves, learns, last, root * self._pull, root / self.terms)
 
-    def _evaluate(
-        self, beta: float, scale: float, t: int, moves: bool, learns: bool, pull: float
-    ) -> tuple[Tensor, Tensor]:
-        asked = self._asked(beta, scale, t, moves, learns, pull)
+    def _evaluate(self, t: int, moves: bool, learns: bool) -> tuple[Tensor, Tensor]:
+        asked = self._asked(t, moves, learns)
         loss = self.evaluator(asked)
         if moves:
             self.evaluator.moved(n for n in self.evaluator.nodes if n.arrival <= asked.t + 1)
         return loss, self.evaluator.energies()
 
-    def _begin(self, mover: Mover, beta: float, scale: float) -> None:
+    def _begin(self, mover: Mover) -> None:
         """Chooses the rate; the gradients of the first evaluation stand in the nodes throughout."""
         nodes, auto, longest = self.evaluator.nodes, self.auto, self.evaluator.graph.longest
-        asked = self._asked(beta, scale, 0, True, False, self._weigh(beta, 0))
+        asked = self._asked(0, True, False)
         deep = 1.0
         if auto is not None and self.schedule.deep is not None and self.age is None:
             deep = min(1.0, (self.schedule.deep / longest) ** 2)

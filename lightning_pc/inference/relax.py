@@ -13,8 +13,8 @@ from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.nodes.node import Node
 
-#: ``evaluate(t, moves, learns, pull)`` gives the loss; its gradients stand in nodes and parameters.
-Evaluate = Callable[[int, bool, bool, float], tuple[Tensor, Tensor]]
+#: ``evaluate(t, moves, learns)`` gives the loss; its gradients stand in nodes and parameters.
+Evaluate = Callable[[int, bool, bool], tuple[Tensor, Tensor]]
 
 
 @dataclass
@@ -78,7 +78,7 @@ def relax(
     for t in range(T):
         pull = weigh(t)
         moves, learns = schedule.moves(t, T), schedule.learns(t, T)
-        loss, energies = evaluate(t, moves, learns, pull)
+        loss, energies = evaluate(t, moves, learns)
         free = trace.take_in(loss, energies, pull, terms)
         if (learns or not t) and not math.isfinite(free):  # waits for a device
             raise diverged(trace)

@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_pc.inference.conjugate import Conjugate
+from lightning_pc.inference.infer import Inference
+from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Trace
-from lightning_pc.stages.batch import Batch
 
 
 @dataclass(eq=False)
@@ -94,33 +96,26 @@ class StepReport:
 
 
 def make_report(
-    algorithm: str,
-    momentum: float | Literal["conjugate"],
-    curvature: float | None,
-    batch: Batch,
-    traces: Sequence[Trace],
-    terms: float,
-    gamma: float,
-    age: int,
-    learnable: Mapping[str, nn.Parameter],
+    inference: Inference, mover: Mover, traces: Sequence[Trace], learnable: Mapping[str, nn.Parameter]
 ) -> StepReport:
-    """Of a batch that was inferred in the phases ``traces``, ``age`` steps after its values began.
+    """Of a batch that was inferred in the phases ``traces``, the last of them by ``mover``.
 
     ``learnable`` are the optimizer's parameters by name.
     """
+    batch, auto = inference.evaluator.batch, inference.auto
     losses = [loss for trace in traces for loss in trace.losses]
-    updates = [age + t for t in traces[-1].learned_at]
+    updates = [(inference.age or 0) + t for t in traces[-1].learned_at]
     return StepReport(
-        algorithm=algorithm,
+        algorithm=inference.schedule.name,
         steps=len(losses),
         depth=batch.graph.depth,
         nodes=[node.name for node in batch.nodes],
         depths=[node.depth for node in batch.nodes],
         loss=torch.stack(losses),
-        loss_terms=terms,
-        gamma=gamma,
-        momentum=momentum,
-        curvature=curvature,
+        loss_terms=inference.terms,
+        gamma=float(mover.gamma),
+        momentum="conjugate" if isinstance(mover, Conjugate) else mover.momentum,
+        curvature=None if auto is None else auto.curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
         followed={node.name: node.followed for node in batch.nodes if node.followed},

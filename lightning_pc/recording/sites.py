@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -113,10 +114,12 @@ def saved_elsewhere() -> bool:
 
 def rounding_of(mu: Tensor) -> float:
     """Relative, of what computes ``mu``: its own dtype, or a shorter one behind it."""
-    kinds, device = [torch.finfo(mu.dtype).eps], mu.device.type
+    device, backends, found = mu.device.type, torch.backends, _eps(mu.dtype)
     if torch.is_autocast_enabled(device):
-        kinds.append(torch.finfo(torch.get_autocast_dtype(device)).eps)
-    backends = torch.backends
+        found = max(found, _eps(torch.get_autocast_dtype(device)))
     if device == "cuda" and (backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32):
-        kinds.append(2.0**-10)
-    return max(kinds)
+        found = max(found, 2.0**-10)
+    return found
+
+
+_eps = cache(lambda dtype: torch.finfo(dtype).eps)
