@@ -92,7 +92,6 @@ class Descent(Mover):
     def __init__(self, gamma: float, gamma_decay: float = 1.0, momentum: float = 0.0) -> None:
         super().__init__(gamma)
         self.gamma_decay, self.momentum = gamma_decay, momentum
-        self._velocities: dict[Node, Tensor] = {}  # in the scale of parameter gradients
 
     @override
     @torch.no_grad()
@@ -112,14 +111,12 @@ class Descent(Mover):
     def move(self, nodes: Sequence[Node], scale: float) -> None:
         moves = {node: node.gradient for node in nodes if node.gradient is not None}
         if self.momentum:
-            for kept in self._velocities.values():
-                kept.mul_(self.momentum)
+            for node in nodes:
+                if node.velocity is not None:
+                    node.velocity.mul_(self.momentum)
             for node, gradient in moves.items():
-                velocity = self._velocities.get(node)
-                self._velocities[node] = (
-                    gradient.clone() if velocity is None else velocity + gradient
-                )
-            moves = self._velocities
+                node.velocity = gradient + (0.0 if node.velocity is None else node.velocity)
+            moves = {node: node.velocity for node in nodes if node.velocity is not None}
         for node in moves:  # a rate on the device is not waited for
             rate = self.start_gamma if isinstance(self.gamma, Tensor) else self.gamma
             node.moved(rate, self.momentum)

@@ -96,7 +96,10 @@ class StepReport:
 
 
 def make_report(
-    inference: Inference, mover: Mover, traces: Sequence[Trace], learnable: Mapping[str, nn.Parameter]
+    inference: Inference,
+    mover: Mover,
+    traces: Sequence[Trace],
+    learnable: Mapping[str, nn.Parameter],
 ) -> StepReport:
     """Of a batch that was inferred in the phases ``traces``, the last of them by ``mover``.
 

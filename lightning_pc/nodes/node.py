@@ -34,6 +34,7 @@ class Node:
         followed: Share of what its prediction moves by that its value moves with it, in [0, 1]. At
             0, as in the paper, the value stays. At 1 its error does.
         whole: Parameters learn from ``e`` as if that had come all of its way.
+        velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         gradient: dF/dx at this evaluation, [B, *], in the scale of parameter gradients; None before
             an error arrives.
         total: Its energy at this evaluation, with its weight, []; None before an error arrives.
@@ -49,6 +50,7 @@ class Node:
     weight: float = 1.0
     followed: float = 0.0
     whole: bool = False
+    velocity: Tensor | None = None
     gradient: Tensor | None = None
     total: Tensor | None = None
     _before: Tensor | None = None  # the prediction as of the last evaluation, where it is followed
@@ -103,8 +105,9 @@ class Node:
         self._come += gamma * self._pace
 
     def restart(self, start: Tensor) -> None:
-        """Its coordinates are back where they started."""
+        """Its coordinates are back where they started, at rest."""
         self.coordinates.data.copy_(start)
+        self.velocity = None
         self._come = self._pace = 0.0
 
     def forget(self) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -175,16 +174,9 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []
 
 
-@dataclass
-class Program:
-    """Calls in order.
-
-    Attributes:
-        steps: Of each call its index in the recording; where it stands for a node, that node's
-            number and its prediction's slot; and the slots that nobody needs any more after it.
-    """
-
-    steps: list[tuple[int, tuple[int, int] | None, tuple[int, ...]]]
+#: Calls in order. Of each its index in the recording; where it stands for a node, that node's
+#: number and its prediction's slot; and the slots that nobody needs any more after it.
+Program = list[tuple[int, tuple[int, int] | None, tuple[int, ...]]]
 
 
 def program(
@@ -211,7 +203,7 @@ def program(
     for slot, place in last.items():
         if slot not in stays:
             drops[place].append(slot)
-    return Program([(i, stops.get(i), tuple(d)) for i, d in zip(order, drops, strict=True)])
+    return [(i, stops.get(i), tuple(d)) for i, d in zip(order, drops, strict=True)]
 
 
 def run(
@@ -229,7 +221,7 @@ def run(
         meet: Called with a node's number and its prediction, as soon as that is there; gives the
             value that the calls below it read.
     """
-    for index, stop, dropped in program.steps:
+    for index, stop, dropped in program:
         call = calls[index]
         if stop is not None:
             env[call.fills[0]] = meet(stop[0], env[stop[1]])

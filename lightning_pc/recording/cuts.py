@@ -17,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from lightning_pc.errors import RecordingError
 from lightning_pc.nodes.energies import Energy
+from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.recording.recorder import Recorder
 from lightning_pc.recording.sites import (
@@ -36,9 +37,6 @@ from lightning_pc.recording.task import Task
 
 class Cuts(Recorder):
     """Records one forward and cuts it at sites.
-
-    Args:
-        task: As of `Recorder`.
 
     Attributes:
         sites: Every place in call order.
@@ -93,10 +91,9 @@ class Cuts(Recorder):
         else:
             if site.node is None:
                 dtype = torch.promote_types(mu.dtype, torch.float32)
-                site.value = mu.detach().to(dtype, copy=True).requires_grad_()
-                site.energy = energy()
-            assert site.value is not None
-            site.cut, site.rounding = True, rounding_of(mu)
+                value = mu.detach().to(dtype, copy=True).requires_grad_()
+                site.node = Node(site.name, value, energy())
+            site.node.rounding = rounding_of(mu)
             if form is None:
                 site.leaves = leaves_of(mu)
             elif form.keeps[index] and not saved_elsewhere():
@@ -104,10 +101,10 @@ class Cuts(Recorder):
                 site.edge = get_gradient_edge(mu)
                 site.first = prediction.clone() if overwritten else prediction
                 site.version = site.first._version
-            self._know(site.value, site.slot)
-            handed = site.value
-            if copy or site.value.dtype != mu.dtype:
-                handed = hand(site.value, mu.dtype, copy)
+            handed = site.node.x
+            self._know(handed, site.slot)
+            if copy or handed.dtype != mu.dtype:
+                handed = hand(handed, mu.dtype, copy)
                 self._insert(handed, hand, site.slot, further=(mu.dtype, copy))
         return handed
 
@@ -124,15 +121,16 @@ class Cuts(Recorder):
                 "there: the module takes another path now. Use reset='batch'."
             )
         before = self.task.kept[index]
-        site.why, site.node = before.why, before.node
-        if site.node is None:
+        site.why = before.why
+        if before.why or before.node is None:
             return
-        if site.node.x.shape != mu.shape:
+        if before.node.x.shape != mu.shape:
             raise RecordingError(
                 f"reset='never' keeps values of shape {before.shape} at '{site.name}', but this "
                 f"batch has {site.shape}: give the same full batch each time or use reset='batch'."
             )
-        site.value, site.energy = site.node.stand(mu), site.node.energy
+        site.node = before.node
+        site.node.stand(mu)
 
     def _overwrite(self, tensor: Tensor, value: Tensor) -> Tensor:
         """Writes ``value`` to all of ``tensor``, as an in-place activation does."""

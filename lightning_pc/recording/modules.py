@@ -36,9 +36,6 @@ class _Running:
 class Modules(Cuts):
     """Records one forward and cuts it at modules.
 
-    Args:
-        task: As of `Recorder`.
-
     Attributes:
         outputs: Module name and slot of its output, of calls that return one tensor.
     """

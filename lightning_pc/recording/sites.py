@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_pc.nodes.energies import Energy
 from lightning_pc.nodes.node import Node
 
 FROZEN = "frozen above: its prediction depends on no trainable parameter"
@@ -35,15 +34,11 @@ class Site:
         mu: Slot of the prediction; -1 where the recording is not cut.
         slot: Slot of what is handed on.
         at: Index of the call that stands for it in the recording.
-        value: The value, float32 or wider, [B, *].
-        energy: What its node's energy is.
-        rounding: Relative, of the arithmetic that computes the prediction.
         leaves: Leaves that autograd reaches from the prediction; None where nobody looked.
         edge: Where autograd holds the first forward's prediction; None where it is let go.
         first: That prediction, [B, *].
         version: Of ``first``, by which later writes to it are told.
-        cut: Autograd was cut there.
-        node: The node that stands there, once it is known that one does.
+        node: What stands there, where autograd was cut; no value node where there is a ``why``.
     """
 
     key: object
@@ -54,14 +49,10 @@ class Site:
     mu: int = -1
     slot: int = -1
     at: int = 0
-    value: Tensor | None = None
-    energy: Energy | None = None
-    rounding: float = 0.0
     leaves: list[Tensor] | None = None
     edge: GradientEdge | None = None
     first: Tensor | None = None
     version: int = 0
-    cut: bool = False
     node: Node | None = None
 
 

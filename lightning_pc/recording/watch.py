@@ -46,9 +46,6 @@ _MEANT = frozenset(
 class Watch(Modules):
     """Records one forward and cuts it where nodes are asked for.
 
-    Args:
-        task: As of `Recorder`.
-
     Attributes:
         losses: The calls of loss functions.
     """

@@ -120,20 +120,19 @@ class Recordings:
     def _batch(self, watch: Watch, loss: Tensor, graph: Graph) -> Batch:
         whole = not saved_elsewhere()
         for site, why in zip(watch.sites, graph.expected.why, strict=True):
-            site.why, whole = why, whole and not (why and site.cut)
+            site.why, whole = why, whole and not (why and site.node)
             if why or (site.first is not None and site.first._version != site.version):
                 site.edge = site.first = None
         watch.number_calls()
-        nodes = []
+        nodes: list[Node] = []
         for index, stage in zip(graph.sites, graph.stages, strict=False):  # the loss's is the last
             site = watch.sites[index]
-            if site.node is None:
-                assert site.value is not None
-                assert site.energy is not None
-                e = torch.zeros_like(site.value, requires_grad=False) if self._through else None
-                site.node = Node(site.name, site.value, site.energy, e, rounding=site.rounding)
-            site.node.depth, site.node.arrival = stage.depth, stage.arrival
-            nodes.append(site.node)
+            node = site.node
+            assert node is not None
+            node.name, node.depth, node.arrival = site.name, stage.depth, stage.arrival
+            if self._through and node.e is None:
+                node.e = torch.zeros_like(node.x, requires_grad=False)
+            nodes.append(node)
         return Batch(watch, graph, nodes, loss, whole)
 
     @contextmanager

@@ -56,11 +56,10 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
         held.setdefault(memory_of(tensor), tensor.nbytes)
 
     def meet(number: int, mu: Tensor) -> Tensor:
-        site = batch.site(number)
-        assert site.value is not None
+        node = batch.nodes[number]
         if watch.task.kept is None:  # kept values have moved
-            _check_same(mu, site.value, f"'{site.name}'", site.rounding)
-        return batch.nodes[number].x
+            _check_same(mu, node.x, f"'{node.name}'", node.rounding)
+        return node.x
 
     before, env = torch.get_rng_state(), batch.environment(piece)
     with torch.enable_grad(), saved_tensors_hooks(pack, lambda _: None):  # type: ignore[arg-type,return-value]
@@ -74,7 +73,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
                 "something from one call to the next, such as the cache of an "
                 "autograd.Function (transformers: use_cache=False)."
             ) from error
-    draws = any(watch.calls[i].draws for i, *_ in piece.program.steps)
+    draws = any(watch.calls[i].draws for i, *_ in piece.program)
     if not draws and not torch.equal(before, torch.get_rng_state()):
         raise RecordingError(
             "A call of the forward drew from a random generator now and then only, so that it "
@@ -82,7 +81,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
         )
     if piece.loss:
         eps = torch.finfo(batch.loss.dtype).eps
-        rounding = max([eps, *(site.rounding for site in watch.sites)])
+        rounding = max([eps, *(site.node.rounding for site in watch.sites if site.node)])
         _check_same(env[batch.graph.loss], batch.loss, "the loss", rounding)
     return held
 
@@ -95,7 +94,7 @@ def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name:
     for given in batch.watch.given.values():  # what another network made before belongs to it
         if given.grad_fn is not None:
             known.update(map(id, leaves_of(given)))
-    cut = {id(s.value): s for s in batch.watch.sites if s.value is not None and s.why}
+    cut = {id(s.node.x): s for s in batch.watch.sites if s.node is not None and s.why}
     pending, seen = list(leaves or []), set[int]()
     while pending:
         leaf = pending.pop()
