@@ -79,14 +79,10 @@ class Description:
         for row in self.rows:
             parents = ", ".join(str(number[name]) for name in row.parents) or "input"
             cells = (row.energy, parents, str(row.depth), f"{row.parameters:,}")
-            table.add_row(str(number[row.name]), row.name, _shape(row), *cells)
+            table.add_row(str(number[row.name]), row.name, "x".join(map(str, row.shape)), *cells)
         for row in self.passed_over:
-            table.add_row("", row.name, _shape(row), row.why, style="dim")
+            table.add_row("", row.name, "x".join(map(str, row.shape)), row.why, style="dim")
         return table
-
-
-def _shape(row: NodeRow) -> str:
-    return "x".join(map(str, row.shape))
 
 
 def describe(

@@ -226,7 +226,7 @@ class Learner:
         self.values = {node.name: node.x for node in batch.nodes}
         self._recordings.keep_in_mind(batch)
         if self.schedule.incremental:
-            clear_gradients(evaluator.moving)
+            clear_gradients(evaluator.moving.values())
         begun = [node.coordinates.detach().clone() for node in batch.nodes] if betas[1:] else []
         inference = Inference(
             evaluator,
@@ -251,7 +251,7 @@ class Learner:
             traces.append(inference.run(mover, beta, self._divergence))
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
         self.report = make_report(inference, mover, traces, learnable)
-        self._alerts.after(batch.nodes, mover, inference.seen, self.report)
+        self._alerts.after(batch.nodes, mover, inference.seen, traces[-1], self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
             self._recordings.kept = batch.sites

@@ -94,6 +94,8 @@ class Settings:
             f"{T=}: expected a whole number of inference steps, >= 1, or None.": (
                 T is not None and (isinstance(T, bool) or not isinstance(T, Integral) or T < 1)
             ),
+            f"{T=}: zil always takes depth + 1 evaluations, leave it at None.": zil
+            and T is not None,
             f"{gamma=}: expected a positive inference rate or 'auto'.": (
                 gamma != "auto" and not (is_number(gamma) and gamma > 0)
             ),
@@ -140,7 +142,6 @@ class Settings:
             f"{beta=}: T=1 leaves the values no step, use T >= 2.": pair and T == 1,
         }
         refuse(refused)
-        way.steps(1, T)
         softmax_energy(self.softmax_energy, -1)
 
     @property

@@ -276,10 +276,8 @@ def alerts(first, ends, patience=3):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for start, end in [(first, first - 1), *ends]:
-            mover = Descent(0.1)
-            mover.observe(torch.tensor(start))
-            mover.finish(torch.tensor(end))
-            told.after([], mover, None, report)
+            trace = Trace(free=[torch.tensor(start), torch.tensor(end)])
+            told.after([], Descent(0.1), None, trace, report)
     return [str(each.message) for each in said]
 
 

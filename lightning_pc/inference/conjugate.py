@@ -42,7 +42,6 @@ class Conjugate(Descent):
         gamma_decay: Factor of gamma after a step at which the energy has not fallen.
     """
 
-    own_rates = True
     remedy = "Values went too far along conjugate gradients: use momentum=0."
 
     def __init__(self, gamma: float, gamma_decay: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -126,7 +126,7 @@ class Inference:
             return
         if auto.due():
             auto.take_in(self._look(asked, auto.looks, auto.fine)[0])
-        mover.choose(auto.gamma * deep)
+        mover.start_gamma = mover.gamma = auto.gamma * deep
         for node in nodes if self.follow else ():
             node.follow(min(1.0, FOLLOWING / longest))
 
@@ -148,14 +148,14 @@ class Inference:
                 node.weight = weight
 
     def _step(self) -> None:
-        stepped = [p for p in self.evaluator.moving if p.grad is not None]
+        stepped = [p for p in self.evaluator.moving.values() if p.grad is not None]
         self.update()
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
-        clear_gradients(self.evaluator.moving)
+        clear_gradients(self.evaluator.moving.values())
 
 
-def clear_gradients(parameters: list[nn.Parameter]) -> None:
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """An unreached parameter takes no step, not one of gradient zero."""
     for parameter in parameters:
         parameter.grad = None

@@ -33,37 +33,18 @@ class Mover(ABC):
         momentum: Share of a node's velocity that it keeps from step to step.
     """
 
-    #: Each step has a rate and a momentum of its own, so that F's growth says nothing of gamma.
-    own_rates: ClassVar[bool] = False
-    #: What to change where values went too far and gamma is not to blame.
+    #: What to change where values went too far: each step has a rate and a momentum of its own, so
+    #: that gamma is not to blame. "" where it is.
     remedy: ClassVar[str] = ""
     momentum: float = 0.0
 
     def __init__(self, gamma: float) -> None:
         self.start_gamma = gamma
         self.gamma: float | Tensor = gamma
-        self._first: Tensor | None = None
-        self._last: Tensor | None = None
-
-    def choose(self, gamma: float) -> None:
-        """Takes the automatic rate, before the first move."""
-        self.start_gamma = self.gamma = gamma
-
-    @property
-    def ends(self) -> Tensor | None:
-        """F when the values began to move and now, [2]; None where they never did."""
-        if self._last is None or self._first is None:
-            return None
-        return torch.stack([self._first, self._last])
+        self._last: Tensor | None = None  # F of the step before
 
     def observe(self, energy: Tensor) -> None:
         """Takes in F of this step, [], before the values move; stays on the device."""
-        if self._first is None:
-            self._first = energy
-        self._last = energy
-
-    def finish(self, energy: Tensor) -> None:
-        """Takes in F of the last evaluation, []."""
         self._last = energy
 
     @abstractmethod
@@ -164,7 +145,6 @@ class OptimizerMover(Mover):
         make: Makes the optimizer from the list of values.
     """
 
-    own_rates = True
     remedy = "Values went too far: lower the rate of the optimizer that inference= makes."
 
     def __init__(self, make: Callable[[list[Tensor]], Optimizer]) -> None:

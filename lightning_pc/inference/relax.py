@@ -93,5 +93,4 @@ def relax(
                 update()
         for node in nodes:
             node.forget()
-    mover.finish(trace.free[-1])
     return trace

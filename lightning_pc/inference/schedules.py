@@ -43,7 +43,7 @@ class Schedule(ABC):
     #: Every node energy is Gaussian, that of a softmax's logits too.
     gaussian = False
 
-    def steps(self, depth: int, T: int | None, wave: bool = False) -> int:
+    def steps(self, depth: int, T: int | None, wave: bool) -> int:
         """Evaluations per batch; the default is ``max(8, depth + 1)``.
 
         Where a ``wave`` of precisions passes the module once, it is depth + 1. Error coordinates
@@ -107,12 +107,6 @@ class ZIL(Schedule):
     fixed_gamma = 1.0
     wave = True
     gaussian = True
-
-    @override
-    def steps(self, depth: int, T: int | None, wave: bool = False) -> int:
-        if T is not None:
-            raise ConfigError(f"T={T!r}: zil always takes depth + 1 evaluations, leave T at None.")
-        return depth + 1
 
     @override
     def moves(self, t: int, T: int) -> bool:

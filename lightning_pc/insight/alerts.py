@@ -5,8 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
+
 from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.movers import Mover
+from lightning_pc.inference.relax import Trace
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.insight.explain import rises, silenced, unseen
 from lightning_pc.insight.report import StepReport
@@ -54,12 +57,13 @@ class Alerts:
         nodes: Sequence[Node],
         mover: Mover,
         seen: tuple[float, Node] | None,
+        trace: Trace,
         report: StepReport,
     ) -> None:
-        """Takes in a batch that has been inferred; ``seen`` as of `Inference`."""
+        """Takes in a batch whose last phase was ``trace``; ``seen`` as of `Inference`."""
         self._batches += 1
-        ends = None if self._varies else mover.ends
-        first, last = (0.0, 0.0) if ends is None else ends.tolist()
+        ends = [trace.free[0], trace.free[-1]]
+        first, last = (0.0, 0.0) if self._varies else torch.stack(ends).tolist()
         if self._batches == 1:  # once: reading the energies waits for the device
             self._first = abs(first)
             self.say("silent", silenced(report, [] if self._through else nodes, mover.start_gamma))

@@ -49,7 +49,7 @@ def rises(
     """
     first, last = report.free_energy[[0, -1]].tolist()
     told, stable = "", math.inf
-    if seen is not None and 0 < seen[0] < math.inf and (automatic or not mover.own_rates):
+    if seen is not None and 0 < seen[0] < math.inf and (automatic or not mover.remedy):
         product = _product(mover.start_gamma, seen[0], mover.momentum)
         told = f"The curvature is largest at value node '{seen[1].name}': {product} "
         stable = 1.4 * (1.0 + mover.momentum) / seen[0]  # a look mostly sees 0.7 of it or more
@@ -64,7 +64,7 @@ def _cure(algorithm: str, automatic: bool, mover: Mover | None, stable: float) -
     """What to change where F rises; a given gamma of ``stable`` or more is to blame."""
     incremental = SCHEDULES[algorithm].incremental
     cure = ""
-    if mover is not None and mover.own_rates:
+    if mover is not None and mover.remedy:
         cure = "" if incremental and automatic else mover.remedy
     elif mover is not None and not automatic and (mover.start_gamma >= stable or not incremental):
         cure = f"Use gamma='auto', or gamma < {min(mover.start_gamma, stable):.2g}."

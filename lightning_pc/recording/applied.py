@@ -51,9 +51,3 @@ def functions_met(meet: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -
             del _next.apply
         else:
             _next.apply = before
-
-
-def active_modes() -> list[Any]:
-    """The function modes that see calls now, the last one innermost."""
-    modes: list[Any] = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-    return modes

@@ -119,21 +119,8 @@ def attention(
 ) -> Tensor:
     """``scaled_dot_product_attention`` written out, so that its logits can be a value node.
 
-    Axis legend: N... leading axes, L queries, S keys, E features of a key, V of a value.
-
-    Args:
-        logits_node: Called with the masked, scaled logits [N..., L, S]; returns what stands there.
-        query: [N..., L, E].
-        key: [N..., S, E].
-        value: [N..., S, V].
-        attn_mask: Boolean (True takes part) or additive, broadcastable to [N..., L, S].
-        dropout_p: Dropout probability of the attention weights, 0 to 1.
-        is_causal: Query i attends to keys 0 to i alone.
-        scale: Factor of the logits, default 1 / sqrt(E).
-        enable_gqa: Key and value heads are repeated to the number of query heads.
-
-    Returns:
-        The attended values, [N..., L, V].
+    All arguments but one are torch's. ``logits_node`` is called with the masked, scaled logits
+    [N..., L, S] of L queries and S keys, and returns what stands there.
     """
     if enable_gqa:
         groups = query.size(-3) // key.size(-3)

@@ -111,11 +111,15 @@ class Slots:
         root = tensor if tensor.grad_fn is None else tensor._base
         if root is None or root.grad_fn is not None:
             function: Any = tensor.grad_fn
-            wrong = self.task.early(tensor) if function._sequence_nr() < self._begun else ""
-            if wrong:
-                raise ClosureError(wrong)
             if function._sequence_nr() >= self._begun:
-                self._unseen(tensor)
+                raise RecordingError(
+                    f"A tensor of shape {tuple(tensor.shape)} that '{self.where()}' reads was made "
+                    f"by a call that a recording cannot see ({function.name()}): a TorchScript "
+                    "function, a C++ extension or a function transform. What stands above it would "
+                    "not learn. Use the plain PyTorch version of that call while training."
+                )
+            if wrong := self.task.early(tensor):
+                raise ClosureError(wrong)
         slot = self._new_slot()
         self.given[slot] = tensor
         self._weights.append(tensor)
@@ -125,15 +129,6 @@ class Slots:
         self.keys.append(("trainable", tensor is root, same))
         entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
         return entry
-
-    def _unseen(self, tensor: Tensor) -> None:
-        function: Any = tensor.grad_fn
-        raise RecordingError(
-            f"A tensor of shape {tuple(tensor.shape)} that '{self.where()}' reads was made by a "
-            f"call that a recording cannot see ({function.name()}): a TorchScript function, a C++ "
-            "extension or a function transform. What stands above it would not learn. Use the "
-            "plain PyTorch version of that call while training."
-        )
 
     def _constant(self, tensor: Tensor, content: Tensor | None) -> int:
         """The slot of a constant, or of its ``content`` before it was written to."""

@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_pc.errors import ClosureError
 from lightning_pc.nodes.energies import Gaussian, softmax_energy
-from lightning_pc.recording.applied import Applied, active_modes, functions_met
+from lightning_pc.recording.applied import Applied, functions_met
 from lightning_pc.recording.functions import (
     COMPOSITES,
     COND,
@@ -74,7 +74,8 @@ class Watch(Modules):
     def _apply(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A Function of the user's, whose own backward it keeps, is one call."""
         mine = threading.get_ident() == self._thread and not self._inside
-        if not mine or self not in active_modes():
+        modes: list[Any] = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if not mine or self not in modes:
             return Applied.of(kind)(*args, **kwargs)
         if kind is CheckpointFunction:
             return args[0](*args[2:])  # pieces hold no activations that it could save

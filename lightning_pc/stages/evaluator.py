@@ -67,14 +67,10 @@ class Evaluator:
         self._fresh = set(self.graph.pieces)  # what is left of the first forward serves them
 
     @cached_property
-    def _moving(self) -> dict[int, nn.Parameter]:
+    def moving(self) -> dict[int, nn.Parameter]:
+        """Slot -> parameter of the loss that the optimizer moves."""
         parameters = ((slot, self.batch.watch.parameters[slot]) for slot in self.graph.reached)
         return {slot: p for slot, p in parameters if self.held is None or p in self.held}
-
-    @property
-    def moving(self) -> list[nn.Parameter]:
-        """Parameters of the loss that the optimizer moves."""
-        return [*self._moving.values()]
 
     def __call__(self, asked: Asked) -> Tensor:
         """Evaluates; returns the loss, [], as of the last time it counted."""
@@ -138,7 +134,7 @@ class Evaluator:
         """Of the parameters in these slots, those that gain gradients now."""
         if not asked.learns:
             return []
-        parameters, reached, moving = self.batch.watch.parameters, self.graph.reached, self._moving
+        parameters, reached, moving = self.batch.watch.parameters, self.graph.reached, self.moving
         return [
             parameters[slot]
             for slot in slots
