@@ -79,7 +79,9 @@ class Learner:
         if settings.fixed_gamma is None and settings.inference is None:
             self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
-        softmax = "gaussian" if self.schedule.gaussian else settings.softmax_energy
+        # One wave, and error coordinates, are exact for energies of x - mu alone.
+        gaussian = self.schedule.wave or self.schedule.through
+        softmax = "gaussian" if gaussian else settings.softmax_energy
         self._recordings = Recordings(
             Model(model, settings.value_nodes),
             softmax,

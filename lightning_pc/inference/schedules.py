@@ -40,8 +40,6 @@ class Schedule(ABC):
     through = False
     #: Weights learn from an error as if it had come all of its way, and it is not meant to.
     whole = False
-    #: Every node energy is Gaussian, that of a softmax's logits too.
-    gaussian = False
 
     def steps(self, depth: int, T: int | None, wave: bool) -> int:
         """Evaluations per batch; the default is ``max(8, depth + 1)``.
@@ -106,7 +104,6 @@ class ZIL(Schedule):
     name, paper = "zil", "Salvatori et al. 2024, Algorithm 3; Song et al. 2020"
     fixed_gamma = 1.0
     wave = True
-    gaussian = True
 
     @override
     def moves(self, t: int, T: int) -> bool:
@@ -134,7 +131,6 @@ class EPC(PC):
     deep = 4
     mover: Moves = "plain"
     through = True
-    gaussian = True
 
 
 class IEPC(IPC):
@@ -150,7 +146,6 @@ class IEPC(IPC):
     aim, band = 0.01, (0.005, 0.02)
     mover: Moves = "plain"
     through = whole = True
-    gaussian = True
 
 
 SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL, EPC, IEPC)}

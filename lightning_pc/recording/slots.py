@@ -189,8 +189,7 @@ class Slots:
 
     def _bind(self, tensor: Tensor, written: bool = False) -> int:
         """Gives a tensor that a call has made, or ``written`` to, a new slot."""
-        slot = self.slots
-        self.slots = slot + 1
+        slot = self._new_slot()
         if not tensor.requires_grad:
             if not written and not is_continuous(tensor):
                 return slot  # whole numbers are constants
@@ -203,14 +202,7 @@ class Slots:
     def _insert(
         self, tensor: Tensor, function: Callable[..., Tensor], *reads: int, further: Any = ()
     ) -> Entry:
-        """Keeps a call of ours that stands for the tensor from now on.
-
-        Args:
-            tensor: What the call gives.
-            function: Takes what it reads, then ``further``.
-            reads: Slots.
-            further: Arguments.
-        """
+        """Keeps a call of ours, of what slots hold and ``further``, that gives the tensor."""
         call = self._append(Call(function, (*map(Ref, range(len(reads))), *further), {}, reads))
         call.fills = (self._bind(tensor),)
         return self._entries[id(tensor)]

@@ -15,10 +15,6 @@ from lightning_pc.stages.batch import Batch
 def require_chain(batch: Batch, model: nn.Module) -> None:
     """Z-IL equals backprop only where each node is read by exactly one stage.
 
-    Args:
-        batch: The recorded batch.
-        model: For the names of its modules.
-
     Raises:
         ChainError: Some node is read by several stages: a skip connection runs around a node.
     """

@@ -9,11 +9,7 @@ from lightning_pc.stages.batch import Batch
 
 
 def checked_loss(loss: object, must: str) -> Tensor:
-    """The loss, if one can be learned from.
-
-    Args:
-        loss: What the forward gave.
-        must: As of `Learner.begin`.
+    """The loss that a forward gave, if one can be learned from; ``must`` as of `Learner.begin`.
 
     Raises:
         ClosureError: Saying what it is instead.
@@ -36,12 +32,7 @@ def checked_loss(loss: object, must: str) -> Tensor:
 
 
 def early_message(parameters: set[Tensor], model: nn.Module) -> str:
-    """What to say of parameters on which the loss depends by what was computed before the forward.
-
-    Args:
-        parameters: Those that the optimizer moves.
-        model: For the names.
-    """
+    """Says that the loss depends on these by what was computed before the forward."""
     names = [name for name, p in model.named_parameters() if p in parameters]
     some = ", ".join(map(repr, names[:5])) or "parameters of another model"
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
