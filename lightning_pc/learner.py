@@ -246,7 +246,7 @@ class Learner:
         traces: list[Trace] = []
         for beta in betas:
             if traces:
-                evaluator.disturbed()
+                evaluator.moved(batch.nodes)
                 for node, start in zip(batch.nodes, begun, strict=True):
                     node.restart(start)
             mover = self._mover(batch.graph)

@@ -139,7 +139,7 @@ class Inference:
         for node in nodes:
             if self.precisions.varies and not asked.t:
                 node.weight = self.precisions.lasting(node.depth, self._value_steps)
-        self.evaluator.disturbed()
+        self.evaluator.moved(nodes)
         try:
             evaluate = partial(self.evaluator, everything)
             return largest_curvature(nodes, evaluate, 1.0 / asked.scale, seed, fine, reach)

@@ -56,7 +56,7 @@ class LocalErrors(Evaluator):
                 if inputs and (edge is not None or mu.requires_grad):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
                     errors.append(slopes.dmu.to(mu.dtype))
-            if self.steady and not (piece.values or inputs):  # it stays
+            if self.steady and not piece.values:  # it stays
                 self.batch.site(number).first = mu.detach()
             return node.x
 
@@ -86,6 +86,8 @@ class LocalErrors(Evaluator):
             serves = serves and (mu if not differentiated else edge) is not None
         if differentiated or not serves:
             self._spend(piece)
+        if self.steady and not piece.values:
+            self._fresh.add(piece)
         if serves:
             for prediction in left:
                 meet(*prediction)
@@ -93,6 +95,4 @@ class LocalErrors(Evaluator):
         env = self.batch.environment(piece)
         with torch.set_grad_enabled(differentiated):
             run(self.batch.watch.calls, piece.program, env, meet)
-        if self.steady and not (piece.values or differentiated):
-            self._fresh.add(piece)
         return env[self.graph.loss] if counts else None
