@@ -83,6 +83,8 @@ class Node:
                 move = mu - self._before
                 if self.energy.masks:  # -inf stays
                     move.masked_fill_(~move.isfinite(), 0.0)
+                else:
+                    move = _aside(move, x - self._before)
                 x.add_(move, alpha=self.followed)
                 self._before = mu.clone()  # the module may write over it
             slopes = self.energy.evaluate(x, mu, scale, self.weight)
@@ -113,3 +115,12 @@ class Node:
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
         self.gradient = self.total = None
+
+
+def _aside(move: Tensor, error: Tensor) -> Tensor:
+    """Of a move what brings no row's prediction nearer to its value; all [*, D].
+
+    A value that followed what weights have just learned would make them learn it again.
+    """
+    along = (move * error).sum(-1, keepdim=True) / error.square().sum(-1, keepdim=True)
+    return torch.addcmul(move, along.nan_to_num(0.0).clamp_(0.0, 1.0), error, value=-1.0)
