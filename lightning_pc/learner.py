@@ -157,7 +157,7 @@ class Learner:
         if held is not None:
             check_held(batch, held)
         if self.schedule.wave:
-            require_chain(batch, self.model)
+            require_chain(batch)
         T = self.schedule.steps(batch.graph.depth, self.settings.T, self._precisions.wave)
         if self.settings.reset == "batch":
             self._alerts.say("unreached", unreached(batch, T, self.model))

@@ -42,6 +42,12 @@ def automatic(net, lr, gamma, **given):
     return optimizer
 
 
+def aside(move, error):
+    """What of a move does not bring a row nearer to its value; what overshoots is no nearer."""
+    nearer = ((move * error).sum(1) / error.square().sum(1).clamp_min(1e-300)).clamp(0, 1)
+    return move - nearer[:, None] * error
+
+
 def chain_by_hand(net, x, y, T, gamma, lr):
     """iPC of three tanh layers with hand-written gradients, whose values follow by 2 / 3."""
     pairs = [[p.detach().clone() for p in layer.parameters()] for layer in list(net)[::2]]
@@ -53,7 +59,9 @@ def chain_by_hand(net, x, y, T, gamma, lr):
             if t == 0:
                 values.append(mu.clone())
             else:
-                values[node] = values[node] + 2 / 3 * (mu - before[node])
+                values[node] = values[node] + 2 / 3 * aside(
+                    mu - before[node], values[node] - before[node]
+                )
             mus.append(mu)
             at = values[node].tanh()
         before = mus
@@ -107,7 +115,8 @@ def residual_by_hand(net, x, y, T, gamma, lr):
     values, before = [None, None], [None, None]
 
     def follow(node, mu, t):
-        values[node] = mu.clone() if t == 0 else values[node] + mu - before[node]
+        x, was = values[node], before[node]
+        values[node] = mu.clone() if t == 0 else x + aside(mu - was, x - was)
         before[node] = mu
 
     for t in range(T):
@@ -265,10 +274,27 @@ def went(x, before, mu, energy, share=1.0):
     return node.x.detach()
 
 
-@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 0, 3)])
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 0, 3), (2, 3, 2, 2)])
 def test_values_of_any_shape(shape):
+    """An error of nothing leaves all of the move."""
     x = torch.full(shape, 10.0)
-    assert torch.equal(went(x, x + 1, x - 1, Gaussian(), 0.5), x - 1)
+    assert torch.equal(went(x, x, x - 1, Gaussian(), 0.5), x - 0.5)
+
+
+@pytest.mark.parametrize(
+    ("mu", "followed"),
+    [
+        ((8.0, 0.0), (0.0, 0.0)),  # the error was 10, of which 8 have been learned
+        ((13.0, 0.0), (3.0, 0.0)),  # all of it, and 3 more
+        ((-5.0, 0.0), (-5.0, 0.0)),
+        ((4.0, 12.0), (0.0, 12.0)),
+    ],
+)
+def test_what_brings_a_row_nearer_is_not_followed(mu, followed):
+    """Each row by itself."""
+    x, before = torch.tensor([[10.0, 0.0], [90.0, 40.0]]), torch.tensor([[0.0, 0.0], [90.0, 36.0]])
+    after = went(x, before, torch.tensor([[*mu], [90.0, 27.0]]), Gaussian())
+    assert after.tolist() == [[10.0 + followed[0], followed[1]], [90.0, 31.0]]
 
 
 @pytest.mark.parametrize("energy", [Categorical(), MaskedGaussian()])

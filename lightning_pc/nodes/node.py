@@ -118,9 +118,6 @@ class Node:
 
 
 def _aside(move: Tensor, error: Tensor) -> Tensor:
-    """Of a move what brings no row's prediction nearer to its value; all [*, D].
-
-    A value that followed what weights have just learned would make them learn it again.
-    """
+    """Of a move [*, D] what brings no row nearer to its value, or weights would learn it again."""
     along = (move * error).sum(-1, keepdim=True) / error.square().sum(-1, keepdim=True)
     return torch.addcmul(move, along.nan_to_num(0.0).clamp_(0.0, 1.0), error, value=-1.0)

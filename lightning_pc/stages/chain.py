@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-from torch import nn
-
 from lightning_pc.errors import ChainError
-from lightning_pc.nodes.placement import PRESETS
 from lightning_pc.stages.analysis import Analysis
 from lightning_pc.stages.batch import Batch
 
 
-def require_chain(batch: Batch, model: nn.Module) -> None:
+def require_chain(batch: Batch) -> None:
     """Z-IL equals backprop only where each node is read by exactly one stage.
 
     Raises:
@@ -26,19 +23,15 @@ def require_chain(batch: Batch, model: nn.Module) -> None:
             raise ChainError(
                 f"Z-IL needs value nodes that form a chain, but '{node.name}' is read by "
                 f"{' and '.join(names[:3])}: a connection runs around the node between them. "
-                f"{advice(batch, model)}"
+                f"{advice(batch)}"
             )
 
 
-def advice(batch: Batch, model: nn.Module) -> str:
+def advice(batch: Batch) -> str:
     """Says at which modules' outputs nodes would form a chain."""
     names = _chain(batch)
     if not names:
         return "No placement at module outputs makes a chain here: use 'pc' or 'ipc'."
-    of = {module: name for name, module in model.named_modules()}
-    blocks = {of[module] for module in PRESETS["blocks"](model)}
-    if blocks and blocks <= set(names):
-        return "This placement works: value_nodes='blocks'."
     return f"This placement works: value_nodes={names}."
 
 
