@@ -33,8 +33,8 @@ class Schedule(ABC):
     incremental = False
     #: One wave of weights, 1 at t = depth and 0 else: each stage counts once.
     wave = False
-    #: How values move unless told otherwise: by plain descent, along conjugate gradients, or, where
-    #: weights move as well, by passing errors on and following their predictions.
+    #: How values move unless told otherwise: by plain descent, along conjugate gradients, or so but
+    #: on a chain, where they pass errors on; those follow their predictions, too.
     mover: Moves = "plain"
     #: Values are held in error coordinates, x = mu + e.
     through = False
