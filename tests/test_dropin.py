@@ -43,12 +43,12 @@ def check(model, loss, ffn, count, lr=1e-3, value_nodes="auto"):
 
     optimizer = IPC(torch.optim.AdamW(model.parameters(), lr), model, value_nodes=value_nodes)
     plain = torch.optim.AdamW(other.parameters(), lr)
-    losses, reached, kl = [], set(), {}
+    losses, reached, most = [], set(), {}
     for step in range(STEPS):
         torch.manual_seed(step)
         losses.append(optimizer.step(lambda: loss(model)).item())
         for name, energy in optimizer.report.peak_energy.items():
-            kl[name] = max(energy, kl.get(name, 0.0))
+            most[name] = max(energy, most.get(name, 0.0))
         torch.manual_seed(step)
         plain.zero_grad()
         loss(other).backward()
@@ -66,12 +66,12 @@ def check(model, loss, ffn, count, lr=1e-3, value_nodes="auto"):
     assert optimizer.report.steps >= 8
     assert optimizer.report.nodes == names
     parameters = dict(model.named_parameters())
-    for name, energy in optimizer.report.peak_energy.items():
+    for name in names:
         weight = name.removesuffix("softmax") + "weight"
         if weight in parameters and weight not in reached:
             continue  # a gate whose one expert counts in full: its logits have no slope
-        # F_KL of attention logits falls to the rounding of a sum over zero: of all batches, then.
-        assert (kl[name] if "softmax" in name else energy) > 0, name
+        # Errors of a batch known by heart fall to the rounding of the values: of all batches, then.
+        assert most[name] > 0, name
     assert losses[-1] < losses[0]
     old = dict(start.named_parameters())
     assert [n for n, p in model.named_parameters() if n in reached and p.equal(old[n])] == []
