@@ -199,7 +199,7 @@ class Learner:
             self._age = 0
             raise
         finally:
-            evaluator.disturbed()
+            evaluator.finish()
             for generator in after:
                 generator.again()
             for node in evaluator.nodes:

@@ -167,12 +167,7 @@ class OptimizerMover(Mover):
 
 
 def slope(node: Node, scale: float) -> Tensor | None:
-    """dF/dx of a node, [B, *]; None where no error has reached it.
-
-    Args:
-        node: With the gradient of this evaluation.
-        scale: Factor from it to that of F.
-    """
+    """dF/dx, ``scale`` times a node's gradient, [B, *]; None where no error has reached it."""
     return None if node.gradient is None else node.gradient * scale
 
 

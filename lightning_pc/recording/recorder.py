@@ -104,11 +104,12 @@ class Recorder(Slots, TorchFunctionMode):
             if function is Tensor.register_hook:
                 self._hook(entries[0], args[1], output)
             return output
-        copied = [i for i in copies if i in rewritten or function in NORMS] + weights
+        constants = [i for i, entry in enumerate(entries) if entry is None or not entry.depends]
+        copied = [i for i in constants if i in rewritten or function in NORMS] + weights
         reads = [
             entry.slot
             if entry is not None and entry.depends
-            else self._constant(tensors[i], copies[i] if i in copied else None)
+            else self._constant(tensors[i], copies.get(i) if i in copied else None)
             for i, entry in enumerate(entries)
         ]
         call = Call(function, shown, named, tuple(reads), current_context(self.device))

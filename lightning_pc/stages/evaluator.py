@@ -92,8 +92,8 @@ class Evaluator:
                 if any(self.nodes[number] in moving for number in piece.values.values()):
                     self._spend(piece)
 
-    def disturbed(self) -> None:
-        """Lets go of what the first forward left: all values have moved, or soon will."""
+    def finish(self) -> None:
+        """Lets go of what the first forward left."""
         for piece in [*self._fresh]:
             self._spend(piece)
 
