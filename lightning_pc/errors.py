@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+#: Of whom it is said stands first.
+FLOAT16 = (
+    "{} does not train in float16: prediction errors fall below its range, and a gradient scaler "
+    "would skip single updates within a batch. Use bfloat16 or float32 (precision='bf16-mixed', "
+    "'bf16-true' or '32-true')."
+)
+
 
 class PCError(Exception):
     """Base of every error that lightning_pc raises on its own account."""

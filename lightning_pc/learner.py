@@ -14,9 +14,8 @@ from torch.optim import Optimizer
 from lightning_pc.errors import ClosureError, DivergenceError
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
-from lightning_pc.inference.infer import Inference, clear_gradients
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
-from lightning_pc.inference.relax import Trace
+from lightning_pc.inference.relax import Inference, clear_gradients
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
@@ -92,6 +91,7 @@ class Learner:
         self._waiting: _Waiting | None = None
         self._alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
         self._age = 0  # inference steps that kept values have behind them
+        self._kept: Mover | None = None  # who moves them
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside model and optimizer: numbers and a name, often none."""
@@ -196,7 +196,7 @@ class Learner:
             if self.auto is not None and isinstance(error, DivergenceError):
                 self.auto.after_divergence()
             self._recordings.forget()
-            self._age = 0
+            self._age, self._kept = 0, None
             raise
         finally:
             evaluator.finish()
@@ -230,35 +230,38 @@ class Learner:
         if self.schedule.incremental:
             clear_gradients(evaluator.moving.values())
         begun = [node.coordinates.detach().clone() for node in batch.nodes] if betas[1:] else []
-        inference = Inference(
-            evaluator,
-            self.schedule,
-            self._precisions,
-            self.auto,
-            self._alerts.look_due,
-            self.settings.mover == "passing on",
-            seed / len(betas),
-            terms,
-            T,
-            self._age if kept else None,
-            update,
-        )
-        traces: list[Trace] = []
+        phases: list[Inference] = []
         for beta in betas:
-            if traces:
+            if phases:
                 evaluator.moved(batch.nodes)
                 for node, start in zip(batch.nodes, begun, strict=True):
                     node.restart(start)
-            mover = self._mover(batch.graph)
-            traces.append(inference.run(mover, beta, self._divergence))
+            inference = Inference(
+                evaluator,
+                self.schedule,
+                self._kept or self._mover(batch.graph),
+                self._precisions,
+                self.auto,
+                self._alerts.look_due,
+                self.settings.mover == "passing on",
+                beta,
+                seed / len(betas),
+                terms,
+                T,
+                self._age if kept else None,
+                update,
+            )
+            phases.append(inference)
+            if not inference.relax():
+                raise divergence(inference)
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
-        self.report = make_report(inference, mover, traces, learnable)
-        self._alerts.after(batch.nodes, mover, inference.seen, traces[-1], self.report)
+        self.report = make_report(phases, learnable)
+        self._alerts.after(inference, self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
             self._recordings.kept = batch.sites
-            self._age += T
-        return traces[0].losses[0]
+            self._age, self._kept = self._age + T, inference.mover
+        return phases[0].trace.losses[0]
 
     def _mover(self, graph: Graph) -> Mover:
         settings = self.settings
@@ -270,10 +273,6 @@ class Learner:
         if settings.mover != "plain":
             return Conjugate(gamma, decay)
         return Descent(gamma, decay, float(settings.momentum or 0.0))
-
-    def _divergence(self, trace: Trace, mover: Mover) -> DivergenceError:
-        names, automatic = list(self.values), self.auto is not None
-        return divergence(names, trace, self._age, mover, automatic, self.schedule.name)
 
     def _held(self) -> set[nn.Parameter] | None:
         """The parameters that the optimizer moves; None where it is not known."""

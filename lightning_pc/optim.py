@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,12 @@ from lightning_pc.settings import Settings, refuse, refuse_unknown
 
 #: Where an optimizer's state dict holds the learner's.
 STATE = "lightning_pc"
+_CLOSURE = (
+    "Its step needs a closure that returns the loss: step(lambda: loss_fn(model(x), y)). Loops "
+    "that call loss.backward() and step() themselves (transformers.Trainer, gradient scalers) "
+    "cannot train with predictive coding: write the loop, or use Lightning's Trainer with "
+    "PCStrategy."
+)
 
 
 def _wrapped(name: str) -> Any:
@@ -65,6 +72,7 @@ class PredictiveCodingOptimizer(Optimizer):
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
         self.settings, self._learner = settings, Learner(model, settings, optimizer)
+        self._left: list[tuple[ref[Tensor], int]] = []  # gradients of the last step
         self._learner.check()
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
@@ -105,12 +113,7 @@ class PredictiveCodingOptimizer(Optimizer):
         """
         door = type(self).__name__
         if closure is None:
-            raise ClosureError(
-                f"{door}.step needs a closure that returns the loss: "
-                "optimizer.step(lambda: loss_fn(model(x), y)). Loops that call loss.backward() and "
-                "step() themselves (transformers.Trainer, gradient scalers) cannot train with "
-                "predictive coding: write the loop, or use Lightning's Trainer with PCStrategy."
-            )
+            raise ClosureError(f"{door}.step was given nothing. {_CLOSURE}")
         _refuse_accumulation()
         with torch.enable_grad():
             try:
@@ -119,6 +122,9 @@ class PredictiveCodingOptimizer(Optimizer):
                 self.zero_grad()  # a closure that ran backward itself has left gradients
                 raise
             if loss is None:
+                known = {(id(left()), version) for left, version in self._left}
+                if any((id(g), g._version) not in known for g in self._gradients()):
+                    raise ClosureError(f"{door} does not use what backward() made. {_CLOSURE}")
                 return None
             first = loss.detach()
             self.zero_grad()
@@ -130,7 +136,12 @@ class PredictiveCodingOptimizer(Optimizer):
             with _fabric_agrees():
                 self._learner.infer(1.0, update)
             update()
+            self._left = [(ref(gradient), gradient._version) for gradient in self._gradients()]
         return first
+
+    def _gradients(self) -> list[Tensor]:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return [p.grad for p in parameters if p.grad is not None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's."""

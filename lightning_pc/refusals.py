@@ -13,7 +13,7 @@ from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_pc.errors import ConfigError, PCError
+from lightning_pc.errors import FLOAT16, ConfigError, PCError
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.settings import refuse
 
@@ -40,9 +40,7 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         f"PCStrategy trains on one device and cannot use {type(plugin).__name__}.": (
             isinstance(plugin, (precision.FSDPPrecision, precision.DeepSpeedPrecision))
         ),
-        "PCStrategy does not train in float16: prediction errors fall below its range, "
-        "and a gradient scaler would skip single updates within a batch. Use "
-        "precision='bf16-mixed', 'bf16-true' or '32-true'.": str(plugin.precision).startswith("16"),
+        FLOAT16.format("PCStrategy"): str(plugin.precision).startswith("16"),
         f"{name} uses manual optimization, but PCStrategy decides when values and weights "
         "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
         "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "

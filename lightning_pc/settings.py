@@ -41,9 +41,9 @@ class Settings:
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc, ipc, epc) finds
             rate and momentum of each step, by conjugate gradients; gamma is then the length of the
-            step that is tried. None is 0, but where gamma is automatic, precisions do not vary,
-            beta is positive and values are made anew for each batch: there it is ``"conjugate"``,
-            for ipc but along a chain, where the first step of a value is longer instead.
+            step that is tried. None is 0. But with an automatic gamma, constant precisions, a
+            positive beta and values made anew for each batch it is ``"conjugate"`` for pc and ipc;
+            along a chain a value of ipc takes a longer first step instead.
         value_nodes: Where value nodes stand: ``"auto"`` (inputs of nonlinearities), ``"modules"``,
             ``"linear"``, ``"blocks"``, a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.
@@ -136,6 +136,8 @@ class Settings:
             ),
             f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would have "
             "no effect, leave it out.": inference is not None and (given or zil),
+            f"inference= does not tell how far an error has come, by which {name} learns: leave it "
+            "out, or use 'ipc' or 'epc'.": inference is not None and way.whole,
             f"{beta=}: {name} moves the weights at every step, and the second phase would not "
             "start where the first did. Use 'pc' or 'epc', or one beta.": pair and way.incremental,
             f"{beta=}: both phases start from the forward pass, use reset='batch'.": pair and never,

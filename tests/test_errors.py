@@ -823,6 +823,33 @@ def test_wrapper_under_an_ordinary_trainer(wrapper):
     assert torch.equal(weights(module), before)
 
 
+@pytest.mark.parametrize("zeroes", [True, False])
+def test_a_loop_with_its_own_backward_under_manual_optimization(zeroes):
+    """Lightning gives the optimizer a closure that does nothing."""
+
+    class Manual(Module):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            if batch_idx == 0:
+                optimizer.step(lambda: super(Manual, self).training_step(batch, batch_idx))
+                self.before = weights(self)
+                return
+            if zeroes:
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return IPC(super().configure_optimizers(), self)
+
+    module = Manual()
+    with pytest.raises(ClosureError, match="does not use what backward"):
+        trainer("auto").fit(module, loader(data(4)))
+    assert torch.equal(weights(module), module.before)
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS.values())
 def test_a_closure_that_gives_no_tensor(wrapper):
     model = mlp()

@@ -1,9 +1,13 @@
 """One move of the values, with a rate on the host and with one on the device."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from lightning_pc import explain
+from lightning_pc.errors import ConfigError
 from lightning_pc.inference.movers import Descent, OptimizerMover
 from lightning_pc.nodes.energies import Categorical, Gaussian
 from lightning_pc.nodes.node import Node
@@ -54,7 +58,7 @@ def test_an_optimizer_of_torchs_moves_values_down_the_same_gradient(momentum):
         assert other.x.grad is None
 
 
-@pytest.mark.parametrize("kind", [PC, IPC, EPC, IEPC])
+@pytest.mark.parametrize("kind", [PC, IPC, EPC])
 def test_a_report_of_values_that_an_optimizer_moves(kind):
     net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
     sgd = torch.optim.SGD(net.parameters(), 0.1)
@@ -63,12 +67,68 @@ def test_a_report_of_values_that_an_optimizer_moves(kind):
     assert optimizer.report.gamma == 0.05
     assert optimizer.report.momentum == 0.0
     assert optimizer.report.curvature is None
+    assert optimizer.report.energies.numpy().any()
+
+
+def test_iepc_refuses_an_optimizer_for_the_values():
+    """It would not know how far an error has come, and weights would learn from tiny ones."""
+    net = torch.nn.Linear(4, 2)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(ConfigError, match="how far an error has come"):
+        IEPC(sgd, net, inference=lambda values: torch.optim.SGD(values, 0.01))
+
+
+@pytest.mark.filterwarnings("ignore:In the first batch no value moved")
+def test_updates_are_counted_where_a_gradient_came():
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5), torch.nn.Tanh()
+    ).append(torch.nn.Linear(5, 2))
+    stepped = Counter()
+
+    class Counts(torch.optim.SGD):
+        def step(self, closure=None):
+            stepped.update(name for name, p in net.named_parameters() if p.grad is not None)
+            return super().step()
+
+    ways = ({"precisions": "spiking", "T": 8}, {"precisions": lambda depth, t: float(depth > 1)})
+    for way in ({}, *ways):
+        stepped.clear()
+        optimizer = IPC(Counts(net.parameters(), 0.1), net, **way)
+        optimizer.step(lambda: F.mse_loss(net(torch.ones(3, 4)), torch.zeros(3, 2)))
+        learned = optimizer.report.learned
+        assert {name: times for name, times in learned.items() if times} == stepped
+        assert (min(learned.values()) == 0) == (way is ways[1])
+
+
+def test_a_pair_of_betas_is_two_phases_to_explain():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    optimizer = PC(sgd, net, T=5, beta=(0.3, -0.3))
+    optimizer.step(lambda: F.mse_loss(net(torch.ones(3, 4)), torch.zeros(3, 2)))
+    assert optimizer.report.steps == 10
+    assert "two phases" in explain(optimizer.report)
+    assert "F went" not in explain(optimizer.report)
 
 
 class Elsewhere(torch.Tensor):
     """A tensor that says that it is on another device."""
 
     device = torch.device("meta")
+
+
+@pytest.mark.parametrize("gamma", [0.25, torch.tensor(0.25)], ids=["host", "device"])
+def test_how_far_an_error_has_come_counts_the_rate_of_now(gamma):
+    """Parameters of iePC learn from the error as if it had come all of its way."""
+    node = Node("n", torch.zeros(3, 4), Gaussian(), e=torch.zeros(3, 4), whole=True)
+    mover = Descent(0.5)
+    mover.gamma = gamma
+    for share in (0.25, 0.4375):  # of a way of 1 / weight
+        node.gradient = node.e - 1.0
+        mover.move([node], 1.0)
+        torch.testing.assert_close(node.e, torch.full((3, 4), share))
+        slopes = node.evaluate(torch.zeros(3, 4), 1.0)
+        torch.testing.assert_close(slopes.dmu, -torch.ones(3, 4))
+        torch.testing.assert_close(slopes.own(), node.e)
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])

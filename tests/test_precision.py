@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning_problems import ALGORITHMS, Module, data, loader, mlp, seed_all, trainer, weights
 from torch import nn
 
+from lightning_pc.errors import UnsupportedError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC, "iepc": IEPC}
@@ -36,6 +37,24 @@ class Learns(Module):
 
     def on_train_batch_end(self, *args):
         self.dtypes |= {v.dtype for v in self.trainer.strategy.values.values()}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values())
+@pytest.mark.parametrize("autocast", [True, False])
+def test_float16_is_refused_wherever_it_comes_from(autocast, wrapper):
+    model, x = mlp(), torch.randn(8, 6)
+    if not autocast:
+        model, x = model.half(), x.half()
+    optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
+
+    def closure():
+        with torch.autocast("cpu", torch.float16, enabled=autocast):
+            return model(x).float().square().mean()
+
+    before = weights(model)
+    with pytest.raises(UnsupportedError, match="float16"):
+        optimizer.step(closure)
+    assert torch.equal(weights(model), before)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

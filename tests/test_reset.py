@@ -47,6 +47,31 @@ def test_many_calls_are_one_long_one(name, momentum, calls, optimizer):
     assert far(model, other)[0] < 1e-9
 
 
+WAYS = {
+    "gamma_decay": {"gamma": 1.9, "gamma_decay": 0.5},
+    "adam": {"inference": lambda values: torch.optim.Adam(values, 0.05)},
+    "momentum of an optimizer": {
+        "inference": lambda values: torch.optim.SGD(values, 0.3, momentum=0.6)
+    },
+    "precisions by step": {"gamma": 0.3, "precisions": lambda depth, t: 1.0 / (1 + t)},
+}
+
+
+@pytest.mark.parametrize("calls", [[1] * 12, [4] * 3])
+@pytest.mark.parametrize("way", WAYS)
+def test_what_moves_the_values_goes_on_from_call_to_call(way, calls):
+    model = MLP((6, 7, 6, 4)).double()
+    other, start = twin(model), twin(model)
+    x, y = vectors(8)
+    for net, steps in ((other, [12]), (model, calls)):
+        sgd = torch.optim.SGD(net.parameters(), 0.1)
+        optimizer = IPC(sgd, net, T=steps[0], reset="never", **WAYS[way])
+        for _ in steps:
+            optimizer.step(lambda net=net: ce(net, x.double(), y))
+    assert far(model, start)[0] > 1e-3
+    assert far(model, other)[0] < 1e-9
+
+
 def test_a_parameter_that_is_not_reached_yet_takes_no_step():
     model = MLP((6, 7, 6, 5, 4)).double()
     before, (x, y) = twin(model), vectors(8)

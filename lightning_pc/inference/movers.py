@@ -98,9 +98,9 @@ class Descent(Mover):
             for node, gradient in moves.items():
                 node.velocity = gradient + (0.0 if node.velocity is None else node.velocity)
             moves = {node: node.velocity for node in nodes if node.velocity is not None}
-        for node in moves:  # a rate on the device is not waited for
-            rate = self.start_gamma if isinstance(self.gamma, Tensor) else self.gamma
-            node.moved(rate, self.momentum)
+        for node in moves:
+            if node.whole:
+                node.moved(self.gamma, self.momentum)
         descend(moves, scale, self.gamma)
 
 

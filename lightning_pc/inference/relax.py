@@ -1,20 +1,25 @@
-"""THE LOOP: T inference steps of one batch."""
+"""THE LOOP: T inference steps of one batch, values and weights as the schedule says."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_pc.inference.curvature import REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.nodes.node import Node
+from lightning_pc.precisions import Precisions, checked_weight
+from lightning_pc.stages.evaluator import Asked, Evaluator
 
-#: ``evaluate(t, moves, learns)`` gives the loss; its gradients stand in nodes and parameters.
-Evaluate = Callable[[int, bool, bool], tuple[Tensor, Tensor]]
+#: Stages in a row down to which values follow all that their predictions move by.
+FOLLOWING = 2
 
 
 @dataclass
@@ -26,14 +31,12 @@ class Trace:
         energies: Each node's energy at each evaluation, [n] each.
         pulls: Factor of the sum of the loss terms in F at each evaluation.
         free: F at each evaluation, [] each.
-        learned_at: Inference steps at which the optimizer stepped.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     energies: list[Tensor] = field(default_factory=list)
     pulls: list[float] = field(default_factory=list)
     free: list[Tensor] = field(default_factory=list)
-    learned_at: list[int] = field(default_factory=list)
 
     def take_in(self, loss: Tensor, energies: Tensor, pull: float, terms: float) -> Tensor:
         """Keeps an evaluation; returns its F, []."""
@@ -46,51 +49,150 @@ class Trace:
         return self.free[-1]
 
 
-def relax(
-    evaluate: Evaluate,
-    nodes: Sequence[Node],
-    schedule: Schedule,
-    mover: Mover,
-    weigh: Callable[[int], float],
-    update: Callable[[], None],
-    T: int,
-    terms: float,
-    scale: float,
-    begin: Callable[[], None],
-    diverged: Callable[[Trace], Exception],
-) -> Trace:
-    """Infers and learns; the gradients of the last update are left in ``.grad``.
+@dataclass
+class Inference:
+    """Infers the values of one batch, which descend F = E + beta * loss, and learns its weights.
 
     Args:
-        evaluate: Predictions, energies and gradients at the values and weights of now.
-        nodes: The value nodes.
+        evaluator: Gives predictions, energies and gradients at the values and weights of now.
         schedule: Who moves when.
         mover: How values move.
-        weigh: Sets the weights of a step's energies, and gives that of the loss terms' sum in F.
-        update: One optimizer step on the gradients so far, but for the last of the batch.
-        T: Inference steps.
+        precisions: Each energy's weight in F.
+        auto: Chooses gamma, None where it is given.
+        look_due: Look at the curvature, whoever gave gamma.
+        follow: Values follow their predictions.
+        beta: Factor of the loss in F, not 0; weights learn from F / beta.
+        seed: Factor of the loss in parameter gradients.
         terms: M, the number of terms that the loss is a mean of.
-        scale: Factor from gradients of parameters' scale to those of F.
-        begin: Called before the values' first move, gradients in the nodes.
-        diverged: Makes the error for a loss or an energy that is not finite.
+        T: Inference steps.
+        age: Inference steps that kept values have behind them; None where values are made anew.
+        update: One optimizer step on the gradients so far, but for the last of the batch.
+
+    Attributes:
+        trace: What it went through.
+        seen: What ``look_due`` saw: the largest curvature and the node where it is largest.
+        updates: Of each parameter, the updates within the batch that it took part in.
     """
-    trace = Trace()
-    for t in range(T):
-        pull = weigh(t)
-        moves, learns = schedule.moves(t, T), schedule.learns(t, T)
-        loss, energies = evaluate(t, moves, learns)
-        free = trace.take_in(loss, energies, pull, terms)
-        if (learns or not t) and not math.isfinite(free):  # waits for a device
-            raise diverged(trace)
-        if moves:
-            if not t:
-                begin()
-            mover.observe(free)
-            mover.move(nodes, scale)
-        if schedule.updates(t, T):
-            trace.learned_at.append(t)
-            if t < T - 1:
-                update()
+
+    evaluator: Evaluator
+    schedule: Schedule
+    mover: Mover
+    precisions: Precisions
+    auto: AutoGamma | None
+    look_due: bool
+    follow: bool
+    beta: float
+    seed: float
+    terms: float
+    T: int
+    age: int | None
+    update: Callable[[], None]
+    trace: Trace = field(default_factory=Trace)
+    seen: tuple[float, Node] | None = None
+    updates: Counter[nn.Parameter] = field(default_factory=Counter)
+    _pull: float = 1.0
+
+    def relax(self) -> bool:
+        """Runs; the gradients of the last update are left in ``.grad``.
+
+        Returns:
+            False where the loss or an energy is not finite; no weight has moved on it.
+        """
+        nodes, schedule, T = self.evaluator.nodes, self.schedule, self.T
+        for t in range(T):
+            self._weigh(t)
+            moves, learns = schedule.moves(t, T), schedule.learns(t, T)
+            loss = self._evaluate(t, moves, learns)
+            free = self.trace.take_in(loss, self.evaluator.energies(), self._pull, self.terms)
+            if (learns or not t) and not math.isfinite(free):  # waits for a device
+                return False
+            if moves:
+                if not t:
+                    self._begin()
+                self.mover.observe(free)
+                self.mover.move(nodes, self.terms * self.beta / self.seed)
+            if schedule.updates(t, T) and t < T - 1:
+                self._step()
+            for node in nodes:
+                node.forget()
+        return True
+
+    @property
+    def _value_steps(self) -> int:
+        """How many of the steps move values."""
+        return self.T - (not self.schedule.moves(self.T - 1, self.T))
+
+    def _weigh(self, t: int) -> None:
+        """Sets the weights of the energies, and that of the sum of the loss terms."""
+        nodes, age = self.evaluator.nodes, self.age or 0
+        if t and not self.precisions.varies:
+            return
+        weights = {
+            depth: checked_weight(self.precisions, depth, age + t, age + self._value_steps)
+            for depth in (0, *{node.depth for node in nodes})
+        }
         for node in nodes:
-            node.forget()
-    return trace
+            node.weight = weights[node.depth]
+        self._pull = self.beta * weights[0]
+
+    def _asked(self, t: int, moves: bool, learns: bool) -> Asked:
+        root, last = self.seed / self.beta, learns and t == self.T - 1
+        return Asked((self.age or 0) + t, moves, learns, last, root * self._pull, root / self.terms)
+
+    def _evaluate(self, t: int, moves: bool, learns: bool) -> Tensor:
+        asked = self._asked(t, moves, learns)
+        loss = self.evaluator(asked)
+        if moves:
+            self.evaluator.moved(n for n in self.evaluator.nodes if n.arrival <= asked.t + 1)
+        return loss
+
+    def _begin(self) -> None:
+        """Chooses the rate; the gradients of the first evaluation stand in the nodes throughout."""
+        nodes, auto, longest = self.evaluator.nodes, self.auto, self.evaluator.graph.longest
+        asked, mover = self._asked(0, True, False), self.mover
+        deep = 1.0
+        if auto is not None and self.schedule.deep is not None and self.age is None:
+            deep = min(1.0, (self.schedule.deep / longest) ** 2)
+        for node in nodes:
+            node.whole = self.schedule.whole or deep < 1.0
+        if self.look_due:
+            self.seen = self._look(asked, 0, True)
+        if auto is None:
+            return
+        if auto.due():
+            auto.take_in(self._look(asked, auto.looks, auto.fine)[0])
+        if mover.start_gamma != (rate := auto.gamma * deep):  # one that is kept goes on
+            mover.start_gamma = mover.gamma = rate
+        for node in nodes if self.follow else ():
+            node.follow(min(1.0, FOLLOWING / longest))
+
+    def _look(self, asked: Asked, seed: int, fine: bool) -> tuple[float, Node]:
+        """The largest curvature of F at this moment and the node it is largest at."""
+        nodes, reach = self.evaluator.nodes, self.auto.reach if self.auto else REACH
+        # All nodes' energies count.
+        everything = replace(asked, t=asked.t + max(node.arrival for node in nodes))
+        weights = [node.weight for node in nodes]
+        for node in nodes:
+            if self.precisions.varies and not asked.t:
+                node.weight = self.precisions.lasting(node.depth, self._value_steps)
+        self.evaluator.moved(nodes)
+        try:
+            evaluate = partial(self.evaluator, everything)
+            return largest_curvature(nodes, evaluate, 1.0 / asked.scale, seed, fine, reach)
+        finally:
+            for node, weight in zip(nodes, weights, strict=True):
+                node.weight = weight
+
+    def _step(self) -> None:
+        stepped = [p for p in self.evaluator.moving.values() if p.grad is not None]
+        self.updates.update(stepped)
+        self.update()
+        torch.clear_autocast_cache()
+        self.evaluator.learned(stepped)
+        clear_gradients(self.evaluator.moving.values())
+
+
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """An unreached parameter takes no step, not one of gradient zero."""
+    for parameter in parameters:
+        parameter.grad = None

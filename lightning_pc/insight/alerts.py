@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 
 import torch
 
 from lightning_pc.inference.curvature import AutoGamma
-from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.relax import Trace
+from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule
 from lightning_pc.insight.explain import rises, silenced, unseen
 from lightning_pc.insight.report import StepReport
-from lightning_pc.nodes.node import Node
 
 
 class Alerts:
@@ -52,28 +49,23 @@ class Alerts:
             self._told.add(key)
             warnings.warn(message, UserWarning, stacklevel=2)
 
-    def after(
-        self,
-        nodes: Sequence[Node],
-        mover: Mover,
-        seen: tuple[float, Node] | None,
-        trace: Trace,
-        report: StepReport,
-    ) -> None:
-        """Takes in a batch whose last phase was ``trace``; ``seen`` as of `Inference`."""
+    def after(self, inference: Inference, report: StepReport) -> None:
+        """Takes in the last phase of a batch."""
         self._batches += 1
-        ends = [trace.free[0], trace.free[-1]]
+        mover, free = inference.mover, inference.trace.free
+        ends = [free[0], free[-1]]
         first, last = (0.0, 0.0) if self._varies else torch.stack(ends).tolist()
         if self._batches == 1:  # once: reading the energies waits for the device
             self._first = abs(first)
-            self.say("silent", silenced(report, [] if self._through else nodes, mover.start_gamma))
+            nodes = [] if self._through else inference.evaluator.nodes
+            self.say("silent", silenced(report, nodes, mover.start_gamma))
         # Values that push a loss up begin with F below zero, which weights that learn raise to it.
         size = abs(last) if report.pulls[0] > 0 else last
         rose = self._counts and last > first and size > self._known * self._first
         self._rising = self._rising + 1 if rose else 0
         if self._rising >= self._patience and "rises" not in self._told:
             since = self._batches - self._rising + 1
-            self.say("rises", rises(report, mover, seen, self._auto is not None, since))
+            self.say("rises", rises(report, mover, inference.seen, self._auto is not None, since))
         if self._auto is not None:
             self._auto.after(report.steps, last > first)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))

@@ -13,16 +13,17 @@ from torch import Tensor
 
 from lightning_pc.errors import DivergenceError
 from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.relax import Trace
+from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.nodes.node import Node
 
 
-def divergence(
-    names: Sequence[str], trace: Trace, start: int, mover: Mover, automatic: bool, algorithm: str
-) -> DivergenceError:
-    """Names the first loss or energy of a trace from ``start`` on that was not finite, and why."""
+def divergence(inference: Inference) -> DivergenceError:
+    """Names the first loss or energy that was not finite, and why."""
+    trace, mover, start = inference.trace, inference.mover, inference.age or 0
+    names = [node.name for node in inference.evaluator.nodes]
+    automatic, algorithm = inference.auto is not None, inference.schedule.name
     losses, energies = torch.stack(trace.losses).cpu(), torch.stack(trace.energies).cpu()
     free = torch.stack(trace.free).cpu()
     t = int(free.isfinite().cumprod(0).sum())
@@ -139,9 +140,11 @@ def explain(report: StepReport | None) -> str:
     if report is None:
         return "There has been no batch yet, or the last one was skipped."
     first, last = report.free_energy[[0, -1]].tolist()
-    same = len(set(report.pulls)) == 1  # else F itself has changed between the steps
+    same = len(set(report.pulls)) == 1  # else F itself has changed: weights that vary, two betas
     share = f" ({(first - last) / first:.1%} of it)" if same and last < first > 0 else ""
     lines = [f"F went from {first:.4g} to {last:.4g} in {report.steps} evaluations{share}."]
+    if report.pulls[0] * report.pulls[-1] < 0:
+        lines = [f"Of two phases with their own F each, in {report.steps} evaluations."]
     momentum = 0.0 if isinstance(report.momentum, str) else report.momentum
     # Values that push the loss up begin with F below zero, which weights that learn raise to it.
     if same and last > (first if report.pulls[0] > 0 else max(first, 0.0)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pc.inference.conjugate import Conjugate
-from lightning_pc.inference.infer import Inference
-from lightning_pc.inference.movers import Mover
-from lightning_pc.inference.relax import Trace
+from lightning_pc.inference.relax import Inference
 
 
 @dataclass(eq=False)
@@ -26,7 +22,7 @@ class StepReport:
 
     Attributes:
         algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
-        steps: Evaluations run: T, with centered nudging 2 T - 1 (first +beta, then -beta).
+        steps: Evaluations run: T, of a pair of betas 2 T.
         depth: Depth of the module: its deepest node's.
         nodes: Node names, in call order.
         depths: Their depths: 1 for a node that the loss reads.
@@ -95,19 +91,11 @@ class StepReport:
         return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
 
 
-def make_report(
-    inference: Inference,
-    mover: Mover,
-    traces: Sequence[Trace],
-    learnable: Mapping[str, nn.Parameter],
-) -> StepReport:
-    """Of a batch that was inferred in the phases ``traces``, the last of them by ``mover``.
-
-    ``learnable`` are the optimizer's parameters by name.
-    """
-    batch, auto = inference.evaluator.batch, inference.auto
+def make_report(phases: Sequence[Inference], learnable: Mapping[str, nn.Parameter]) -> StepReport:
+    """Of a batch that was inferred in ``phases``; the optimizer's parameters by name."""
+    inference, traces = phases[-1], [phase.trace for phase in phases]
+    batch, auto, mover = inference.evaluator.batch, inference.auto, inference.mover
     losses = [loss for trace in traces for loss in trace.losses]
-    updates = [(inference.age or 0) + t for t in traces[-1].learned_at]
     return StepReport(
         algorithm=inference.schedule.name,
         steps=len(losses),
@@ -122,8 +110,7 @@ def make_report(
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
         followed={node.name: node.followed for node in batch.nodes if node.followed},
-        learned={  # in the updates from its arrival on
-            name: len(updates) - bisect_left(updates, batch.arrivals.get(p, math.inf))
-            for name, p in learnable.items()
+        learned={  # the last update is still to come
+            name: inference.updates[p] + (p.grad is not None) for name, p in learnable.items()
         },
     )

@@ -56,8 +56,8 @@ class Node:
     _before: Tensor | None = None  # the prediction as of the last evaluation, where it is followed
     # How far a lone error has come that a constant gradient of -1 pulls at, and its velocity. Its
     # whole way is 1 / weight. To first order all entries have come the same share of theirs.
-    _come: float = 0.0
-    _pace: float = 0.0
+    _come: float | Tensor | None = None
+    _pace: float | Tensor = 0.0
 
     @property
     def coordinates(self) -> Tensor:
@@ -75,18 +75,22 @@ class Node:
         x, mu = self.x.detach(), mu.detach().to(self.x.dtype)
         if self.e is not None:
             # Not of x and mu, whose difference rounds away an error that is small beside them.
-            slopes = self.energy.evaluate(self.e, mu.new_zeros(()), scale, self.weight)
-            come = self.weight * self._come if self.whole else 1.0
-            slopes = Slopes(slopes.dmu / (come or 1.0), slopes.own(), slopes.total)
+            slopes = self.energy.evaluate(self.e.detach(), mu.new_zeros(()), scale, self.weight)
+            if self.whole and self.weight and self._come is not None:
+                dmu = slopes.dmu / (self.weight * self._come)
+                slopes = Slopes(dmu, slopes.own(), slopes.total)
         else:
             if self._before is not None:
-                move = mu - self._before
+                error = x - self._before
+                move = torch.sub(mu, self._before, out=self._before)
                 if self.energy.masks:  # -inf stays
                     move.masked_fill_(~move.isfinite(), 0.0)
-                else:
-                    move = _aside(move, x - self._before)
+                else:  # what brings a row [*, D] nearer to its value, weights would learn again
+                    along = (move * error).sum(-1, keepdim=True) / error.square().sum(-1, True)
+                    along = along.nan_to_num_(0.0).clamp_(0.0, 1.0)
+                    move.addcmul_(along, error, value=-1.0)
                 x.add_(move, alpha=self.followed)
-                self._before = mu.clone()  # the module may write over it
+                self._before.copy_(mu)  # the module may write over it
             slopes = self.energy.evaluate(x, mu, scale, self.weight)
         self.total = slopes.total
         return slopes
@@ -101,23 +105,18 @@ class Node:
         """Lets its value, which equals its prediction now, follow it."""
         self.followed, self._before = share, self.x.detach().clone()
 
-    def moved(self, gamma: float, momentum: float) -> None:
+    def moved(self, gamma: float | Tensor, momentum: float) -> None:
         """Takes in that its coordinates have made a step."""
-        self._pace = momentum * self._pace + 1.0 - self.weight * self._come
-        self._come += gamma * self._pace
+        come = 0.0 if self._come is None else self._come
+        self._pace = momentum * self._pace + 1.0 - self.weight * come
+        self._come = come + gamma * self._pace
 
     def restart(self, start: Tensor) -> None:
         """Its coordinates are back where they started, at rest."""
         self.coordinates.data.copy_(start)
         self.velocity = None
-        self._come = self._pace = 0.0
+        self._come, self._pace = None, 0.0
 
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
         self.gradient = self.total = None
-
-
-def _aside(move: Tensor, error: Tensor) -> Tensor:
-    """Of a move [*, D] what brings no row nearer to its value, or weights would learn it again."""
-    along = (move * error).sum(-1, keepdim=True) / error.square().sum(-1, keepdim=True)
-    return torch.addcmul(move, along.nan_to_num(0.0).clamp_(0.0, 1.0), error, value=-1.0)

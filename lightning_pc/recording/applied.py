@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,19 +36,30 @@ class Applied:
         return _plain.__get__(None, self.kind)(*args, **kwargs)
 
 
+_recording = threading.local()  # who is met there, of each thread
+_patch = threading.Lock()
+_many = 0  # forwards that are recorded now, in all threads
+
+
+def _apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+    meets: list[Any] = getattr(_recording, "meets", [])
+    return meets[-1](kind, args, kwargs) if meets else Applied.of(kind)(*args, **kwargs)
+
+
 @contextmanager
 def functions_met(meet: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Inside, ``meet(kind, args, kwargs)`` is called in the place of each `apply`."""
-
-    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
-        return meet(kind, args, kwargs)
-
-    before = vars(_next).get("apply")
-    _next.apply = classmethod(apply)
+    """Inside, ``meet(kind, args, kwargs)`` is called in the place of this thread's `apply`."""
+    global _many
+    meets: list[Any] = vars(_recording).setdefault("meets", [])
+    with _patch:
+        _many += 1
+        _next.apply = classmethod(_apply)
+    meets.append(meet)
     try:
         yield
     finally:
-        if before is None:
-            del _next.apply
-        else:
-            _next.apply = before
+        meets.pop()
+        with _patch:
+            _many -= 1
+            if not _many:
+                del _next.apply

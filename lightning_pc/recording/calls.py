@@ -32,7 +32,7 @@ class Context(NamedTuple):
 
     Attributes:
         grad: Gradients were on.
-        autocast: (device type, enabled, dtype, caches weights) of each device type asked for.
+        autocast: (device type, enabled, dtype) of each device type asked for.
     """
 
     grad: bool
@@ -118,8 +118,9 @@ class Call:
 def with_refs(value: Any, tensors: list[Tensor]) -> Any:
     """A call's arguments with a `Ref` in the place of each tensor, which goes to ``tensors``."""
     kind = type(value)
-    if kind is tuple or kind is list:
-        items = []
+    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if isinstance(value, (tuple, list)) and not named:  # classes of somebody's own, too
+        items: list[Any] = []
         for item in value:
             if type(item) in _PLAIN:
                 items.append(item)
@@ -128,17 +129,13 @@ def with_refs(value: Any, tensors: list[Tensor]) -> Any:
                 tensors.append(item)
             else:
                 items.append(with_refs(item, tensors))
-        return items if kind is list else tuple(items)
+        return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, Tensor):
         tensors.append(value)
         return Ref(len(tensors) - 1)
-    if kind is dict:
+    if isinstance(value, dict):
         return {k: with_refs(v, tensors) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return kind(*[with_refs(v, tensors) for v in value])
-    if isinstance(value, (tuple, list, dict)):
-        tensors += tensors_in(value)  # a class of somebody's own, which stays as it is
-    return value
+    return kind(*[with_refs(v, tensors) for v in value]) if named else value
 
 
 def _without_refs(value: Any, tensors: Sequence[Tensor]) -> Any:

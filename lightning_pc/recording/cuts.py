@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from lightning_pc.errors import RecordingError
+from lightning_pc.errors import FLOAT16, RecordingError, UnsupportedError
 from lightning_pc.nodes.energies import Energy
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import Call, Ref
@@ -29,7 +29,6 @@ from lightning_pc.recording.sites import (
     hand,
     leaves_of,
     rounding_of,
-    saved_elsewhere,
 )
 from lightning_pc.recording.slots import first
 from lightning_pc.recording.task import Task
@@ -77,6 +76,8 @@ class Cuts(Recorder):
         if entry is None:
             site.why = FROZEN
             return None
+        if mu.dtype is torch.float16:
+            raise UnsupportedError(FLOAT16.format(f"'{site.name}'"))
         call = self._append(Call(first, (Ref(0),), {}, (entry.slot,)))
         site.mu, site.slot = entry.slot, self._new_slot()
         call.fills = (site.slot,)
@@ -96,7 +97,7 @@ class Cuts(Recorder):
             site.node.rounding = rounding_of(mu)
             if form is None:
                 site.leaves = leaves_of(mu)
-            elif form.keeps[index] and not saved_elsewhere():
+            elif form.keeps[index] and not self.elsewhere:
                 prediction = mu.detach()
                 site.edge = get_gradient_edge(mu)
                 site.first = prediction.clone() if overwritten else prediction

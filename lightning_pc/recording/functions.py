@@ -175,7 +175,8 @@ _DRAWING = frozenset(
 )
 #: Functions that move running statistics without making a new version of them.
 NORMS = frozenset((F.batch_norm, F.instance_norm, torch.batch_norm, torch.instance_norm))
-_WRITING = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"))
+_OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_WRITING = frozenset(("__setitem__", *(f"__i{name}__" for name in _OPERATORS)))
 #: Types of what a passive function gives.
 TELLS = frozenset((bool, int, float, torch.Size, torch.dtype, torch.device, torch.layout))
 

@@ -47,7 +47,7 @@ class LossCall:
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: Size of dimension 0 of its target (or input, where there is none).
         divisor: What a mean was divided by; None for the other reductions.
-        gradient: d loss / d output, []; None before the first backward and where none arrives.
+        gradient: d loss / d output, []; None where it was not asked for and where none arrives.
         slot: Of its output in the recording.
     """
 
@@ -111,8 +111,7 @@ def read_loss_call(
 def loss_terms(calls: list[LossCall]) -> float | None:
     """M on which the calls agree, None where they do not or where there is none.
 
-    A sum counts the terms by which the user divided it afterwards, 1 / (d loss / d call), and so
-    needs the first backward behind it.
+    A sum counts the terms by which the user divided it afterwards, 1 / (d loss / d call).
     """
     terms: list[float] = []
     tolerance = 1e-6
@@ -160,7 +159,7 @@ def count_terms(
 
     Args:
         given: The argument ``loss_terms=``.
-        calls: On which the loss depends; a sum needs the first backward behind it.
+        calls: On which the loss depends.
         batch: What the forward was given, () or (batch, ...).
         batch_size: Asked where there is no call of a loss function.
         otherwise: Taken where that does not know either.

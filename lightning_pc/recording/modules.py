@@ -110,8 +110,10 @@ class Modules(Cuts):
         changed = False
         if call.mu is not None and call.handed is not None:
             same = isinstance(output, Tensor) and output.shape == call.mu.shape
-            kind = self._kind(call.module)
-            verdict = self.learned.nonlinearity.setdefault(kind, same and call.nonlinear)
+            kind, inside = self._kind(call.module), self.calls[self.sites[call.start].at :]
+            weighs = any(slot in self.parameters for call in inside for slot in call.reads)
+            bends = same and call.nonlinear and not weighs
+            verdict = self.learned.nonlinearity.setdefault(kind, bends)
             self._settle(call.start, verdict)
             if call.handed._version != call.version:  # it wrote to its input: so do we
                 self.learned.writes.add(kind)

@@ -20,7 +20,8 @@ from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, current_context, tensors_in, with_refs
 from lightning_pc.recording.draws import Draws
 from lightning_pc.recording.functions import NORMS, TELLS, Function, Traits
-from lightning_pc.recording.slots import Entry, Slots, is_continuous, version_of
+from lightning_pc.recording.sites import saved_elsewhere
+from lightning_pc.recording.slots import Entry, Slots, first, is_continuous, version_of
 from lightning_pc.recording.task import Task
 
 
@@ -37,13 +38,16 @@ class Recorder(Slots, TorchFunctionMode):
     """Records the calls of one forward.
 
     Args:
-        task: As of `Slots`; if the batch is undone, the tensors that the model owns are put back.
+        task: As of `Slots`. `undo` puts back what the forward has written to of the model's.
+
+    Attributes:
+        elsewhere: Hooks (gradient checkpoints) hold what autograd would save of some call.
     """
 
     def __init__(self, task: Task) -> None:
         Slots.__init__(self, task)
         TorchFunctionMode.__init__(self)
-        self.known = task.learned.functions
+        self.known, self.elsewhere = task.learned.functions, False
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self.device = "cuda" if cuda else "cpu"
         self._undo: list[tuple[Tensor, Tensor]] = []
@@ -73,7 +77,8 @@ class Recorder(Slots, TorchFunctionMode):
         copies: dict[int, Tensor] = {}
         careful = traits.writes or not traits.met or "out" in kwargs
         if careful:
-            if traits.writes and (entries[0] is None or not entries[0].depends):
+            constant = entries[0] is None or not entries[0].depends
+            if constant and traits.writes and function not in NORMS:
                 entries[0] = self._take_memory(tensors[0]) or entries[0]
             copies = self._copies(tensors, entries)
             # What the user wrote may draw or write now and then.
@@ -101,7 +106,7 @@ class Recorder(Slots, TorchFunctionMode):
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
         if not rewritten and not [t for t in results if t.requires_grad or is_continuous(t)]:
-            if function is Tensor.register_hook:
+            if function is Tensor.register_hook and entries[0] is not None:
                 self._hook(entries[0], args[1], output)
             return output
         constants = [i for i, entry in enumerate(entries) if entry is None or not entry.depends]
@@ -112,6 +117,7 @@ class Recorder(Slots, TorchFunctionMode):
             else self._constant(tensors[i], copies.get(i) if i in copied else None)
             for i, entry in enumerate(entries)
         ]
+        self.elsewhere = self.elsewhere or saved_elsewhere()
         call = Call(function, shown, named, tuple(reads), current_context(self.device))
         self._append(call, call.context, tuple(rewritten), len(results))
         if draws:
@@ -138,6 +144,9 @@ class Recorder(Slots, TorchFunctionMode):
             for tensor in tensors:
                 self._before_write(tensor)
         output = function(*args, **kwargs)
+        if any(made.requires_grad for made in tensors_in(output)):
+            for tensor in tensors:
+                self._refuse_early(tensor)
         if type(output) in TELLS:
             traits.passive = True
         elif all(map(self._is_still, tensors)):
@@ -199,17 +208,19 @@ class Recorder(Slots, TorchFunctionMode):
             if entry.depends or known is None:
                 continue
             memory = tensor.untyped_storage()._cdata if memory is None else memory
-            if known.untyped_storage()._cdata == memory:
+            if known.layout is torch.strided and known.untyped_storage()._cdata == memory:
                 self.given[entry.slot] = known.detach().clone()
                 del self._entries[other]
 
-    def _hook(self, entry: Entry | None, hook: Any, handle: Any) -> None:
-        slot = None if entry is None else entry.slot
-        for call in reversed(self.calls):
-            if slot in call.fills:
-                hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
-                call.hooks += ((call.fills.index(slot), hook, handle.id, hooks),)
-                return
+    def _hook(self, entry: Entry, hook: Any, handle: Any) -> None:
+        tensor = entry.ref()
+        if tensor is None or entry.slot in self.given:
+            return
+        if not any(entry.slot in call.fills for call in self.calls):  # it was written to
+            entry = self._insert(tensor, first, entry.slot)
+        call = next(call for call in reversed(self.calls) if entry.slot in call.fills)
+        hooks = handle.hooks_dict_ref()  # held, or it would go with the tensor
+        call.hooks += ((call.fills.index(entry.slot), hook, handle.id, hooks),)
 
     @torch.no_grad()
     def undo(self) -> None:

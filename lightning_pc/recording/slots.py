@@ -101,13 +101,18 @@ class Slots:
             if entry.depends and version_of(tensor) != entry.version:
                 return self._rewritten(tensor, entry)
             return entry
-        if self._memories:
+        if self._memories and tensor.layout is torch.strided:
             memory = tensor.untyped_storage()._cdata
             if memory in self._memories:
                 return self._seen_in(tensor, memory)
         return self._from_outside(tensor) if tensor.requires_grad else None
 
-    def _from_outside(self, tensor: Tensor) -> Entry:
+    def _refuse_early(self, tensor: Tensor) -> None:
+        """A gradient would go to what was computed before the forward."""
+        if tensor.requires_grad and (wrong := self.task.early(tensor)):
+            raise ClosureError(wrong)
+
+    def _from_outside(self, tensor: Tensor) -> Entry | None:
         root = tensor if tensor.grad_fn is None else tensor._base
         if root is None or root.grad_fn is not None:
             function: Any = tensor.grad_fn
@@ -118,15 +123,15 @@ class Slots:
                     "function, a C++ extension or a function transform. What stands above it would "
                     "not learn. Use the plain PyTorch version of that call while training."
                 )
-            if wrong := self.task.early(tensor):
-                raise ClosureError(wrong)
+            if self.task.early(tensor):
+                return None  # a constant, as long as no gradient goes there
         slot = self._new_slot()
         self.given[slot] = tensor
         self._weights.append(tensor)
         if isinstance(root, nn.Parameter):
             self.parameters[slot] = root
         same = self._slot_of.setdefault(id(tensor if root is None else root), slot)
-        self.keys.append(("trainable", tensor is root, same))
+        self.keys.append(("trainable", tensor is root, slot in self.parameters, same))
         entry = self._entries[id(tensor)] = Entry(tensor, slot, True)
         return entry
 
@@ -137,6 +142,8 @@ class Slots:
             if content is not None:
                 self.given[entry.slot] = content
             return entry.slot
+        if torch.is_grad_enabled():
+            self._refuse_early(tensor)
         slot = self._new_slot()
         self.given[slot] = tensor if content is None else content
         if not tensor.requires_grad:
@@ -180,8 +187,9 @@ class Slots:
     def _seen_in(self, tensor: Tensor, memory: int) -> Entry:
         """A tensor in memory that the recording writes to, after all writes so far."""
         place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-        since = [slot for at, slot in self._writes if at == memory]
-        return self._insert(tensor, view_of, self._memories[memory], *since, further=(place,))
+        start = self._memories[memory]  # before that another tensor may have been there
+        since = [slot for at, slot in self._writes if at == memory and slot > start]
+        return self._insert(tensor, view_of, start, *since, further=(place,))
 
     def _new_slot(self) -> int:
         self.slots += 1

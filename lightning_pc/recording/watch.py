@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -73,9 +72,8 @@ class Watch(Modules):
 
     def _apply(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A Function of the user's, whose own backward it keeps, is one call."""
-        mine = threading.get_ident() == self._thread and not self._inside
         modes: list[Any] = torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
-        if not mine or self not in modes:
+        if self._inside or self not in modes:
             return Applied.of(kind)(*args, **kwargs)
         if kind is CheckpointFunction:
             return args[0](*args[2:])  # pieces hold no activations that it could save

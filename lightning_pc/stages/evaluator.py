@@ -79,9 +79,9 @@ class Evaluator:
     def learned(self, parameters: Iterable[nn.Parameter]) -> None:
         """Takes in that these parameters have moved."""
         if self._fresh:
-            moved, given = set(parameters), self.batch.watch.parameters
+            moved, weights = set(parameters), self.batch.watch.parameters
             for piece in [*self._fresh]:
-                if any(given.get(slot) in moved for slot in piece.given):
+                if any(weights.get(slot) in moved for slot in piece.given):
                     self._spend(piece)
 
     def moved(self, nodes: Iterable[Node]) -> None:

@@ -57,7 +57,8 @@ class LocalErrors(Evaluator):
                     roots.append(get_gradient_edge(mu) if edge is None else edge)
                     errors.append(slopes.dmu.to(mu.dtype))
             if self.steady and not piece.values:  # it stays
-                self.batch.site(number).first = mu.detach()
+                site = self.batch.site(number)
+                site.first, site.version = mu.detach(), mu._version
             return node.x
 
         loss = self._forward(piece, standing, counts, bool(inputs), meet)
@@ -82,8 +83,8 @@ class LocalErrors(Evaluator):
         sites = [(number, self.batch.site(number)) for number in standing]
         left = [(number, site.first, site.edge) for number, site in sites]
         serves = piece in self._fresh and (self.batch.whole or not counts)
-        for _, mu, edge in left:
-            serves = serves and (mu if not differentiated else edge) is not None
+        for _, site in sites:
+            serves = serves and site.stays and (site.edge is not None or not differentiated)
         if differentiated or not serves:
             self._spend(piece)
         if self.steady and not piece.values:

@@ -14,7 +14,7 @@ from lightning_pc.errors import ClosureError, PCError, RecordingError
 from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.draws import RandomStates
-from lightning_pc.recording.sites import Site, leaves_of, saved_elsewhere
+from lightning_pc.recording.sites import Site, leaves_of
 from lightning_pc.recording.task import Learned, Task
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.analysis import Analysis
@@ -118,10 +118,10 @@ class Recordings:
         return batch
 
     def _batch(self, watch: Watch, loss: Tensor, graph: Graph) -> Batch:
-        whole = not saved_elsewhere()
+        whole = not watch.elsewhere
         for site, why in zip(watch.sites, graph.expected.why, strict=True):
             site.why, whole = why, whole and not (why and site.node)
-            if why or (site.first is not None and site.first._version != site.version):
+            if why:
                 site.edge = site.first = None
         watch.number_calls()
         nodes: list[Node] = []

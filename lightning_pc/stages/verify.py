@@ -53,7 +53,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
     watch, held = batch.watch, dict[int, int]()
 
     def pack(tensor: Tensor) -> None:
-        held.setdefault(memory_of(tensor), tensor.nbytes)
+        held.setdefault(memory_of(tensor), tensor.numel() * tensor.element_size())
 
     def meet(number: int, mu: Tensor) -> Tensor:
         node = batch.nodes[number]
