@@ -6,6 +6,7 @@ import re
 import warnings
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,14 @@ from torch import nn
 from lightning_pc import explain
 from lightning_pc.errors import DivergenceError
 from lightning_pc.inference.conjugate import Conjugate
+from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.movers import Descent
 from lightning_pc.inference.relax import Trace
+from lightning_pc.inference.schedules import schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
+from lightning_pc.nodes.energies import Gaussian
+from lightning_pc.nodes.node import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 
 PATIENCE = inspect.signature(Alerts).parameters["patience"].default
@@ -97,6 +102,14 @@ def test_a_rise_along_conjugate_gradients_is_not_gammas_fault():
     assert "Use momentum=0." in explain(optimizer.report)
 
 
+def inferred(trace, mover, algorithm="pc", nodes="ab", **others):
+    """An inference that is over."""
+    nodes = [Node(name, torch.zeros(1), Gaussian()) for name in nodes]
+    given = {"auto": None, "age": None, "seen": None} | others
+    evaluator, way = SimpleNamespace(nodes=nodes), schedule(algorithm)
+    return SimpleNamespace(trace=trace, mover=mover, evaluator=evaluator, schedule=way, **given)
+
+
 @pytest.mark.parametrize(
     ("mover", "automatic", "algorithm", "cure"),
     [
@@ -107,10 +120,10 @@ def test_a_rise_along_conjugate_gradients_is_not_gammas_fault():
     ],
 )
 def test_a_divergence_says_what_to_change(mover, automatic, algorithm, cure):
-    trace = Trace()
+    trace, auto = Trace(), AutoGamma(1.4, 0.9, 1.6) if automatic else None
     for a, b, loss in ((0.0, 0.0, 1.0), (5.0, 1.0, 1.0), (6.0, 20.0, 1.0), (1.0, math.inf, 2.0)):
         trace.take_in(torch.tensor(loss), torch.tensor([a, b]), 1.0, 3.0)
-    message = str(divergence(["a", "b"], trace, 4, mover, automatic, algorithm))
+    message = str(divergence(inferred(trace, mover, algorithm, auto=auto, age=4)))
     assert "t = 7 the energy at value node 'b' is not finite (loss 2). No weight" in message
     assert "F rose before: the energy at value node 'b' went from 1 to 20" in message
     assert cure in message
@@ -123,7 +136,7 @@ def test_a_divergence_of_the_loss_or_of_a_sum_alone():
         trace = Trace()
         for a, b in ((1.0, [0.0, 0.0]), (1.0, [0.5, 0.1]), (loss, energies)):
             trace.take_in(torch.tensor(a), torch.tensor(b), 1.0, 1.0)
-        told.append(str(divergence(["a", "b"], trace, 0, Descent(0.1), False, "pc")))
+        told.append(str(divergence(inferred(trace, Descent(0.1), "pc"))))
     assert "At inference step t = 2 the loss is not finite (loss nan)" in told[0]
     assert "At inference step t = 2 the energy at value node 'b' is not finite (loss 1)" in told[1]
 
@@ -277,7 +290,7 @@ def alerts(first, ends, patience=3):
         warnings.simplefilter("always")
         for start, end in [(first, first - 1), *ends]:
             trace = Trace(free=[torch.tensor(start), torch.tensor(end)])
-            told.after([], Descent(0.1), None, trace, report)
+            told.after(inferred(trace, Descent(0.1), nodes=""), report)
     return [str(each.message) for each in said]
 
 

@@ -10,7 +10,7 @@ from problems import far
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_pc.errors import ClosureError
+from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 
 every = pytest.mark.parametrize("algorithm", [PC, IPC, EPC, IEPC])
@@ -328,3 +328,34 @@ def test_two_trainings_side_by_side_leave_functions_as_they_were():
         thread.join()
     assert not faults
     assert vars(torch.autograd.function._SingleLevelFunction).get("apply") is before
+
+
+def test_a_backward_that_adds_to_gradients_by_itself_is_an_error():
+    class Reversible(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, layer):
+            ctx.layer = layer
+            ctx.save_for_backward(x)
+            with torch.no_grad():
+                return x + layer(x)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            with torch.enable_grad():
+                torch.autograd.backward(x + ctx.layer(x), gradient)
+            return x.grad, None
+
+    model, (x, y) = Written(True).double(), data()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+
+    def loss():
+        h = Reversible.apply(torch.tanh(model.a(x)), model.b)
+        return F.cross_entropy(model.c(torch.tanh(h)), y)
+
+    with pytest.raises(RecordingError, match="reversible"):
+        optimizer.step(loss)
+    assert all(p.grad is None for p in model.parameters())
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_pc.errors import PCError, RecordingError
+from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import run
 from lightning_pc.recording.draws import Draws
 from lightning_pc.recording.sites import leaves_of
@@ -41,6 +42,8 @@ def check(batch: Batch) -> None:
         read = [batch.nodes[n].x for n in piece.values.values() or piece.nodes]
         known = {memory_of(tensor) for tensor in (*batch.environment(piece).values(), *read)}
         held = _run_again(batch, piece)
+        if any(isinstance(batch.watch.calls[i].function, Applied) for i, *_ in piece.program):
+            _check_backward(batch, piece)
         size = sum(n for at, n in held.items() if at not in known)
         for number in piece.nodes:
             graph.expected.keeps[graph.sites[number]] = size <= KEPT * sum(x.nbytes for x in read)
@@ -84,6 +87,37 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
         rounding = max([eps, *(site.node.rounding for site in watch.sites if site.node)])
         _check_same(env[batch.graph.loss], batch.loss, "the loss", rounding)
     return held
+
+
+def _check_backward(batch: Batch, piece: Piece) -> None:
+    """A backward of the user's own adds to no ``.grad`` where it is asked for values alone."""
+    outputs: list[Tensor] = []
+
+    def meet(number: int, mu: Tensor) -> Tensor:
+        outputs.append(mu)
+        return batch.nodes[number].x
+
+    env = batch.environment(piece)
+    with torch.enable_grad():
+        run(batch.watch.calls, piece.program, env, meet)
+    outputs += [env[batch.graph.loss]] if piece.loss else []
+    outputs = [out for out in outputs if out.requires_grad]
+    values = [batch.nodes[n].x for n in piece.parents]
+    if not outputs or not values:
+        return
+    weights = [p for m in batch.watch.task.names for p in m._parameters.values() if p is not None]
+    before = [(p.grad, p.grad._version if p.grad is not None else 0) for p in weights]
+    zeros = [torch.zeros_like(out) for out in outputs]
+    torch.autograd.grad(outputs, values, zeros, allow_unused=True)
+    for weight, (gradient, version) in zip(weights, before, strict=True):
+        made = weight.grad
+        if made is not None and (made is not gradient or made._version != version):
+            weight.grad = gradient  # to one that is there zeros were added
+            raise RecordingError(
+                f"The backward of an autograd.Function adds to the gradient of a parameter of "
+                f"shape {tuple(weight.shape)} by itself, as reversible blocks do to save memory. "
+                "It would do so at each inference step: leave it out while training."
+            )
 
 
 def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name: str) -> None:
