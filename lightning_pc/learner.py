@@ -22,7 +22,7 @@ from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
 from lightning_pc.precisions import Wave, precisions
-from lightning_pc.recording.draws import Draws
+from lightning_pc.recording.draws import Draws, RandomStates
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
 from lightning_pc.stages.batch import Batch, counted_calls
@@ -209,14 +209,17 @@ class Learner:
         self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
     ) -> tuple[Batch, int]:
         """The batch that a forward gives and the T it would get; what it changed is put back."""
-        with self._recordings.undone(self._held()):
+        start, put_back = RandomStates(), self._recordings.model.save(self._held() or set())
+        try:
             self.begin(forward, loss_of)
-            waiting, self._waiting = self._waiting, None
-            if waiting is None:
-                raise ClosureError(
-                    "The forward returned no loss, so there is no graph to describe."
-                )
+            if (waiting := self._waiting) is None:
+                told = "The forward returned no loss, so there is no graph to describe."
+                raise ClosureError(told)
             waiting.batch.watch.undo()
+        finally:
+            self._waiting = None
+            put_back()
+            start.restore()
         return waiting.batch, waiting.T
 
     def _infer(

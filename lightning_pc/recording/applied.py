@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -36,9 +37,10 @@ class Applied:
         return _plain.__get__(None, self.kind)(*args, **kwargs)
 
 
-_recording = threading.local()  # who is met there, of each thread
-_patch = threading.Lock()
-_many = 0  # forwards that are recorded now, in all threads
+_recording = threading.local()  # who is met, of each thread
+_shared = ExitStack()  # what all threads share while one of them records
+_lock = threading.Lock()
+_many = 0  # forwards that are recorded now
 
 
 def _apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -48,18 +50,25 @@ def _apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def functions_met(meet: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Inside, ``meet(kind, args, kwargs)`` is called in the place of this thread's `apply`."""
+    """Inside, ``meet(kind, args, kwargs)`` is called in the place of this thread's `apply`.
+
+    Compiled functions, which hide what they call, run as they are written.
+    """
     global _many
     meets: list[Any] = vars(_recording).setdefault("meets", [])
-    with _patch:
+    with _lock:
+        if not _many:
+            _next.apply = classmethod(_apply)
+            _shared.callback(delattr, _next, "apply")
+            if "torch._dynamo" in sys.modules:
+                _shared.enter_context(torch.compiler.set_stance("force_eager"))
         _many += 1
-        _next.apply = classmethod(_apply)
     meets.append(meet)
     try:
         yield
     finally:
         meets.pop()
-        with _patch:
+        with _lock:
             _many -= 1
             if not _many:
-                del _next.apply
+                _shared.close()

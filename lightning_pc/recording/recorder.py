@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, current_context, tensors_in, with_refs
 from lightning_pc.recording.draws import Draws
-from lightning_pc.recording.functions import NORMS, TELLS, Function, Traits
+from lightning_pc.recording.functions import NORMS, TELLS, Function
 from lightning_pc.recording.sites import saved_elsewhere
 from lightning_pc.recording.slots import Entry, Slots, first, is_continuous, version_of
 from lightning_pc.recording.task import Task
@@ -72,7 +72,7 @@ class Recorder(Slots, TorchFunctionMode):
             depends = depends or (entry is not None and entry.depends)
         traits = self.known[function]
         if not depends:
-            return self._constantly(function, args, kwargs, tensors, traits)
+            return self._constantly(function, args, kwargs, tensors)
         draws = self._states(tensors, kwargs) if traits.draws or not traits.met else ()
         copies: dict[int, Tensor] = {}
         careful = traits.writes or not traits.met or "out" in kwargs
@@ -131,25 +131,21 @@ class Recorder(Slots, TorchFunctionMode):
         return output
 
     def _constantly(
-        self,
-        function: Function,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        tensors: list[Tensor],
-        traits: Traits,
+        self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], of: list[Tensor]
     ) -> Any:
-        """Makes a call whose result is a constant of the batch."""
+        """Makes a call ``of`` tensors whose result is a constant of the batch."""
+        traits = self.known[function]
         in_place = kwargs.get("inplace") or any(value is True for value in args)
         if traits.writes or in_place or "out" in kwargs:
-            for tensor in tensors:
+            for tensor in of:
                 self._before_write(tensor)
         output = function(*args, **kwargs)
         if any(made.requires_grad for made in tensors_in(output)):
-            for tensor in tensors:
+            for tensor in of:
                 self._refuse_early(tensor)
         if type(output) in TELLS:
             traits.passive = True
-        elif all(map(self._is_still, tensors)):
+        elif all(map(self._is_still, of)):
             self._keep_still(output)
         return output
 

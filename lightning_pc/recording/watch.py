@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -65,8 +64,6 @@ class Watch(Modules):
             ):
                 stack.callback(handle.remove)
             stack.enter_context(functions_met(self._apply))
-            if "torch._dynamo" in sys.modules:  # compiled functions run as they are written
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             with self:
                 yield
 

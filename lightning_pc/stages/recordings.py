@@ -135,16 +135,6 @@ class Recordings:
             nodes.append(node)
         return Batch(watch, graph, nodes, loss, whole)
 
-    @contextmanager
-    def undone(self, held: set[nn.Parameter] | None) -> Iterator[None]:
-        """What is recorded inside changes neither the model nor the generators."""
-        start, put_back = RandomStates(), self.model.save(held or set())
-        try:
-            yield
-        finally:
-            put_back()
-            start.restore()
-
     def keep_in_mind(self, batch: Batch) -> None:
         """The values of a batch stand for the weights that predicted them."""
         self._behind = {

@@ -42,8 +42,6 @@ def check(batch: Batch) -> None:
         read = [batch.nodes[n].x for n in piece.values.values() or piece.nodes]
         known = {memory_of(tensor) for tensor in (*batch.environment(piece).values(), *read)}
         held = _run_again(batch, piece)
-        if any(isinstance(batch.watch.calls[i].function, Applied) for i, *_ in piece.program):
-            _check_backward(batch, piece)
         size = sum(n for at, n in held.items() if at not in known)
         for number in piece.nodes:
             graph.expected.keeps[graph.sites[number]] = size <= KEPT * sum(x.nbytes for x in read)
@@ -53,19 +51,23 @@ def check(batch: Batch) -> None:
 
 def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
     """Checks what a piece gives; returns what autograd holds of it, memory -> bytes."""
-    watch, held = batch.watch, dict[int, int]()
+    watch, held, outputs = batch.watch, dict[int, int](), list[Tensor]()
+    calls = [watch.calls[i] for i, *_ in piece.program]
+    applied = any(isinstance(call.function, Applied) for call in calls)
 
-    def pack(tensor: Tensor) -> None:
+    def pack(tensor: Tensor) -> Tensor | None:
         held.setdefault(memory_of(tensor), tensor.numel() * tensor.element_size())
+        return tensor.detach() if applied else None
 
     def meet(number: int, mu: Tensor) -> Tensor:
         node = batch.nodes[number]
         if watch.task.kept is None:  # kept values have moved
             _check_same(mu, node.x, f"'{node.name}'", node.rounding)
+        outputs.append(mu)
         return node.x
 
     before, env = torch.get_rng_state(), batch.environment(piece)
-    with torch.enable_grad(), saved_tensors_hooks(pack, lambda _: None):  # type: ignore[arg-type,return-value]
+    with torch.enable_grad(), saved_tensors_hooks(pack, lambda kept: kept):
         try:
             run(watch.calls, piece.program, env, meet)
         except (PCError, torch.OutOfMemoryError):
@@ -76,8 +78,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
                 "something from one call to the next, such as the cache of an "
                 "autograd.Function (transformers: use_cache=False)."
             ) from error
-    draws = any(watch.calls[i].draws for i, *_ in piece.program)
-    if not draws and not torch.equal(before, torch.get_rng_state()):
+    if not any(call.draws for call in calls) and not torch.equal(before, torch.get_rng_state()):
         raise RecordingError(
             "A call of the forward drew from a random generator now and then only, so that it "
             "cannot be repeated: draw before the forward."
@@ -86,21 +87,14 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
         eps = torch.finfo(batch.loss.dtype).eps
         rounding = max([eps, *(site.node.rounding for site in watch.sites if site.node)])
         _check_same(env[batch.graph.loss], batch.loss, "the loss", rounding)
+        outputs.append(env[batch.graph.loss])
+    if applied:
+        _check_backward(batch, piece, outputs)
     return held
 
 
-def _check_backward(batch: Batch, piece: Piece) -> None:
+def _check_backward(batch: Batch, piece: Piece, outputs: list[Tensor]) -> None:
     """A backward of the user's own adds to no ``.grad`` where it is asked for values alone."""
-    outputs: list[Tensor] = []
-
-    def meet(number: int, mu: Tensor) -> Tensor:
-        outputs.append(mu)
-        return batch.nodes[number].x
-
-    env = batch.environment(piece)
-    with torch.enable_grad():
-        run(batch.watch.calls, piece.program, env, meet)
-    outputs += [env[batch.graph.loss]] if piece.loss else []
     outputs = [out for out in outputs if out.requires_grad]
     values = [batch.nodes[n].x for n in piece.parents]
     if not outputs or not values:
