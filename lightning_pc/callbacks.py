@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_pc.errors import require, shown
 from lightning_pc.plots import plot_history
+from lightning_pc.precisions import is_number
 from lightning_pc.refusals import at_the_door
 from lightning_pc.settings import refuse
 from lightning_pc.strategy import PCStrategy
@@ -27,8 +29,7 @@ class EnergyMonitor(pl.Callback):
 
     ``pc/energy`` is the energy of all nodes at the last inference step, per loss term; it also
     stands in the progress bar. ``pc/gamma`` is the inference rate in use, ``pc/curvature`` the
-    curvature by which ``gamma="auto"`` goes (gamma times it must stay below 2), ``pc/steps`` the
-    number of inference steps.
+    curvature by which ``gamma="auto"`` goes (gamma times it must stay below 2), ``pc/steps`` is T.
 
     Args:
         per_node: Log ``pc/energy/<node>`` as well.
@@ -41,12 +42,14 @@ class EnergyMonitor(pl.Callback):
             ``most`` at most; the energies are scalar tensors.
 
     Raises:
-        MisconfigurationException: The Trainer's strategy is no `PCStrategy`, or matplotlib is
-            missing.
+        MisconfigurationException: An argument or the strategy is wrong, or matplotlib missing.
     """
 
     def __init__(self, per_node: bool = False, plot: str | None = None, most: int = 1000) -> None:
         self.per_node, self.plot, self.most = per_node, plot, most
+        told = f"EnergyMonitor(most={shown(most)}): expected a number of batches, >= 1."
+        with at_the_door():
+            refuse({told: not (is_number(most) and most >= 1)})
         self.history: list[tuple[int, dict[str, Tensor]]] = []
 
     @at_the_door()
@@ -56,12 +59,9 @@ class EnergyMonitor(pl.Callback):
             return
         self.history.clear()
         self._batches, self._every = 0, 1
-        given, plot = self.plot is not None, f"EnergyMonitor(plot={self.plot!r})"
+        given, plot = self.plot is not None, f"EnergyMonitor(plot={shown(self.plot)})"
+        require(PCStrategy, trainer.strategy, "EnergyMonitor: expected a Trainer with a PCStrategy")
         refused = {
-            f"EnergyMonitor watches a PCStrategy, the Trainer uses "
-            f"{type(trainer.strategy).__name__}: remove one of the two.": (
-                not isinstance(trainer.strategy, PCStrategy)
-            ),
             f"{plot}: expected a file name that ends in one of {', '.join(FORMATS)}.": (
                 given and not str(self.plot).endswith(FORMATS)
             ),

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_pc.errors import ClosureError, ConfigError
+from lightning_pc.errors import ClosureError, require
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse_unknown
 
@@ -110,28 +110,20 @@ def describe(
     Raises:
         PCError: The nodes cannot stand there.
     """
-    given = Settings() if how is None else getattr(how, "settings", None)
-    if not isinstance(given, Settings):
-        raise ConfigError(
-            f"describe(model, batch, {how!r}): expected a PCStrategy or an optimizer of "
-            "lightning_pc.optim."
-        )
+    told = "describe(model, batch, how): expected"
+    require(nn.Module, model, f"{told} the nn.Module to train")
+    given = Settings() if how is None else getattr(how, "settings", how)
+    require(Settings, given, f"{told} a PCStrategy or an optimizer of lightning_pc.optim")
     refuse_unknown("describe", settings)
     learner = Learner(model, replace(given, **settings))
     with torch.enable_grad():
         batch, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
     sizes = [sum(p.numel() for p in batch.parameters(stage)) for stage in batch.graph.stages]
-    rows = [
-        NodeRow(
-            name=node.name,
-            shape=tuple(node.x.shape),
-            energy=node.energy.name,
-            parents=tuple(batch.nodes[number].name for number in stage.parents),
-            depth=node.depth,
-            parameters=size,
-        )
-        for node, stage, size in zip(batch.nodes, batch.graph.stages, sizes, strict=False)
-    ]
+    rows = []
+    for node, stage, size in zip(batch.nodes, batch.graph.stages, sizes, strict=False):
+        parents = tuple(batch.nodes[number].name for number in stage.parents)
+        shape, energy = tuple(node.x.shape), node.energy.name
+        rows.append(NodeRow(node.name, shape, energy, parents, node.depth, size))
     passed = [NodeRow(site.name, site.shape, why=site.why) for site in batch.sites if site.why]
     description = Description(rows, passed, batch.graph.depth, steps, sizes[-1])
     if print_table:
@@ -159,8 +151,6 @@ def _any_loss(output: Any) -> Tensor:
         return loss
     leaves = [v for v in pytree.tree_leaves(output) if isinstance(v, Tensor) and v.requires_grad]
     if not leaves:
-        raise ClosureError(
-            "The module's output holds no tensor with a gradient: pass a closure that returns the "
-            "loss, e.g. describe(model, lambda: loss_fn(model(x), y))."
-        )
+        told = "The module gives no tensor with a gradient: pass a closure that returns the"
+        raise ClosureError(f"{told} loss, e.g. describe(model, lambda: loss_fn(model(x), y)).")
     return torch.stack([leaf.float().sum() for leaf in leaves]).sum()

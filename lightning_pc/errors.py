@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 #: Of whom it is said stands first.
 FLOAT16 = (
     "{} does not train in float16: prediction errors fall below its range, and a gradient scaler "
@@ -40,3 +43,25 @@ class DivergenceError(PCError, FloatingPointError):
 
 class UnsupportedError(PCError, RuntimeError):
     """Something in the model or the set-up cannot be trained with predictive coding (yet)."""
+
+
+def shown(given: object) -> str:
+    """What the user gave, on one line; of what would need more the type alone."""
+    text = repr(given)
+    short = isinstance(given, str) or (len(text) <= 80 and "\n" not in text)
+    return text if short else f"<{type(given).__name__}>"
+
+
+def require(kind: type, given: object, expected: str) -> None:
+    """Refuses what is not of a kind, in the words ``expected``."""
+    if not isinstance(given, kind):
+        raise ConfigError(f"{expected}, got {type(given).__name__}.")
+
+
+def misfit(function: Callable[..., object], *arguments: object) -> str:
+    """Why it cannot be called with so many arguments, "" where it can or (a builtin) hides it."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        return str(error) if isinstance(error, TypeError) else ""
+    return ""

@@ -20,9 +20,8 @@ class AdaptiveCalibrationError(Metric):
 
     Args:
         bins: How many; 15 as is usual. With fewer samples than bins, each sample is a bin.
-        per_class: Asks of each class in turn whether its probability matches the share of samples
-            that belong to it, and takes the mean over classes; otherwise the highest probability of
-            each sample is asked about.
+        per_class: Asks of each class whether its probability matches the share of samples in it,
+            and takes the mean over classes; otherwise each sample's highest probability is asked.
         kwargs: Of `torchmetrics.Metric`.
 
     Raises:
@@ -54,10 +53,8 @@ class AdaptiveCalibrationError(Metric):
             labels: Classes [B].
         """
         if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1]:
-            raise ValueError(
-                f"Probabilities {tuple(probabilities.shape)} and labels {tuple(labels.shape)}: "
-                "expected [B, classes] and [B]."
-            )
+            told = f"Probabilities {tuple(probabilities.shape)} and labels {tuple(labels.shape)}"
+            raise ValueError(f"{told}: expected [B, classes] and [B].")
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(f"Labels are {labels.dtype}: expected integers.")
         if len(labels):
@@ -65,10 +62,8 @@ class AdaptiveCalibrationError(Metric):
             if not (probabilities >= 0).all() or not ((sums - 1).abs() < 1e-2).all():
                 raise ValueError("Rows are no probabilities: expected softmax(logits), sums of 1.")
             if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
-                raise ValueError(
-                    f"Labels reach from {labels.min()} to {labels.max()}: expected 0 to "
-                    f"{probabilities.shape[1] - 1}."
-                )
+                told = f"Labels reach from {labels.min()} to {labels.max()}"
+                raise ValueError(f"{told}: expected 0 to {probabilities.shape[1] - 1}.")
         self.probabilities.append(probabilities.detach())
         self.labels.append(labels.detach())
 

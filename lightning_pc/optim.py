@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_pc.errors import ClosureError, ConfigError, PCError
+from lightning_pc.errors import ClosureError, ConfigError, PCError, misfit, require
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse, refuse_unknown
@@ -20,10 +20,9 @@ from lightning_pc.settings import Settings, refuse, refuse_unknown
 #: Where an optimizer's state dict holds the learner's.
 STATE = "lightning_pc"
 _CLOSURE = (
-    "Its step needs a closure that returns the loss: step(lambda: loss_fn(model(x), y)). Loops "
-    "that call loss.backward() and step() themselves (transformers.Trainer, gradient scalers) "
-    "cannot train with predictive coding: write the loop, or use Lightning's Trainer with "
-    "PCStrategy."
+    "Write optimizer.step(lambda: loss_fn(model(x), y)). Loops that call loss.backward() and step() "
+    "themselves (transformers.Trainer, gradient scalers) cannot train with predictive coding: write "
+    "the loop, or use Lightning's Trainer with PCStrategy."
 )
 
 
@@ -46,8 +45,7 @@ class PredictiveCodingOptimizer(Optimizer):
     Args:
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
-        settings: By name, as `lightning_pc.settings.Settings` describes them: ``T``, ``gamma``,
-            ``value_nodes`` and the others.
+        settings: By name: ``T``, ``gamma`` and others, of `lightning_pc.settings.Settings`.
 
     Raises:
         ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
@@ -59,15 +57,9 @@ class PredictiveCodingOptimizer(Optimizer):
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, **settings: Any) -> None:
         door = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"{door}(optimizer, model): expected the nn.Module that is trained, got "
-                f"{type(model).__name__}."
-            )
+        require(nn.Module, model, f"{door}(optimizer, model): expected the nn.Module to train")
         refuse_optimizer(optimizer, model)
-        if "algorithm" in settings:
-            raise ConfigError(f"{door} is one algorithm: leave algorithm= out.")
-        refuse_unknown(door, settings)
+        refuse_unknown(door, settings, algorithm=False)
         self._wrap(optimizer, model, Settings(algorithm=self.algorithm, **settings))
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
@@ -112,8 +104,10 @@ class PredictiveCodingOptimizer(Optimizer):
                 DivergenceError where the loss or an energy is not finite; others of the module.
         """
         door = type(self).__name__
-        if closure is None:
-            raise ClosureError(f"{door}.step was given nothing. {_CLOSURE}")
+        if not callable(closure):
+            kind = type(closure).__name__
+            told = f"{door}.step needs a closure that returns the loss, got {kind}. {_CLOSURE}"
+            raise ClosureError(told)
         _refuse_accumulation()
         with torch.enable_grad():
             try:
@@ -124,7 +118,7 @@ class PredictiveCodingOptimizer(Optimizer):
             if loss is None:
                 known = {(id(left()), version) for left, version in self._left}
                 if any((id(g), g._version) not in known for g in self._gradients()):
-                    raise ClosureError(f"{door} does not use what backward() made. {_CLOSURE}")
+                    raise ClosureError(f"{door}.step does not use what backward() made. {_CLOSURE}")
                 return None
             first = loss.detach()
             self.zero_grad()
@@ -172,7 +166,7 @@ class PredictiveCodingOptimizer(Optimizer):
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.optimizer!r})"
+        return f"{type(self).__name__}({self.optimizer!r}{self.settings.changes})"
 
 
 class IPC(PredictiveCodingOptimizer):
@@ -223,11 +217,8 @@ def _refuse_accumulation() -> None:
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
     batches = state().num_steps if state and state._shared_state else 1
     if batches > 1:
-        raise ConfigError(
-            f"Accelerate is to accumulate gradients over {batches} batches, and would run the "
-            "closure of the last of them alone: set gradient_accumulation_steps=1, and take "
-            "larger batches."
-        )
+        told = f"Accelerate would run the closure of the last of {batches} batches alone"
+        raise ConfigError(f"{told}: set gradient_accumulation_steps=1, and take larger batches.")
 
 
 @contextmanager
@@ -272,8 +263,7 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
         if called or moved or (learning and all(p.grad is None for p in parameters)):
             raise ConfigError(
                 f"{type(optimizer).__name__} evaluates its closure more than once a step, or at "
-                "other weights, each of which would be a whole inference: use an optimizer of one "
-                "gradient a step."
+                "other weights, each a whole inference: use an optimizer of one gradient a step."
             )
         called = True
         return closure()
@@ -283,23 +273,23 @@ def once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:
 
 def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
     """Refuses what cannot take a predictive coding step of ``model``."""
-    name, is_one = type(optimizer).__name__, isinstance(optimizer, Optimizer)
-    held = [p for group in optimizer.param_groups for p in group["params"]] if is_one else []
+    name, of = type(optimizer).__name__, type(model).__name__
+    require(Optimizer, optimizer, f"Expected a torch optimizer of the parameters of {of}")
+    held = [p for group in optimizer.param_groups for p in group["params"]]
     others = [tuple(p.shape) for p in held if not isinstance(p, nn.Parameter)]
     refused = {
         f"{name} would do predictive coding twice: give the plain optimizer that it wraps.": (
             isinstance(optimizer, PredictiveCodingOptimizer)
         ),
-        "LBFGS evaluates its closure several times a step, each of which would be a whole "
-        "inference: use SGD, Adam(W) or another optimizer of one gradient a step.": (
-            isinstance(optimizer, LBFGS)
+        "LBFGS evaluates its closure several times a step, each a whole inference: use SGD, Adam "
+        "or another optimizer of one gradient a step.": isinstance(optimizer, LBFGS),
+        f"{name}.step takes no closure: define step(self, closure=None), as torch does.": (
+            misfit(optimizer.step, None)
         ),
-        f"Expected a torch optimizer, got {name}: make one of the parameters of "
-        f"{type(model).__name__}.": not is_one,
         f"{name} holds a tensor of shape {others[:1] and others[0]} that is no "
         "nn.Parameter: predictive coding trains the parameters of a module.": others,
-        f"The optimizer ({name}) holds no parameter of {type(model).__name__}, which would learn "
-        "nothing: make it from model.parameters(), after anything that replaces them.": (
+        f"The optimizer ({name}) holds no parameter of {of}, which would learn nothing: make it "
+        "from model.parameters(), after anything that replaces them.": (
             set(held).isdisjoint(model.parameters())
         ),
     }

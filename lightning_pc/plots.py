@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_pc.errors import require
 from lightning_pc.insight.report import StepReport
 from lightning_pc.metrics import AdaptiveCalibrationError
 
@@ -23,6 +24,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     """
     from matplotlib.ticker import MaxNLocator
 
+    require(StepReport, report, "plot_energy(report): expected the StepReport of a batch")
     per_term = (report.energy / report.loss_terms).T.tolist()
     lines = {name: [*enumerate(e)] for name, e in zip(report.nodes, per_term, strict=True)}
     ax = _energies(ax, lines, marker="o", ms=3)

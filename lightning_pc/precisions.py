@@ -1,23 +1,22 @@
 """Precisions: the weight of each energy in F, by depth and step. One small class and a row each.
 
 F(t) = sum over nodes of w(depth, t) E + w(0, t) * loss: depth 0 is the loss, which `Spiking` alone
-weighs. A weight multiplies all of an energy: its gradients to values and to parameters, and what
-the report shows of it.
+weighs. A weight multiplies all of an energy: its gradients, and what the report shows of it.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 from typing_extensions import override
 
-from lightning_pc.errors import ConfigError
+from lightning_pc.errors import ConfigError, misfit, shown
 
 
 class Precisions(ABC):
@@ -54,7 +53,7 @@ class Constant(Precisions):
 
     def __post_init__(self) -> None:
         if not (is_number(self.value) and self.value > 0):
-            raise ConfigError(f"precisions={self.value!r}: expected a number > 0.")
+            raise ConfigError(f"precisions={shown(self.value)}: expected a Python number > 0.")
 
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -84,7 +83,7 @@ class Spiking(Precisions):
 
     def __post_init__(self) -> None:
         if not (is_number(self.rest) and self.rest >= 0):
-            raise ConfigError(f"Spiking: rest={self.rest!r}: expected a number >= 0.")
+            raise ConfigError(f"Spiking: rest={shown(self.rest)}: expected a Python number >= 0.")
 
     @override
     def weight(self, depth: int, t: int, steps: int) -> float:
@@ -137,22 +136,15 @@ def precisions(given: object) -> Precisions:
         written = GONE.get(given.rpartition(".")[2].lower())  # in YAML by its class_path, too
         if written is not None:
             raise ConfigError(f"precisions={given!r} is gone: write precisions={written}.")
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
+    if isinstance(given, Real) and not isinstance(given, bool):
         return Constant(float(given))
     if callable(given) and not isinstance(given, type):
-        try:
-            inspect.signature(given).bind(1, 0)
-        except ValueError:  # a builtin does not tell
-            pass
-        except TypeError as error:
-            told = f"precisions={given!r} cannot be called with (depth, t): {error}."
-            raise ConfigError(told) from None
+        if why := misfit(given, 1, 0):
+            raise ConfigError(f"precisions={shown(given)} cannot be called with (depth, t): {why}.")
         return Custom(given)
     known = ", ".join(map(repr, PRECISIONS))
-    raise ConfigError(
-        f"precisions={given!r}: expected one of {known}, a positive number, an object of "
-        "lightning_pc.precisions or a callable (depth, t) -> weight."
-    )
+    told = f"precisions={shown(given)}: expected one of {known}, a positive number, an object of"
+    raise ConfigError(f"{told} lightning_pc.precisions or a callable (depth, t) -> weight.")
 
 
 def checked_weight(given: Precisions, depth: int, t: int, steps: int) -> float:
@@ -162,14 +154,24 @@ def checked_weight(given: Precisions, depth: int, t: int, steps: int) -> float:
         value = float(weight)
         if 0 < value < math.inf or (value == 0 and (depth or t)):
             return value
-    raise ConfigError(
-        f"precisions gave {weight!r} at depth {depth}, step {t}: expected a weight >= 0."
-    )
+    told = f"precisions gave {shown(weight)} at depth {depth}, step {t}"
+    raise ConfigError(f"{told}: expected a weight >= 0.")
 
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(float(value)) < math.inf
+
+
+def plain(name: str, given: Any) -> Any:
+    """A setting with Python's own numbers in place of numpy's; tensors and arrays are refused."""
+    if isinstance(given, (tuple, list)):
+        return type(given)(plain(name, one) for one in given)
+    if hasattr(given, "__array__") and hasattr(given, "__len__") and not isinstance(given, str):
+        raise ConfigError(f"{name}={shown(given)}: expected a Python number, as .item() gives.")
+    if isinstance(given, Real) and not isinstance(given, bool):
+        return int(given) if isinstance(given, Integral) else float(given)
+    return given
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,5 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
 def refuse_accumulation(algorithm: str, batches: int) -> None:
     """Refuses several batches an optimizer step, for algorithms that step within a batch."""
     if SCHEDULES[algorithm].incremental and batches > 1:
-        raise ConfigError(
-            f"accumulate_grad_batches={batches}: {algorithm} moves the weights at "
-            "every inference step, so there is nothing to accumulate. Use a larger batch, or 'pc'."
-        )
+        told = f"accumulate_grad_batches={batches}: {algorithm} moves the weights at each inference"
+        raise ConfigError(f"{told} step and accumulates nothing. Use a larger batch, or 'pc'.")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
+from inspect import signature
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, optim
 from torch.optim import Optimizer
 
-from lightning_pc.errors import ConfigError
+from lightning_pc.errors import ConfigError, misfit, shown
 from lightning_pc.inference.schedules import Moves, schedule
 from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.placement import Entry
-from lightning_pc.precisions import Constant, Precisions, is_number, precisions
+from lightning_pc.precisions import Constant, Precisions, is_number, plain, precisions
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Settings:
     inference: Callable[[list[Tensor]], Optimizer] | None = None
 
     def __post_init__(self) -> None:
+        vars(self).update({name: plain(name, given) for name, given in vars(self).items()})
         way, weights, name = schedule(self.algorithm), precisions(self.precisions), self.algorithm
         T, gamma, decay, momentum = self.T, self.gamma, self.gamma_decay, self.momentum
         reset, terms, beta, inference = self.reset, self.loss_terms, self.beta, self.inference
@@ -91,26 +92,25 @@ class Settings:
         idle = {"gamma": gamma != "auto", "gamma_decay": decay, "momentum": momentum is not None}
         given = [argument for argument, is_given in idle.items() if is_given]
         refused = {
-            f"{T=}: expected a whole number of inference steps, >= 1, or None.": (
-                T is not None and (isinstance(T, bool) or not isinstance(T, Integral) or T < 1)
+            f"T={shown(T)}: expected a whole number of inference steps, >= 1, or None.": (
+                T is not None and not (is_number(T) and isinstance(T, int) and T >= 1)
             ),
-            f"{T=}: zil always takes depth + 1 evaluations, leave it at None.": zil
-            and T is not None,
-            f"{gamma=}: expected a positive inference rate or 'auto'.": (
+            f"{T=}: zil takes depth + 1 evaluations, leave it at None.": zil and T is not None,
+            f"gamma={shown(gamma)}: expected a positive inference rate or 'auto'.": (
                 gamma != "auto" and not (is_number(gamma) and gamma > 0)
             ),
             f"{gamma=}: zil is exact at 1, leave it at 'auto'.": zil and gamma not in ("auto", 1),
-            f"gamma_decay={decay!r}: expected a factor in (0, 1]; 1 keeps gamma.": (
+            f"gamma_decay={shown(decay)}: expected a factor in (0, 1]; 1 keeps gamma.": (
                 decay is not None and not (is_number(decay) and 0 < decay <= 1)
             ),
-            f"{reset=}: expected 'batch' or 'never'.": reset not in ("batch", "never"),
+            f"reset={shown(reset)}: expected 'batch' or 'never'.": reset not in ("batch", "never"),
             f"{reset=}: zil starts from the forward pass, use reset='batch'.": zil and never,
-            f"loss_terms={terms!r}: expected the number of terms that the loss is a mean of, or a "
-            "callable of the batch.": (
+            f"loss_terms={shown(terms)}: expected the number of terms that the loss is a mean of, "
+            "or a callable of the batch.": (
                 not (terms is None or callable(terms) or (is_number(terms) and terms > 0))
             ),
-            f"{momentum=}: expected the share of their velocity that values keep from step to "
-            "step, in [0, 1), 'conjugate' or None.": (
+            f"momentum={shown(momentum)}: expected the share of their velocity that values keep, "
+            "in [0, 1), 'conjugate' or None.": (
                 not (momentum is None or conjugate or (is_number(momentum) and 0 <= momentum < 1))
             ),
             f"{momentum=}: zil is exact at 0 alone.": zil and momentum,
@@ -118,8 +118,8 @@ class Settings:
             "purpose: give a number, or use 'ipc'.": conjugate and way.whole,
             f"{momentum=} tells from two gradients how F bends between them, but varying "
             "precisions change F itself: give a number.": conjugate and weights.varies,
-            f"{beta=}: expected the loss's factor in F, a number that is not 0 (negative pushes "
-            "values away from the target), or a pair such as (0.3, -0.3).": (
+            f"beta={shown(beta)}: expected the loss's factor in F, a number that is not 0 "
+            "(negative pushes values away from the target), or a pair such as (0.3, -0.3).": (
                 len(self.betas) not in (1, 2) or not all(is_number(b) and b for b in self.betas)
             ),
             "zil is exact for plain predictive coding alone: leave precisions and beta at their "
@@ -130,10 +130,9 @@ class Settings:
             "errors start everywhere at once: use 'pc' or 'ipc'.": wave and way.through,
             f"{reset=}: {name} would go on learning from gradients of calls long past, since its "
             "errors forget as slowly as they move. Use 'ipc' or 'pc'.": never and way.whole,
-            f"{inference=}: expected a callable that makes an optimizer of the values, e.g. "
-            "lambda values: torch.optim.Adam(values, 0.05).": (
-                not (inference is None or callable(inference))
-            ),
+            f"inference={shown(inference)}: expected a callable that makes an optimizer of the "
+            "values, e.g. lambda values: torch.optim.Adam(values, 0.05).": inference is not None
+            and (not callable(inference) or misfit(inference, [])),
             f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would have "
             "no effect, leave it out.": inference is not None and (given or zil),
             f"inference= does not tell how far an error has come, by which {name} learns: leave it "
@@ -145,6 +144,12 @@ class Settings:
         }
         refuse(refused)
         softmax_energy(self.softmax_energy, -1)
+
+    @property
+    def changes(self) -> str:
+        """What is not as by default, but for the algorithm, as arguments: ``", T=8"``."""
+        names = [f.name for f in fields(self)[1:] if getattr(self, f.name) != f.default]
+        return "".join(f", {name}={shown(getattr(self, name))}" for name in names)
 
     @property
     def betas(self) -> tuple[float, ...]:
@@ -191,9 +196,10 @@ def refuse(told: Mapping[str, object]) -> None:
             raise ConfigError(message)
 
 
-def refuse_unknown(door: str, given: Iterable[str]) -> None:
-    """Refuses arguments that no setting has, and names the one that may be meant."""
-    known = [f.name for f in fields(Settings)]
+def refuse_unknown(door: str, given: Iterable[str], algorithm: bool = True) -> None:
+    """Refuses arguments that no setting has, or ``algorithm``, and names the one that is meant."""
+    known = [f.name for f in fields(Settings) if algorithm or f.name != "algorithm"]
+    own = {a for k in vars(optim).values() if isinstance(k, type) for a in signature(k).parameters}
     for name in given:
         if name in _GONE:
             raise ConfigError(f"{door}: {name}= is gone, write {_GONE[name]}.")
@@ -201,4 +207,6 @@ def refuse_unknown(door: str, given: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"Did you mean {close[0]}=? " if close else ""
             takes = f"It takes {', '.join(known)}."
+            if name in own:
+                meant, takes = "", "It belongs to the wrapped optimizer: give it to that one."
             raise ConfigError(f"{door} has no argument {name}=. {meant}{takes}")

@@ -6,6 +6,7 @@ Two seams: `PCStrategy.training_step` runs the first forward with the nodes in p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.errors import ConfigError, DivergenceError, shown
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
@@ -62,11 +63,9 @@ class PCStrategy(SingleDeviceStrategy):
     ) -> None:
         try:
             root = torch.device(device)
-        except RuntimeError as error:
-            raise MisconfigurationException(
-                f"PCStrategy(device={device!r}): {str(error).splitlines()[0]} Leave device= out, "
-                "and give the Trainer accelerator= and devices=."
-            ) from error
+        except (RuntimeError, TypeError) as error:
+            told = f"PCStrategy(device={shown(device)}): expected a torch.device. Leave it out, and"
+            raise MisconfigurationException(f"{told} give the Trainer accelerator=.") from error
         super().__init__(root, accelerator, checkpoint_io, precision_plugin)
         with at_the_door():
             refuse_unknown("PCStrategy", settings)
@@ -74,11 +73,10 @@ class PCStrategy(SingleDeviceStrategy):
         self._learner: Learner | None = None
 
     def __repr__(self) -> str:
-        # Stands in the error of a Trainer that is of another package.
-        return (
-            f"PCStrategy({self.settings.algorithm!r}), which is for lightning.pytorch: write "
-            "'import lightning.pytorch as pl' instead of 'import pytorch_lightning as pl'"
-        )
+        # Stands in the error of a Trainer that is of the package pytorch_lightning.
+        other = "pytorch_lightning" in sys.modules
+        hint = ", for lightning.pytorch: write 'import lightning.pytorch as pl'" if other else ""
+        return f"PCStrategy({self.settings.algorithm!r}{self.settings.changes}){hint}"
 
     @property
     def report(self) -> StepReport | None:
@@ -98,10 +96,8 @@ class PCStrategy(SingleDeviceStrategy):
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         if devices and len(devices) > 1:
-            raise MisconfigurationException(
-                f"PCStrategy trains on one device, the Trainer was given {len(devices)}: set "
-                "devices=1."
-            )
+            told = f"PCStrategy trains on one device, the Trainer was given {len(devices)}"
+            raise MisconfigurationException(f"{told}: set devices=1.")
         if devices:
             self._root_device = devices[0]
 
@@ -195,8 +191,7 @@ class PCStrategy(SingleDeviceStrategy):
         """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` and ``"iepc"``."""
         for name, schedule in SCHEDULES.items():
             if name not in strategy_registry:
-                told = f"{name}: {schedule.paper}"
-                strategy_registry.register(name, cls, description=told, algorithm=name)
+                strategy_registry.register(name, cls, f"{name}: {schedule.paper}", algorithm=name)
 
     @property
     def _module(self) -> pl.LightningModule:

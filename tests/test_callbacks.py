@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -11,7 +13,8 @@ from lightning_problems import ALGORITHMS, Memory, Module, data, loader, trainer
 
 import lightning_pc.callbacks
 from lightning_pc import EnergyMonitor
-from lightning_pc.plots import plot_history
+from lightning_pc.errors import ConfigError
+from lightning_pc.plots import plot_energy, plot_history
 
 SHORT = {"pc/energy", "pc/gamma", "pc/steps"}
 NODES = {"pc/energy/net.1", "pc/energy/net.3"}
@@ -113,6 +116,17 @@ def test_a_picture_needs_matplotlib(monkeypatch):
     monkeypatch.setattr(lightning_pc.callbacks, "find_spec", lambda name: None)
     with pytest.raises(MisconfigurationException, match=r"EnergyMonitor\(plot='a.png'\).*plots"):
         trainer("pc", callbacks=[EnergyMonitor(plot="a.png")]).fit(Module(), loader(data(1)))
+
+
+@pytest.mark.parametrize("most", [0, -1, "x", None, True, math.nan])
+def test_batches_that_cannot_be_remembered(most):
+    with pytest.raises(MisconfigurationException, match=r"EnergyMonitor\(most=.*expected a number"):
+        EnergyMonitor(most=most)
+
+
+def test_a_picture_of_no_report():
+    with pytest.raises(ConfigError, match=r"plot_energy\(report\): expected .*, got NoneType"):
+        plot_energy(None)
 
 
 def test_a_plain_strategy_has_no_energy():

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from problems import MLP, classifier
 from torch import nn
 
-from lightning_pc import explain
-from lightning_pc.errors import DivergenceError
+from lightning_pc import PCStrategy, explain
+from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.movers import Descent
@@ -348,8 +348,34 @@ def test_the_loss_is_named_where_it_rises():
 @pytest.mark.parametrize("gamma", [1e-12, 1e-30])
 def test_values_that_never_move_are_told(gamma):
     net, loss = steep(1.0)
-    with pytest.warns(UserWarning, match="no value moved: all 5 value nodes have energy zero"):
+    with pytest.warns(UserWarning, match="all 5 value nodes have energy zero .* no value moved. g"):
         frozen(PC, net, gamma=gamma).step(loss)
+
+
+@pytest.mark.parametrize("algorithm", [PC, IPC, EPC])
+def test_precisions_of_zero_are_told(algorithm):
+    net, loss = steep(1.0)
+    optimizer = frozen(algorithm, net, precisions=lambda depth, t: 0.0)
+    with pytest.warns(
+        UserWarning, match=r"energy zero .*: precisions= gave them the weight 0"
+    ) as w:
+        optimizer.step(loss)
+    assert not any("gamma" in str(told.message) for told in w)
+
+
+@pytest.mark.parametrize("given", ["x", 3, torch.ones(1)])
+def test_only_what_has_a_report_is_explained(given):
+    with pytest.raises(ConfigError, match=r"explain\(report\): expected a StepReport, .*, got "):
+        explain(given)
+
+
+def test_what_has_a_report_is_explained():
+    net, loss = steep(1.0)
+    optimizer = frozen(PC, net, gamma=0.1)
+    assert explain(optimizer) == explain(None)
+    optimizer.step(loss)
+    assert explain(optimizer) == explain(optimizer.report) != explain(None)
+    assert explain(PCStrategy("pc")) == explain(None)
 
 
 def test_a_loss_of_zero_moves_nothing_and_says_nothing():

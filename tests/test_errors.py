@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +51,7 @@ from lightning_pc.errors import (
 )
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
 from lightning_pc.precisions import Constant, Spiking
+from lightning_pc.settings import Settings
 
 WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
     "ipc": IPC,
@@ -67,6 +73,18 @@ ARGUMENTS = [
     ({"algorithm": "backprop"}, "'backprop' is unknown.*'ipc', 'pc', 'zil', 'epc'"),
     ({"algorithm": "IPC"}, "unknown"),
     ({"algorithm": None}, "unknown"),
+    *(
+        ({name: given}, f"^{name}=.*: expected a Python number")
+        for name in ("T", "gamma", "gamma_decay", "momentum", "loss_terms", "precisions", "beta")
+        for given in (torch.tensor(0.1), np.array([0.1, 0.2]), torch.ones(2), [np.array(0.1)])
+    ),
+    *(
+        ({name: given}, f"{name}=.*expected")
+        for name in ("T", "gamma", "gamma_decay", "momentum", "loss_terms", "precisions", "beta")
+        for given in (np.True_, np.float32("nan"), Decimal(1), 1j, [[1]])
+    ),
+    ({"reset": np.array(["batch"])}, "reset=.*: expected"),
+    ({"softmax_energy": ["gaussian"]}, r"softmax_energy=\['gaussian'\]: expected"),
     ({"T": 0}, "T=0: expected a whole number"),
     ({"T": -3}, "T=-3"),
     ({"T": 8.0}, r"T=8\.0"),
@@ -111,7 +129,7 @@ ARGUMENTS = [
     ({"precisions": None}, "precisions=None: expected one of"),
     ({"precisions": True}, "precisions=True"),
     ({"precisions": Spiking}, "precisions=<class"),
-    ({"precisions": 0}, r"precisions=0.0: expected a number > 0"),
+    ({"precisions": 0}, r"precisions=0.0: expected a Python number > 0"),
     ({"precisions": -1.5}, "precisions=-1.5"),
     ({"precisions": math.nan}, "precisions=nan"),
     ({"algorithm": "zil", "precisions": "spiking"}, "zil is exact for plain"),
@@ -122,8 +140,15 @@ ARGUMENTS = [
     ({"beta": (1.0, 0.0)}, r"beta=\(1.0, 0.0\): expected"),
     ({"gama": 0.1}, r"no argument gama=. Did you mean gamma=\?"),
     ({"steps": 8}, r"no argument steps=.*It takes (algorithm, )?T, gamma"),
+    *(
+        ({name: 0.1}, f"no argument {name}=. It belongs to the wrapped optimizer: give it to that")
+        for name in ("lr", "weight_decay", "betas", "eps", "nesterov", "rho", "fused")
+    ),
     ({"value_node": "linear"}, r"Did you mean value_nodes=\?"),
     ({"inference": 0.05}, "inference=0.05: expected a callable that makes an optimizer"),
+    ({"inference": adam([torch.ones(1)])}, "inference=<Adam>: expected a callable that makes"),
+    ({"inference": lambda: None}, "expected a callable that makes an optimizer"),
+    ({"inference": lambda values, rate: None}, "expected a callable that makes an optimizer"),
     ({"inference": adam, "gamma": 0.1}, "its own way: gamma would have no effect"),
     ({"inference": adam, "gamma_decay": 0.9, "momentum": 0.5}, "way: gamma_decay, momentum would"),
     ({"algorithm": "zil", "inference": adam}, "its own way: zil would have no effect"),
@@ -154,12 +179,106 @@ def test_arguments(arguments, message):
         wrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, **arguments)
 
 
+@pytest.mark.parametrize("given", [["ipc"], {}, nn.Sequential(nn.Tanh()), np.zeros(2)])
+def test_no_algorithm(given):
+    with pytest.raises(MisconfigurationException, match=r"algorithm=.*: expected "):
+        lightning_pc.PCStrategy(given)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS.values())
+def test_a_wrapper_is_one_algorithm(wrapper):
+    model = mlp()
+    for name in ("algorithm", "steps"):
+        with pytest.raises(ConfigError, match=rf"no argument {name}=.* It takes T, gamma"):
+            wrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, **{name: "pc"})
+
+
+NUMBERS = {
+    "T": [np.int64(4), np.uint8(4)],
+    "gamma": [np.float32(0.125), np.float64(0.125), np.float16(0.125), Fraction(1, 8), np.int64(1)],
+    "gamma_decay": [np.float32(0.5), np.int32(1)],
+    "momentum": [np.float32(0.5), np.int32(0), Fraction(1, 2)],
+    "loss_terms": [np.float32(3.0), np.int64(3)],
+    "precisions": [np.float32(0.5), np.float64(0.5), Fraction(1, 2), np.int64(2)],
+    "beta": [np.float32(0.5), (np.float32(0.5), np.float64(-0.5)), [np.float32(0.5), -0.5]],
+}
+
+
+@pytest.mark.parametrize(("name", "given"), [(n, v) for n, row in NUMBERS.items() for v in row])
+def test_numbers_of_other_libraries(name, given):
+    made = Settings(algorithm="pc", **{name: given})
+    stored = getattr(made, name)
+    assert stored == given
+    for number in stored if isinstance(stored, (tuple, list)) else [stored]:
+        assert type(number) in (int, float)
+    model, (x, y) = mlp(), data()[0]
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, **{name: given})
+    assert optimizer.step(lambda: cross_entropy(model, x, y)).isfinite()
+
+
+class Needy(torch.optim.SGD):
+    def step(self, closure):
+        return super().step(closure)
+
+
+MADE = {
+    "None": lambda values: None,
+    "LBFGS": torch.optim.LBFGS,
+    "a closure": lambda values: Needy(values, 0.1),
+    "another's": lambda values: torch.optim.Adam(mlp().parameters(), 0.1),
+    "some": lambda values: torch.optim.SGD(values[:1], 0.1),
+    "more": lambda values: torch.optim.SGD([*values, torch.ones(1)], 0.1),
+    "copies": lambda values: torch.optim.SGD([v.detach().clone() for v in values], 0.1),
+    "no optimizer": lambda values: nn.Tanh(),
+}
+
+
+@pytest.mark.parametrize("wrapper", [PC, IPC, EPC])
+@pytest.mark.parametrize("name", MADE)
+def test_what_inference_makes_must_move_the_values(name, wrapper):
+    model, (x, y) = mlp(nn.BatchNorm1d(H)), data()[0]
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = wrapper(sgd, model, inference=MADE[name])
+    before = weights(model)
+    with pytest.raises(
+        ConfigError, match=r"inference= made \w+: expected a torch optimizer of all"
+    ):
+        optimizer.step(lambda: cross_entropy(model, x, y))
+    assert torch.equal(weights(model), before)
+    assert sgd.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("device", [0.5, "gpu", [], None])
+def test_no_device(device):
+    with pytest.raises(MisconfigurationException, match=r"device=.*: expected a torch\.device"):
+        lightning_pc.PCStrategy(device=device)
+
+
+def test_strategies_and_messages_show_what_was_given_on_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+    strategy = lightning_pc.PCStrategy("pc", T=8, gamma=np.float64(0.5), precisions="spiking")
+    assert repr(strategy) == "PCStrategy('pc', T=8, gamma=0.5, precisions='spiking')"
+    assert repr(lightning_pc.PCStrategy()) == "PCStrategy('ipc')"
+    assert "lightning.pytorch" not in repr(strategy)
+    given = adam([torch.ones(1)])
+    assert "\n" in repr(given)
+    for name in (f.name for f in fields(Settings) if f.name != "value_nodes"):
+        with pytest.raises(MisconfigurationException, match=f"^{name}=<Adam>") as told:
+            lightning_pc.PCStrategy(**{name: given})
+        assert "\n" not in str(told.value)
+    model = mlp()
+    with pytest.raises(ConfigError, match="entry <Adam>"):
+        PC(torch.optim.SGD(model.parameters(), 0.1), model, value_nodes=given)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Spiking(rest=-0.1), r"Spiking: rest=-0.1: expected a number >= 0"),
+        (lambda: Spiking(rest=-0.1), r"Spiking: rest=-0.1: expected a Python number >= 0"),
         (lambda: Spiking(rest="0"), "Spiking: rest='0'"),
-        (lambda: Constant(True), "precisions=True: expected a number > 0"),
+        (lambda: Constant(True), "precisions=True: expected a Python number > 0"),
+        (lambda: Constant(torch.tensor(1.0)), "precisions=tensor.*expected a Python number"),
+        (lambda: Spiking(np.zeros(2)), "rest=array.*expected a Python number"),
         (lambda: lightning_pc.precisions.Depth, "Depth is gone: write precisions=lamb"),
         (lambda: lightning_pc.precisions.Decaying, "g is gone: write precisions=lambd"),
     ],
@@ -741,13 +860,20 @@ def test_a_callable_loss_terms_gets_the_batch():
 # --- the optimizers' set-up ----------------------------------------------------------------------
 
 
+class NoClosure(torch.optim.SGD):
+    def step(self):
+        return super().step()
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda m: torch.optim.LBFGS(m.parameters()), ConfigError, "LBFGS"),
         (lambda m: PC(torch.optim.SGD(m.parameters(), 0.1), m), ConfigError, "twice"),
-        (lambda m: list(m.parameters()), ConfigError, "Expected a torch optimizer, got list"),
+        (lambda m: list(m.parameters()), ConfigError, "Expected a torch optimizer .*, got list"),
+        (lambda m: None, ConfigError, "Expected a torch optimizer .*, got NoneType"),
+        (lambda m: NoClosure(m.parameters(), 0.1), ConfigError, "NoClosure.step takes no closure"),
         (lambda m: torch.optim.SGD([torch.zeros(3)], 0.1), ConfigError, "no nn.Parameter"),
         (
             lambda m: torch.optim.SGD(mlp().parameters(), 0.1),
@@ -755,7 +881,7 @@ def test_a_callable_loss_terms_gets_the_batch():
             "SGD. holds no parameter of Sequential",
         ),
     ],
-    ids=["LBFGS", "wrapper", "list", "tensors", "another model's"],
+    ids=["LBFGS", "wrapper", "list", "None", "no closure", "tensors", "another model's"],
 )
 def test_optimizer_cannot_be_wrapped(algorithm, make, error, message):
     model = mlp()
@@ -806,8 +932,14 @@ def test_distributed_model():
 def test_no_closure(wrapper):
     model = mlp()
     optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
-    with pytest.raises(ClosureError, match="needs a closure"):
-        optimizer.step()
+    x, y = data()[0]
+    before = weights(model)
+    for given, name in ((None, "NoneType"), (cross_entropy(model, x, y), "Tensor"), (5, "int")):
+        with pytest.raises(
+            ClosureError, match=f"needs a closure that returns the loss, got {name}"
+        ):
+            optimizer.step(given)
+    assert torch.equal(weights(model), before)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS.values())
@@ -845,7 +977,7 @@ def test_a_loop_with_its_own_backward_under_manual_optimization(zeroes):
             return IPC(super().configure_optimizers(), self)
 
     module = Manual()
-    with pytest.raises(ClosureError, match="does not use what backward"):
+    with pytest.raises(ClosureError, match="step does not use what backward"):
         trainer("auto").fit(module, loader(data(4)))
     assert torch.equal(weights(module), module.before)
 

@@ -124,10 +124,13 @@ def test_settings_of_a_strategy_or_an_optimizer():
         found = describe(model, x, how, algorithm="pc", T=7, print_table=False)
         assert ([row.name for row in found.rows], found.T) == (expected, 7)
     assert optimizer.report is None
-    with pytest.raises(ConfigError, match=r"'pc'.*expected a PCStrategy or an optimizer"):
+    with pytest.raises(ConfigError, match=r"expected a PCStrategy or an optimizer .*, got str"):
         describe(model, x, "pc")
     with pytest.raises(ConfigError, match=r"describe has no argument steps="):
         describe(model, x, steps=3)
+    for given in (x, None, Dropped):
+        with pytest.raises(ConfigError, match=r"describe\(model, batch.*expected the nn\.Module"):
+            describe(given, model)
 
 
 def test_no_loss_at_all():

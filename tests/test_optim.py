@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,8 @@ def test_is_an_optimizer_that_shares_everything(wrapper):
     assert len(optimizer.state) == 6
     assert optimizer.state is inner.state
     assert repr(optimizer) == f"{wrapper.__name__}({inner!r})"
+    shown = repr(wrapper(inner, model, value_nodes="linear", loss_terms=np.int64(3)))
+    assert shown == f"{wrapper.__name__}({inner!r}, value_nodes='linear', loss_terms=3)"
     optimizer.param_groups[0]["lr"] = 0.5
     assert inner.param_groups[0]["lr"] == 0.5
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pc.errors import ConfigError, misfit
 from lightning_pc.nodes.node import Node
 
 
@@ -157,7 +158,12 @@ class OptimizerMover(Mover):
     def move(self, nodes: Sequence[Node], scale: float) -> None:
         values = [node.coordinates for node in nodes]
         if self._optimizer is None:
-            self._optimizer = self._make([value.requires_grad_() for value in values])
+            self._optimizer = made = self._make([value.requires_grad_() for value in values])
+            groups = made.param_groups if isinstance(made, Optimizer) else []
+            held = {id(value) for group in groups for value in group["params"]}
+            if held != {*map(id, values)} or misfit(made.step):
+                told = f"inference= made {type(made).__name__}: expected a torch optimizer of all"
+                raise ConfigError(f"{told} the values and no others, whose step needs no closure.")
             self.start_gamma = self.gamma = float(self._optimizer.param_groups[0].get("lr", "nan"))
         for node, value in zip(nodes, values, strict=True):
             value.grad = slope(node, scale)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from typing_extensions import override
 
-from lightning_pc.errors import ConfigError
+from lightning_pc.errors import ConfigError, shown
 
 #: Ways of values to move; see `Schedule.mover`.
 Moves = Literal["plain", "conjugate", "passing on"]
@@ -157,7 +157,7 @@ def schedule(algorithm: str) -> Schedule:
     Raises:
         ConfigError: The name is none of `SCHEDULES`.
     """
-    if algorithm not in SCHEDULES:
+    if algorithm not in [*SCHEDULES]:
         known = ", ".join(map(repr, SCHEDULES))
-        raise ConfigError(f"algorithm={algorithm!r} is unknown: expected one of {known}.")
+        raise ConfigError(f"algorithm={shown(algorithm)} is unknown: expected one of {known}.")
     return SCHEDULES[algorithm]()

@@ -32,7 +32,7 @@ class Alerts:
         self._auto, self._patience, self._known = auto, patience, known
         # An automatic gamma mends a rise by itself, unless weights move at the same time.
         self._counts = schedule.incremental or auto is None
-        self._varies, self._through = varies, schedule.through
+        self._varies = varies
         self._told: set[str] = set()
         self._batches = 0
         self._rising = 0  # batches on end
@@ -57,8 +57,7 @@ class Alerts:
         first, last = (0.0, 0.0) if self._varies else torch.stack(ends).tolist()
         if self._batches == 1:  # once: reading the energies waits for the device
             self._first = abs(first)
-            nodes = [] if self._through else inference.evaluator.nodes
-            self.say("silent", silenced(report, nodes, mover.start_gamma))
+            self.say("silent", silenced(report, inference.evaluator.nodes, mover.start_gamma))
         # Values that push a loss up begin with F below zero, which weights that learn raise to it.
         size = abs(last) if report.pulls[0] > 0 else last
         rose = self._counts and last > first and size > self._known * self._first

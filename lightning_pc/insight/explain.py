@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_pc.errors import DivergenceError
+from lightning_pc.errors import DivergenceError, require
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import SCHEDULES
@@ -79,10 +80,8 @@ def _cure(algorithm: str, automatic: bool, mover: Mover | None, stable: float) -
 
 
 def _product(gamma: float, curvature: float, momentum: float) -> str:
-    return (
-        f"gamma {gamma:.3g} times the curvature {curvature:.3g} is {gamma * curvature:.2g}; "
-        f"the limit is {2 * (1 + momentum):g}."
-    )
+    told = f"gamma {gamma:.3g} times the curvature {curvature:.3g} is {gamma * curvature:.2g}"
+    return f"{told}; the limit is {2 * (1 + momentum):g}."
 
 
 def _growth(names: Sequence[str], losses: Tensor, energies: Tensor, free: Tensor) -> str:
@@ -120,25 +119,25 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float) -> str:
     if not any(peaks.values()):
         if end < 2 or not float(report.loss[0]):
             return ""
-        return (
-            f"In the first batch no value moved: all {len(report.nodes)} value nodes have energy "
-            f"zero after {end} inference steps. gamma = {gamma:.3g} is too small, or no gradient "
-            "of the loss reaches the nodes."
-        )
-    # Down the gradient an error shrinks by about gamma per stage.
-    far = [node.name for node in nodes if node.arrival < end and gamma**node.arrival < 1e-4]
+        why = f"no value moved. gamma = {gamma:.3g} is too small, or no gradient reaches them."
+        if not any(node.weight for node in nodes):
+            why = "precisions= gave them the weight 0. Give weights > 0."
+        told = f"all {len(report.nodes)} value nodes have energy zero after {end} inference steps"
+        return f"In the first batch {told}: {why}"
+    # Down the gradient an error shrinks by about gamma per stage, but not in error coordinates.
+    far = [n.name for n in nodes if n.arrival < end and n.e is None and gamma**n.arrival < 1e-4]
     silent = [name for name in far if peaks[name] == 0]
-    told = (
-        f"In the first batch no error reached {_some(silent)} within {end} inference steps: it "
-        "shrinks from stage to stage. Take a larger gamma or T, or algorithm='epc'."
-    )
-    return told if silent else ""
+    told = f"In the first batch no error reached {_some(silent)} within {end} inference steps: it"
+    cure = "shrinks from stage to stage. Take a larger gamma or T, or algorithm='epc'."
+    return f"{told} {cure}" if silent else ""
 
 
-def explain(report: StepReport | None) -> str:
-    """What inference did in one batch, a sentence each for F, stability, depth and learning."""
+def explain(report: Any) -> str:
+    """What inference did, by a report or what has one: F, stability, depth and learning."""
+    report = getattr(report, "report", report)
     if report is None:
         return "There has been no batch yet, or the last one was skipped."
+    require(StepReport, report, "explain(report): expected a StepReport, or what has a .report")
     first, last = report.free_energy[[0, -1]].tolist()
     same = len(set(report.pulls)) == 1  # else F itself has changed: weights that vary, two betas
     share = f" ({(first - last) / first:.1%} of it)" if same and last < first > 0 else ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_pc.errors import ConfigError
+from lightning_pc.errors import ConfigError, shown
 
 
 class Slopes(NamedTuple):
@@ -115,4 +115,4 @@ def softmax_energy(name: str, dim: int) -> Energy:
         return Categorical(dim)
     if name == "gaussian":
         return MaskedGaussian()
-    raise ConfigError(f"softmax_energy={name!r}: expected 'categorical' or 'gaussian'.")
+    raise ConfigError(f"softmax_energy={shown(name)}: expected 'categorical' or 'gaussian'.")

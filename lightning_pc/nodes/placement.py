@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_pc.errors import ConfigError, PlacementError
+from lightning_pc.errors import ConfigError, PlacementError, misfit, shown
 
 #: One entry of ``value_nodes``: a preset, a module name or regex, a module type, or a callable
 #: ``(name, module) -> bool``.
@@ -78,6 +78,7 @@ PRESETS: dict[str, Callable[[nn.Module], Iterable[nn.Module]]] = {
 def _match(entry: Entry, named: dict[str, nn.Module]) -> list[nn.Module]:
     """The modules that one written-out entry matches."""
     inner = [(name, module) for name, module in named.items() if name]
+    told = f"value_nodes entry {shown(entry)}"
     if isinstance(entry, str):
         if entry in named:
             return [named[entry]]
@@ -85,22 +86,18 @@ def _match(entry: Entry, named: dict[str, nn.Module]) -> list[nn.Module]:
             pattern = re.compile(entry)
         except re.error as error:
             raise ConfigError(
-                f"value_nodes entry {entry!r} is neither a module's name nor a valid regular "
-                f"expression ({error})."
+                f"{told} is neither a module's name nor a valid regular expression ({error})."
             ) from error
         return [module for name, module in inner if pattern.fullmatch(name)]
     if isinstance(entry, type) and issubclass(entry, nn.Module):
         return [module for _, module in inner if isinstance(module, entry)]
     if callable(entry) and not isinstance(entry, (type, nn.Module)):
-        try:
-            return [module for name, module in inner if entry(name, module)]
-        except TypeError as error:
-            raise ConfigError(
-                f"value_nodes entry {entry!r} cannot be called as (name, module) -> bool: {error}."
-            ) from error
+        if why := misfit(entry, "", None):
+            raise ConfigError(f"{told} cannot be called as (name, module) -> bool: {why}.")
+        return [module for name, module in inner if entry(name, module)]
     raise ConfigError(
-        f"value_nodes entry {entry!r}: expected a preset ({', '.join(PRESETS)}), a module name "
-        "or regular expression, a module type, or a callable (name, module) -> bool."
+        f"{told}: expected a preset ({', '.join(PRESETS)}), a module name or regular expression, a "
+        "module type, or a callable (name, module) -> bool."
     )
 
 
@@ -140,17 +137,14 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
         if isinstance(entry, str) and entry in PRESETS:
             found = list(PRESETS[entry](model))
             if not found and entry not in ("auto", "nonlinearities"):
-                raise PlacementError(
-                    f"value_nodes={entry!r} finds no place in {type(model).__name__}: try 'auto', "
-                    "'linear', 'modules', or name modules."
-                )
+                told = f"value_nodes={entry!r} finds no place in {type(model).__name__}"
+                raise PlacementError(f"{told}: try 'auto', 'linear', 'modules', or name modules.")
         else:
             found = _match(entry, named)
             if not found:
-                raise PlacementError(
-                    f"value_nodes entry {entry!r} matches no module of {type(model).__name__}. "
-                    f"Near misses: {_near_misses(entry, named)}."
-                )
+                told = f"value_nodes entry {shown(entry)} matches no module of"
+                near = _near_misses(entry, named)
+                raise PlacementError(f"{told} {type(model).__name__}. Near misses: {near}.")
             label = entry if isinstance(entry, str) else getattr(entry, "__name__", "?")
             placement.entries.append((label, found))
         placement.outputs.update(found)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_pc.errors import ConfigError
+from lightning_pc.errors import ConfigError, shown
 
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
 _BY_ELEMENT = (
@@ -172,8 +172,8 @@ def count_terms(
             terms = float(given(*batch[:1])) if callable(given) else float(given)
         except (TypeError, ValueError) as error:
             raise ConfigError(
-                f"loss_terms={given!r} gave no number ({error}): under PCStrategy it is called "
-                "with the batch, by an optimizer of lightning_pc.optim with nothing."
+                f"loss_terms={shown(given)} gave no number ({error}): under PCStrategy it is called"
+                " with the batch, by an optimizer of lightning_pc.optim with nothing."
             ) from error
         if not (math.isfinite(terms) and terms > 0):
             raise ConfigError(f"loss_terms gave {terms}: expected a positive number.")
