@@ -20,9 +20,9 @@ from lightning_pc.settings import Settings, refuse, refuse_unknown
 #: Where an optimizer's state dict holds the learner's.
 STATE = "lightning_pc"
 _CLOSURE = (
-    "Write optimizer.step(lambda: loss_fn(model(x), y)). Loops that call loss.backward() and step() "
-    "themselves (transformers.Trainer, gradient scalers) cannot train with predictive coding: write "
-    "the loop, or use Lightning's Trainer with PCStrategy."
+    "Write optimizer.step(lambda: loss_fn(model(x), y)). Loops that call loss.backward() and "
+    "step() themselves (transformers.Trainer, gradient scalers) cannot train with predictive "
+    "coding: write the loop, or use Lightning's Trainer with PCStrategy."
 )
 
 
