@@ -15,7 +15,7 @@ from lightning_pc.errors import ClosureError, DivergenceError
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import START, AutoGamma
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
-from lightning_pc.inference.relax import Inference, clear_gradients
+from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
@@ -63,7 +63,7 @@ class Learner:
 
     Attributes:
         report: What the last step did.
-        values: Node name -> value of the last batch, [B, *].
+        values: Node name -> value of the last batch, [B, *]; none of those that T never reaches.
         auto: Chooses gamma, None where it is given.
     """
 
@@ -228,10 +228,13 @@ class Learner:
         batch, T, betas = waiting.batch, waiting.T, self.settings.betas
         held = self._held() or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
-        self.values = {node.name: node.x for node in batch.nodes}
         self._recordings.keep_in_mind(batch)
+        if isinstance(evaluator, LocalErrors) and not kept:
+            evaluator.let_go(T)
+        self.values = {node.name: node.x for node in batch.nodes if node.x.numel()}
         if self.schedule.incremental:
-            clear_gradients(evaluator.moving.values())
+            for parameter in evaluator.moving.values():
+                parameter.grad = None
         begun = [node.coordinates.detach().clone() for node in batch.nodes] if betas[1:] else []
         phases: list[Inference] = []
         for beta in betas:

@@ -86,7 +86,7 @@ class PredictiveCodingOptimizer(Optimizer):
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Node name -> value of the last batch, [B, *]."""
+        """Node name -> value of the last batch, [B, *]; none of those that T never reaches."""
         return self._learner.values
 
     def step(self, closure: Callable[[], Tensor | None] | None = None) -> Tensor | None:  # type: ignore[override]

@@ -85,7 +85,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     @property
     def values(self) -> dict[str, Tensor]:
-        """Node name -> value of the last batch, [B, *]."""
+        """Node name -> value of the last batch, [B, *]; none of those that T never reaches."""
         return {} if self._learner is None else self._learner.values
 
     @property

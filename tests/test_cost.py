@@ -12,6 +12,7 @@ from recipes.efficiency.memory import peak_bytes
 from recipes.efficiency.networks import Transformer, deep, tiny_bert
 
 ROWS = ["backprop", "zil", "spiking", "ipc", "pc", "ipc, defaults", "pc, defaults"]
+ROWS += ["zil, by hand", "ipc, by hand"]
 
 
 def net():
@@ -34,7 +35,9 @@ def clock(monkeypatch):
 
     def timed(self):
         ordinary(self)
-        spent[0] += self.optimizer.report.steps if self.algorithm else 1
+        by_hand = self.algorithm is cost.ByHand
+        steps = self.optimizer.T if by_hand else self.algorithm and self.optimizer.report.steps
+        spent[0] += steps or 1
 
     monkeypatch.setattr(cost.Learner, "__call__", timed)
     monkeypatch.setattr(cost.time, "process_time", lambda: spent[0])
@@ -49,7 +52,7 @@ def test_rows_of_cost_are_in_batches_of_backprop(monkeypatch):
     assert results[0] == {"network": "mlp", "row": "backprop", "ms": 1e3}
     rows = {row["row"]: row for row in results[1:]}
     assert {name: row["T"] for name, row in rows.items()} == dict(
-        zip(ROWS[1:], (2, 2, 8, 9, 8, 8), strict=True)
+        zip(ROWS[1:], (2, 2, 8, 9, 8, 8, 2, 8), strict=True)
     )
     assert all(row["ratio"] == row["T"] for row in rows.values())
     assert rows["zil"]["met"]
@@ -131,7 +134,8 @@ def test_networks_are_those_that_limits_are_for():
     assert depth == 16
     assert cost.rows("deep")["ipc"][1]["T"] == depth + 1
     assert len(Transformer().layers) == 12
-    assert {row for row in cost.rows("mlp") if row != "backprop"} == set(cost.LIMITS)
+    ours = {row for row in cost.rows("mlp") if not row.endswith(cost.BY_HAND)}
+    assert ours - {"backprop"} == set(cost.LIMITS)
     assert all(set(limits) <= set(cost.TIMED) for limits in cost.LIMITS.values())
 
 
@@ -149,3 +153,29 @@ def test_command_writes_what_it_prints(monkeypatch, tmp_path, capsys):
     assert [row["row"] for row in record["cost"]] == ROWS
     assert {row["network"] for row in record["memory"]} == {"mlp", "blocks"}
     assert "spiking" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", ["zil", "ipc"])
+@pytest.mark.parametrize("depth", [2, 4])
+def test_by_hand_is_the_same_arithmetic(monkeypatch, row, depth):
+    def chain():
+        layers = []
+        for _ in range(depth - 1):
+            layers += [nn.Linear(8, 8), nn.Tanh()]
+        return nn.Sequential(*layers, nn.Linear(8, 10)).double()
+
+    monkeypatch.setattr(cost, "NETWORKS", {"mlp": (chain, (8,), 4, 2)})
+    torch.set_default_dtype(torch.double)
+    try:
+        learners = []
+        for name in (row, row + cost.BY_HAND):
+            kind, given = cost.rows("mlp")[name]
+            learners.append(cost.Learner("mlp", kind, given, 0))
+            before = learners[-1].net[0].weight.detach().clone()
+            for _ in range(3):
+                learners[-1]()
+            assert not torch.equal(before, learners[-1].net[0].weight)
+    finally:
+        torch.set_default_dtype(torch.float)
+    for ours, by_hand in zip(*(each.net.parameters() for each in learners), strict=True):
+        torch.testing.assert_close(ours, by_hand, rtol=1e-10, atol=1e-14)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -169,8 +169,7 @@ class Inference:
     def _look(self, asked: Asked, seed: int, fine: bool) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes, reach = self.evaluator.nodes, self.auto.reach if self.auto else REACH
-        # All nodes' energies count.
-        everything = replace(asked, t=asked.t + max(node.arrival for node in nodes))
+        everything = replace(asked, t=asked.t + self.T)  # all that T steps reach counts
         weights = [node.weight for node in nodes]
         for node in nodes:
             if self.precisions.varies and not asked.t:
@@ -189,10 +188,5 @@ class Inference:
         self.update()
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
-        clear_gradients(self.evaluator.moving.values())
-
-
-def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """An unreached parameter takes no step, not one of gradient zero."""
-    for parameter in parameters:
-        parameter.grad = None
+        for parameter in self.evaluator.moving.values():
+            parameter.grad = None  # one that is not reached takes no step, not one of zero

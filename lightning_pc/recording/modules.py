@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from typing_extensions import override
 
 from lightning_pc.errors import PlacementError, UnsupportedError
 from lightning_pc.nodes.energies import Gaussian
@@ -160,8 +159,8 @@ class Modules(Cuts):
         place = "" if outer is None else self.names[outer]
         return f"{place}.{type(module).__name__}" if place else type(module).__name__
 
-    @override
     def where(self) -> str:
+        """Dotted name of the module that runs."""
         return self.module_name(self._running[-1].module) if self._running else "the closure"
 
 

@@ -71,6 +71,8 @@ class Slots:
         still: Slots of constants that are the same for any batch.
     """
 
+    where: Callable[[], str]
+
     def __init__(self, task: Task) -> None:
         self.task = task
         self.calls: list[Call] = []
@@ -235,7 +237,3 @@ class Slots:
         if isinstance(output, Tensor):
             self._still[id(output)] = ref(output)
         return output
-
-    def where(self) -> str:
-        """Dotted name of the module that runs."""
-        return "the model"

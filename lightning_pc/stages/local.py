@@ -24,6 +24,15 @@ class LocalErrors(Evaluator):
     predictions that read no value, as long as weights stand and no gradient is asked for.
     """
 
+    def let_go(self, T: int) -> None:
+        """Lets go of values that no piece reads or predicts at which an error stands by ``T``."""
+        kept = set[int]()
+        for piece in self.graph.pieces:
+            if piece.loss or any(self.nodes[n].arrival <= T for n in piece.nodes):
+                kept.update(piece.nodes, piece.values.values())
+        for number in {*range(len(self.nodes))} - kept:
+            self.nodes[number].x = self.nodes[number].x.new_empty(0)
+
     @override
     def __call__(self, asked: Asked) -> Tensor:
         nodes = self.nodes

@@ -4,9 +4,10 @@
 
 Time is the process's on one thread. Backprop and all rows learn a few batches in turn, round after
 round within one process, so that a busy machine slows all of them alike; a ratio is taken within
-each round, the table gives the rounds' median. Rows at the defaults look at the curvature now and
-then: they learn until that has become rare before they are timed, and as many rounds count as one
-as lie between two looks, so that each has its share.
+each round, the table gives the rounds' median. Rows by hand are the same arithmetic written out for
+a chain of layers (`recipes.efficiency.by_hand`), which end at the same weights. Rows at the
+defaults look at the curvature now and then: they learn until that has become rare before they are
+timed, and as many rounds count as one as lie between two looks, so that each has its share.
 
 Memory is the most tensor bytes alive at once of those that learning a batch allocates. A batch of
 the same form has gone before, so weights, states of AdamW and the values of that batch are there
@@ -38,17 +39,18 @@ from rich.table import Table
 from lightning_pc.optim import IPC, PC, ZIL
 from recipes.common.machine import machine
 from recipes.efficiency import benchmark
+from recipes.efficiency.by_hand import ByHand
 from recipes.efficiency.memory import peak_bytes
 from recipes.efficiency.networks import Transformer, deep
 
 #: Arguments of the paper's descent.
 GIVEN: dict[str, Any] = {"gamma": 0.1, "gamma_decay": 1.0, "momentum": 0.0}
-DEFAULTS = ", defaults"
+DEFAULTS, BY_HAND = ", defaults", ", by hand"
 
 #: Name -> (network, input shape, batch size, batches per round).
 NETWORKS = benchmark.NETWORKS | {"deep": (deep, (784,), 128, 6)}
 NETWORKS["blocks"] = (Transformer, (64, 256), 16, 1)
-TIMED = ("mlp", "cnn", "deep")
+TIMED, CHAINS = ("mlp", "cnn", "deep"), ("mlp", "deep")
 
 #: Row -> network -> (target, limit) of its ratio to backprop, at the defaults to the row with a
 #: given gamma.
@@ -92,7 +94,9 @@ class Learner:
     def __call__(self) -> None:
         """Learns a batch."""
         x, y = next(self.batches)
-        if self.algorithm:
+        if self.algorithm is ByHand:
+            self.optimizer.learn(x, y)
+        elif self.algorithm:
             self.optimizer.step(lambda: F.cross_entropy(self.net(x), y))
         else:
             self.optimizer.zero_grad()
@@ -103,6 +107,10 @@ class Learner:
 def rows(network: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> algorithm and arguments; in a deep network errors have further to go."""
     ipc_steps, pc_steps = (17, 17) if network == "deep" else (8, 9)
+    by_hand = {
+        "zil" + BY_HAND: (ByHand, {"algorithm": "zil", "gamma": 1.0}),
+        "ipc" + BY_HAND: (ByHand, {"algorithm": "ipc", "gamma": GIVEN["gamma"], "T": ipc_steps}),
+    }
     return {
         "backprop": (None, {}),
         "zil": (ZIL, {}),
@@ -111,6 +119,7 @@ def rows(network: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "pc": (PC, {"T": pc_steps, **GIVEN}),
         "ipc" + DEFAULTS: (IPC, {}),
         "pc" + DEFAULTS: (PC, {}),
+        **(by_hand if network in CHAINS else {}),
     }
 
 
@@ -143,7 +152,11 @@ def measure_cost(
     learners = {name: Learner(network, *row, seed) for name, row in rows(network).items()}
     for name, learn in track(learners.items(), f"{network}: warm-up", transient=True):
         cpu_seconds(learn, settled if name.endswith(DEFAULTS) else 2)
-    steps = {n: e.optimizer.report.steps for n, e in learners.items() if e.algorithm}
+    steps = {
+        name: each.optimizer.T if each.algorithm is ByHand else each.optimizer.report.steps
+        for name, each in learners.items()
+        if each.algorithm
+    }
     between = ceil(look / steps["ipc" + DEFAULTS])  # batches
     span = max(1, round(between / NETWORKS[network][3]))  # rounds
     seconds = []
@@ -160,7 +173,7 @@ def measure_cost(
         if name != given:
             limited = row["of_given"] = ratio(seconds, name, given, together)
             row["of_given_per_step"] = limited * steps[given] / T
-        target, limit = LIMITS[name].get(network, (None, None))
+        target, limit = LIMITS.get(name, {}).get(network, (None, None))
         met = None if limit is None else limited <= limit
         results.append({**row, "target": target, "limit": limit, "met": met})
     return results
