@@ -78,7 +78,7 @@ def test_iepc_refuses_an_optimizer_for_the_values():
         IEPC(sgd, net, inference=lambda values: torch.optim.SGD(values, 0.01))
 
 
-@pytest.mark.filterwarnings("ignore:In the first batch no value moved")
+@pytest.mark.filterwarnings("ignore:In the first batch all 2 value nodes")
 def test_updates_are_counted_where_a_gradient_came():
     net = torch.nn.Sequential(
         torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 5), torch.nn.Tanh()

@@ -120,8 +120,8 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float) -> str:
         if end < 2 or not float(report.loss[0]):
             return ""
         why = f"no value moved. gamma = {gamma:.3g} is too small, or no gradient reaches them."
-        if not any(node.weight for node in nodes):
-            why = "precisions= gave them the weight 0. Give weights > 0."
+        if not all(node.weight for node in nodes):  # an error stops at a node of weight 0
+            why = "precisions= gave some or all of them the weight 0. Give weights > 0."
         told = f"all {len(report.nodes)} value nodes have energy zero after {end} inference steps"
         return f"In the first batch {told}: {why}"
     # Down the gradient an error shrinks by about gamma per stage, but not in error coordinates.
