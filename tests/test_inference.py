@@ -1,5 +1,6 @@
 """One move of the values, with a rate on the host and with one on the device."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -108,6 +109,27 @@ def test_a_pair_of_betas_is_two_phases_to_explain():
     assert optimizer.report.steps == 10
     assert "two phases" in explain(optimizer.report)
     assert "F went" not in explain(optimizer.report)
+
+
+@pytest.mark.filterwarnings("ignore:T=2 inference steps never reach")
+@pytest.mark.parametrize("gamma", [0.2, "auto"])
+@pytest.mark.parametrize("kind", [PC, IPC])
+def test_values_that_no_step_reaches_make_room(kind, gamma):
+    """Nothing that is learned depends on them: kept ones, which stay, learn the same."""
+    layers = [layer for _ in range(6) for layer in (torch.nn.Linear(4, 4), torch.nn.Tanh())]
+    nets = [torch.nn.Sequential(*layers, torch.nn.Linear(4, 2)).double()]
+    nets.append(copy.deepcopy(nets[0]))
+    x, found = torch.randn(8, 4).double(), []
+    for net, reset in zip(nets, ("batch", "never"), strict=True):
+        sgd = torch.optim.SGD(net.parameters(), 0.1)
+        optimizer = kind(sgd, net, T=2, gamma=gamma, momentum=0.0, reset=reset)
+        optimizer.step(lambda net=net: F.mse_loss(net(x), torch.ones(8, 2).double()))
+        found.append(optimizer.values)
+        assert optimizer.report.depth == 6
+    assert list(found[0]) == ["7", "9", "11"]  # two depths move, the second is predicted by a third
+    assert len(found[1]) == 6
+    for one, other in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
 
 class Elsewhere(torch.Tensor):
