@@ -35,8 +35,8 @@ class Settings:
             move by, all of it where no row of stages has more than 2 that no connection skips,
             else 2 / stages of it.
         gamma_decay: Factor of gamma after an inference step at which the energy has not fallen,
-            within a batch, in (0, 1] (Salvatori et al. 2024, D.3). Default: 1 where gamma is given,
-            0.9 where it is automatic.
+            within a batch, in (0, 1] (Salvatori et al. 2024, D.3). Default: 0.9 where gamma is
+            automatic and values are made anew for each batch, else 1.
         momentum: Share of their velocity that values keep from step to step, in [0, 1): 0 is the
             paper's descent, more is heavy ball, at rest at the start of a batch; PCX (Pinchetti
             et al. 2024) takes 0.35 to 0.7 for iPC; zil: 0. ``"conjugate"`` (pc, ipc, epc) finds
@@ -178,11 +178,11 @@ class Settings:
 
     @property
     def chosen_decay(self) -> float:
-        """Of gamma: 1 where gamma is given or F moves by itself, else that of the paper (D.3)."""
+        """Of gamma: the paper's (D.3), or 1 where gamma is given, F moves or a batch never ends."""
         if self.gamma_decay is not None:
             return self.gamma_decay
-        given = self.fixed_gamma is not None or precisions(self.precisions).varies
-        return 1.0 if given else 0.9
+        lasts = self.reset == "never" or precisions(self.precisions).varies
+        return 1.0 if lasts or self.fixed_gamma is not None else 0.9
 
 
 #: Arguments of earlier versions and what to write instead.

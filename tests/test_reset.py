@@ -72,6 +72,15 @@ def test_what_moves_the_values_goes_on_from_call_to_call(way, calls):
     assert far(model, other)[0] < 1e-9
 
 
+def test_an_automatic_gamma_of_values_that_are_kept_does_not_fade():
+    """In one long batch F rises now and then, and each time would take a tenth of it."""
+    model, (x, y) = MLP((6, 7, 4)), vectors(8)
+    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.5), model, T=4, reset="never")
+    for _ in range(60):
+        optimizer.step(lambda: ce(model, x, y))
+    assert optimizer.report.gamma == pytest.approx(optimizer._learner.auto.gamma)
+
+
 def test_a_parameter_that_is_not_reached_yet_takes_no_step():
     model = MLP((6, 7, 6, 5, 4)).double()
     before, (x, y) = twin(model), vectors(8)
