@@ -42,7 +42,7 @@ class Learns(Module):
 @pytest.mark.parametrize("wrapper", WRAPPERS.values())
 @pytest.mark.parametrize("autocast", [True, False])
 def test_float16_is_refused_wherever_it_comes_from(autocast, wrapper):
-    model, x = mlp(), torch.randn(8, 6)
+    model, x = mlp(), torch.randn(8, 5)
     if not autocast:
         model, x = model.half(), x.half()
     optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)

@@ -75,7 +75,7 @@ def test_what_moves_the_values_goes_on_from_call_to_call(way, calls):
 def test_an_automatic_gamma_of_values_that_are_kept_does_not_fade():
     """In one long batch F rises now and then, and each time would take a tenth of it."""
     model, (x, y) = MLP((6, 7, 4)), vectors(8)
-    optimizer = IPC(torch.optim.SGD(model.parameters(), 0.5), model, T=4, reset="never")
+    optimizer = IPC(torch.optim.AdamW(model.parameters(), 0.1), model, T=4, reset="never")
     for _ in range(60):
         optimizer.step(lambda: ce(model, x, y))
     assert optimizer.report.gamma == pytest.approx(optimizer._learner.auto.gamma)
