@@ -147,9 +147,10 @@ def test_outputs_and_frozen_parts_are_passed_over():
 def test_no_node_at_all():
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
-    with pytest.raises(PlacementError, match=r"No value node stands.*value_nodes='linear'"):
+    with pytest.raises(PlacementError, match=r"No value node stands.*value_nodes='modules'"):
         optimizer.step(lambda: ce(model, *vectors(3)))
-    assert rows(model, X, "linear").rows[0].name == "0"
+    for told in ("linear", "modules"):
+        assert rows(model, X, told).rows[0].name == "0"
 
 
 # One node for a composite nonlinearity. ----------------------------------------------------------

@@ -34,8 +34,7 @@ class Alerts:
         self._counts = schedule.incremental or auto is None
         self._varies = varies
         self._told: set[str] = set()
-        self._batches = 0
-        self._rising = 0  # batches on end
+        self._batches = self._rising = 0  # all, and those on end in which F rose
         self._first = 0.0  # F at the very start
 
     @property
@@ -47,7 +46,8 @@ class Alerts:
         """Warns, unless there is nothing to say or this kind of thing has been said."""
         if message and key not in self._told:
             self._told.add(key)
-            warnings.warn(message, UserWarning, stacklevel=2)
+            # Python would tell only once in all what it has told from here before.
+            warnings.warn_explicit(message, UserWarning, __name__, 0, registry={})
 
     def after(self, inference: Inference, report: StepReport) -> None:
         """Takes in the last phase of a batch."""

@@ -70,7 +70,7 @@ def _cure(algorithm: str, automatic: bool, mover: Mover | None, stable: float) -
         cure = "" if incremental and automatic else mover.remedy
     elif mover is not None and not automatic and (mover.start_gamma >= stable or not incremental):
         cure = f"Use gamma='auto', or gamma < {min(mover.start_gamma, stable):.2g}."
-    if not incremental:
+    if not incremental or (cure and mover and stable < mover.start_gamma):
         return cure or "The weights have changed since gamma was chosen: lower the learning rate."
     given = algorithm == "ipc" and not (automatic or cure)
     cure += " Lower the learning rate, scale down what the modules before it read, use a smaller T"

@@ -190,5 +190,6 @@ def count_terms(
     terms = float(otherwise if guess is None else guess)
     return terms, (
         f"Cannot read off the training loss how many terms it is a mean of ({why}); the batch "
-        f"size, {terms:g}, is taken. Set loss_terms= to a number or a callable of the batch."
+        f"size, {terms:g}, is taken. Set loss_terms= to a number, or a callable of the batch (of "
+        "nothing in plain PyTorch)."
     )

@@ -72,8 +72,8 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
         met = "; ".join(f"'{s.name}' is {s.why}" for s in batch.sites[:5]) or "none was met"
         raise PlacementError(
             f"No value node stands in {type(model).__name__}, so this would be plain "
-            f"backprop. Places: {met}. Name modules whose outputs become nodes, e.g. "
-            "value_nodes='linear', 'modules', 'blocks' or a list of module names."
+            f"backprop. Places: {met}. value_nodes='modules' takes the outputs of all modules with "
+            "parameters (recurrent ones too), a list of names some. One layer alone has no place."
         )
 
 
