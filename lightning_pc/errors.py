@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-#: Of whom it is said stands first.
 FLOAT16 = (
     "{} does not train in float16: prediction errors fall below its range, and a gradient scaler "
     "would skip single updates within a batch. Use bfloat16 or float32 (precision='bf16-mixed', "

@@ -64,7 +64,7 @@ class Learner:
     Attributes:
         report: What the last step did.
         values: Node name -> value of the last batch, [B, *]; none of those that T never reaches.
-        auto: Chooses gamma, None where it is given.
+        auto, alerts: Chooses gamma, None where it is given; tells the user.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Learner:
             self.schedule.through,
         )
         self._waiting: _Waiting | None = None
-        self._alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
+        self.alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
         self._age = 0  # inference steps that kept values have behind them
         self._kept: Mover | None = None  # who moves them
 
@@ -160,9 +160,9 @@ class Learner:
             require_chain(batch)
         T = self.schedule.steps(batch.graph.depth, self.settings.T, self._precisions.wave)
         if self.settings.reset == "batch":
-            self._alerts.say("unreached", unreached(batch, T, self.model))
+            self.alerts.say("unreached", unreached(batch, T, self.model))
         if self._precisions.wave and not self.schedule.wave:
-            self._alerts.say("shortcut", shortcut(batch))
+            self.alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
         return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size))
 
@@ -213,8 +213,7 @@ class Learner:
         try:
             self.begin(forward, loss_of)
             if (waiting := self._waiting) is None:
-                told = "The forward returned no loss, so there is no graph to describe."
-                raise ClosureError(told)
+                raise ClosureError("The forward returned no loss: there is no graph to describe.")
             waiting.batch.watch.undo()
         finally:
             self._waiting = None
@@ -248,7 +247,7 @@ class Learner:
                 self._kept or self._mover(batch.graph),
                 self._precisions,
                 self.auto,
-                self._alerts.look_due,
+                self.alerts.look_due,
                 self.settings.mover == "passing on",
                 beta,
                 seed / len(betas),
@@ -262,7 +261,7 @@ class Learner:
                 raise divergence(inference)
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
         self.report = make_report(phases, learnable)
-        self._alerts.after(inference, self.report)
+        self.alerts.after(inference, self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
             self._recordings.kept = batch.sites
@@ -291,5 +290,5 @@ class Learner:
         terms, doubt = count_terms(
             self.settings.loss_terms, batch.losses, given, batch_size, otherwise=first
         )
-        self._alerts.say("loss_terms", doubt)
+        self.alerts.say("loss_terms", doubt)
         return terms

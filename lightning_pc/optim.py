@@ -118,7 +118,8 @@ class PredictiveCodingOptimizer(Optimizer):
             if loss is None:
                 known = {(id(left()), version) for left, version in self._left}
                 if any((id(g), g._version) not in known for g in self._gradients()):
-                    raise ClosureError(f"{door}.step does not use what backward() made. {_CLOSURE}")
+                    told = f"{door}.step got no loss, and does not use what backward() made. "
+                    self._learner.alerts.say("backward", told + _CLOSURE)
                 return None
             first = loss.detach()
             self.zero_grad()
@@ -134,8 +135,8 @@ class PredictiveCodingOptimizer(Optimizer):
         return first
 
     def _gradients(self) -> list[Tensor]:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return [p.grad for p in parameters if p.grad is not None]
+        groups = self.param_groups
+        return [p.grad for group in groups for p in group["params"] if p.grad is not None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's."""

@@ -34,7 +34,7 @@ class Precisions(ABC):
 
         Args:
             depth: A node's depth, 1 for what the loss reads; 0 for the loss itself.
-            t: Step within the batch, from 0 on.
+            t: Step within the batch, from 0 on; with reset="never" all calls are one batch.
             steps: How many of the batch's steps move values: t = ``steps`` is pc's learning step.
         """
 

@@ -182,7 +182,7 @@ def test_looking_at_the_curvature_changes_nothing():
         net, loss = steep(2.0)
         optimizer = IPC(torch.optim.Adam(net.parameters(), 1e-3), net, gamma=1.0)
         learner = optimizer._learner
-        learner._alerts = Alerts(learner.schedule, learner.auto, False, patience)
+        learner.alerts = Alerts(learner.schedule, learner.auto, False, patience)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for _ in range(6):

@@ -359,3 +359,80 @@ def test_a_backward_that_adds_to_gradients_by_itself_is_an_error():
     assert all(p.grad is None for p in model.parameters())
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, before[name])
+
+
+@every
+def test_a_state_seen_without_gradients_first_is_no_constant_after(algorithm):
+    class Peeks(Carried):
+        def forward(self, x):
+            h = torch.tanh(self.a(x))
+            if self.state is not None:
+                with torch.no_grad():
+                    (self.state * h).sum()
+                h = h + self.state
+            self.state = self.b(h)
+            return self.c(torch.tanh(self.state))
+
+    model, (x, y) = Peeks(True).double(), data()
+    optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.1), model)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    with pytest.raises(ClosureError, match="before the forward began"):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+
+class Options(dict):
+    """A class of the user's own that holds no tensor."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+
+class Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, options):
+        ctx.by = options.by
+        return x * ctx.by
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.by, None
+
+
+class OwnOptions(Written):
+    """A Function reads an object of the user's own."""
+
+    def forward(self, x):
+        h = torch.tanh(self.a(x))
+        h = Scale.apply(h, Options(by=2.0)) if self.way else h * 2.0
+        return self.c(torch.tanh(self.b(h)))
+
+
+@every
+def test_an_object_without_tensors_stays_what_it_is(algorithm):
+    same(algorithm, OwnOptions)
+
+
+def test_a_step_within_a_compiled_function_leaves_nothing_behind():
+    pytest.importorskip("torch._dynamo")
+    model, (x, y) = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double(), data()
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+    place = torch.autograd.function._SingleLevelFunction
+    before = vars(place).get("apply")
+
+    def fails(stance):
+        raise RuntimeError("within a compiled region")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "set_stance", fails)
+        with pytest.raises(RuntimeError, match="compiled region"):
+            optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert vars(place).get("apply") is before
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+
+@pytest.mark.parametrize("way", [{"gamma": 2.0}, {"precisions": 4.0, "gamma": 0.5}])
+def test_an_error_that_is_back_where_it_began_divides_by_nothing(way):
+    model, (x, y) = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double(), data()
+    optimizer = IEPC(torch.optim.SGD(model.parameters(), 0.01), model, T=4, **way)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert all(p.isfinite().all() for p in model.parameters())

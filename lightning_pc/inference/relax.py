@@ -169,7 +169,8 @@ class Inference:
     def _look(self, asked: Asked, seed: int, fine: bool) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes, reach = self.evaluator.nodes, self.auto.reach if self.auto else REACH
-        everything = replace(asked, t=asked.t + self.T)  # all that T steps reach counts
+        reached = self.T if self.age is None else len(nodes)  # of kept values later calls reach all
+        everything = replace(asked, t=asked.t + reached)
         weights = [node.weight for node in nodes]
         for node in nodes:
             if self.precisions.varies and not asked.t:

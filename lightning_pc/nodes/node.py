@@ -56,7 +56,7 @@ class Node:
     _before: Tensor | None = None  # the prediction as of the last evaluation, where it is followed
     # How far a lone error has come that a constant gradient of -1 pulls at, and its velocity. Its
     # whole way is 1 / weight. To first order all entries have come the same share of theirs.
-    _come: float | Tensor | None = None
+    _come: float | Tensor = 0.0
     _pace: float | Tensor = 0.0
 
     @property
@@ -76,7 +76,7 @@ class Node:
         if self.e is not None:
             # Not of x and mu, whose difference rounds away an error that is small beside them.
             slopes = self.energy.evaluate(self.e.detach(), mu.new_zeros(()), scale, self.weight)
-            if self.whole and self.weight and self._come is not None:
+            if self.whole and self.weight and (isinstance(self._come, Tensor) or self._come):
                 dmu = slopes.dmu / (self.weight * self._come)
                 slopes = Slopes(dmu, slopes.own(), slopes.total)
         else:
@@ -107,15 +107,14 @@ class Node:
 
     def moved(self, gamma: float | Tensor, momentum: float) -> None:
         """Takes in that its coordinates have made a step."""
-        come = 0.0 if self._come is None else self._come
-        self._pace = momentum * self._pace + 1.0 - self.weight * come
-        self._come = come + gamma * self._pace
+        self._pace = momentum * self._pace + 1.0 - self.weight * self._come
+        self._come = self._come + gamma * self._pace
 
     def restart(self, start: Tensor) -> None:
         """Its coordinates are back where they started, at rest."""
         self.coordinates.data.copy_(start)
         self.velocity = None
-        self._come, self._pace = None, 0.0
+        self._come = self._pace = 0.0
 
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""

@@ -50,18 +50,15 @@ def _apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def functions_met(meet: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Inside, ``meet(kind, args, kwargs)`` is called in the place of this thread's `apply`.
-
-    Compiled functions, which hide what they call, run as they are written.
-    """
+    """Meets this thread's `apply` inside; compiled functions, which hide theirs, run as written."""
     global _many
     meets: list[Any] = vars(_recording).setdefault("meets", [])
     with _lock:
         if not _many:
+            if "torch._dynamo" in sys.modules:  # which refuses within a compiled function
+                _shared.enter_context(torch.compiler.set_stance("force_eager"))
             _next.apply = classmethod(_apply)
             _shared.callback(delattr, _next, "apply")
-            if "torch._dynamo" in sys.modules:
-                _shared.enter_context(torch.compiler.set_stance("force_eager"))
         _many += 1
     meets.append(meet)
     try:

@@ -117,25 +117,27 @@ class Call:
 
 def with_refs(value: Any, tensors: list[Tensor]) -> Any:
     """A call's arguments with a `Ref` in the place of each tensor, which goes to ``tensors``."""
-    kind = type(value)
-    named = isinstance(value, tuple) and hasattr(value, "_fields")
+    kind, before = type(value), len(tensors)
+    named, made = isinstance(value, tuple) and hasattr(value, "_fields"), value
     if isinstance(value, (tuple, list)) and not named:  # classes of somebody's own, too
-        items: list[Any] = []
+        made = []
         for item in value:
             if type(item) in _PLAIN:
-                items.append(item)
+                made.append(item)
             elif isinstance(item, Tensor):
-                items.append(Ref(len(tensors)))
+                made.append(Ref(len(tensors)))
                 tensors.append(item)
             else:
-                items.append(with_refs(item, tensors))
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, Tensor):
+                made.append(with_refs(item, tensors))
+        made = tuple(made) if isinstance(value, tuple) else made
+    elif isinstance(value, Tensor):
         tensors.append(value)
-        return Ref(len(tensors) - 1)
-    if isinstance(value, dict):
-        return {k: with_refs(v, tensors) for k, v in value.items()}
-    return kind(*[with_refs(v, tensors) for v in value]) if named else value
+        return Ref(before)
+    elif isinstance(value, dict):
+        made = {k: with_refs(v, tensors) for k, v in value.items()}
+    elif named:
+        made = kind(*[with_refs(v, tensors) for v in value])
+    return made if len(tensors) > before or kind in (tuple, list, dict) else value
 
 
 def _without_refs(value: Any, tensors: Sequence[Tensor]) -> Any:

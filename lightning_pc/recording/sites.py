@@ -55,11 +55,6 @@ class Site:
     version: int = 0
     node: Node | None = None
 
-    @property
-    def stays(self) -> bool:
-        """Whether ``first`` is there, and nothing has written to it."""
-        return self.first is not None and self.first._version == self.version
-
 
 @dataclass
 class Expected:

@@ -139,13 +139,13 @@ class Slots:
 
     def _constant(self, tensor: Tensor, content: Tensor | None) -> int:
         """The slot of a constant, or of its ``content`` before it was written to."""
+        if torch.is_grad_enabled():
+            self._refuse_early(tensor)
         entry = self._entries.get(id(tensor))
         if entry is not None and entry.ref() is tensor:
             if content is not None:
                 self.given[entry.slot] = content
             return entry.slot
-        if torch.is_grad_enabled():
-            self._refuse_early(tensor)
         slot = self._new_slot()
         self.given[slot] = tensor if content is None else content
         if not tensor.requires_grad:

@@ -93,7 +93,9 @@ class LocalErrors(Evaluator):
         left = [(number, site.first, site.edge) for number, site in sites]
         serves = piece in self._fresh and (self.batch.whole or not counts)
         for _, site in sites:
-            serves = serves and site.stays and (site.edge is not None or not differentiated)
+            first = site.first  # the module may have written to it since
+            serves = serves and first is not None and first._version == site.version
+            serves = serves and (site.edge is not None or not differentiated)
         if differentiated or not serves:
             self._spend(piece)
         if self.steady and not piece.values:

@@ -101,17 +101,20 @@ def _check_backward(batch: Batch, piece: Piece, outputs: list[Tensor]) -> None:
         return
     weights = [p for m in batch.watch.task.names for p in m._parameters.values() if p is not None]
     before = [(p.grad, p.grad._version if p.grad is not None else 0) for p in weights]
-    zeros = [torch.zeros_like(out) for out in outputs]
-    torch.autograd.grad(outputs, values, zeros, allow_unused=True)
-    for weight, (gradient, version) in zip(weights, before, strict=True):
-        made = weight.grad
-        if made is not None and (made is not gradient or made._version != version):
-            weight.grad = gradient  # to one that is there zeros were added
-            raise RecordingError(
-                f"The backward of an autograd.Function adds to the gradient of a parameter of "
-                f"shape {tuple(weight.shape)} by itself, as reversible blocks do to save memory. "
-                "It would do so at each inference step: leave it out while training."
-            )
+    torch.autograd.grad(outputs, values, [*map(torch.zeros_like, outputs)], allow_unused=True)
+    changed = [
+        (weight, gradient)
+        for weight, (gradient, version) in zip(weights, before, strict=True)
+        if (made := weight.grad) is not None and (made is not gradient or made._version != version)
+    ]
+    for weight, gradient in changed:
+        weight.grad = gradient  # to one that is there zeros were added
+    if changed:
+        raise RecordingError(
+            "The backward of an autograd.Function adds to the gradients of parameters of shape "
+            f"{tuple(changed[0][0].shape)} by itself, as reversible blocks do to save memory. It "
+            "would do so at each inference step: leave it out while training."
+        )
 
 
 def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name: str) -> None:
