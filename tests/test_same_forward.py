@@ -116,9 +116,22 @@ class HookAfterWrite(Written):
         return self.c(torch.tanh(self.b(torch.tanh(h))))
 
 
+class Collected(Written):
+    """What weights make is collected in memory from before, with no node between."""
+
+    def forward(self, x):
+        if self.way:
+            h = torch.zeros(len(x), 6).double()
+            h[:, :3] = self.a(x)[:, :3]
+            h[:, 3:] += self.b(x)[:, 3:]
+        else:
+            h = torch.cat([self.a(x)[:, :3], self.b(x)[:, 3:]], 1)
+        return self.c(torch.tanh(h))
+
+
 @every
 @pytest.mark.parametrize(
-    "kind", [OverwrittenPrediction, NamedResult, OwnList, MaskWritten, HookAfterWrite]
+    "kind", [OverwrittenPrediction, NamedResult, OwnList, MaskWritten, HookAfterWrite, Collected]
 )
 def test_both_ways_learn_alike(algorithm, kind):
     same(algorithm, kind)

@@ -89,6 +89,7 @@ class Slots:
         self._weights: list[Tensor] = []  # what is trained
         self._slot_of: dict[int, int] = {}  # id of a parameter -> its first slot
         self._bases: list[Tensor] = []
+        self._early: dict[int, tuple[Tensor, str]] = {}  # from before the forward
         self._memories: dict[int, int] = {}  # of constants that are written to -> slot
         self._begun: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
@@ -111,8 +112,8 @@ class Slots:
 
     def _refuse_early(self, tensor: Tensor) -> None:
         """A gradient would go to what was computed before the forward."""
-        if tensor.requires_grad and (wrong := self.task.early(tensor)):
-            raise ClosureError(wrong)
+        if tensor.requires_grad and id(tensor) in self._early:
+            raise ClosureError(self._early[id(tensor)][1])
 
     def _from_outside(self, tensor: Tensor) -> Entry | None:
         root = tensor if tensor.grad_fn is None else tensor._base
@@ -125,7 +126,8 @@ class Slots:
                     "function, a C++ extension or a function transform. What stands above it would "
                     "not learn. Use the plain PyTorch version of that call while training."
                 )
-            if self.task.early(tensor):
+            if wrong := self.task.early(tensor):
+                self._early[id(tensor)] = tensor, wrong
                 return None  # a constant, as long as no gradient goes there
         slot = self._new_slot()
         self.given[slot] = tensor
