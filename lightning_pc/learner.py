@@ -225,7 +225,7 @@ class Learner:
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
         batch, T, betas = waiting.batch, waiting.T, self.settings.betas
-        held = self._held() or set()
+        held = evaluator.held or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self._recordings.keep_in_mind(batch)
         if isinstance(evaluator, LocalErrors) and not kept:

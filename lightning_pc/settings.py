@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from inspect import signature
 from typing import Literal
 
@@ -161,7 +162,7 @@ class Settings:
         """Gamma at the start of each batch, None where it is chosen automatically."""
         return schedule(self.algorithm).fixed_gamma if self.gamma == "auto" else self.gamma
 
-    @property
+    @cached_property
     def mover(self) -> Moves:
         """How values move: as ``momentum`` says, else in the algorithm's own way.
 
@@ -176,7 +177,7 @@ class Settings:
         own = not told and steady and min(self.betas) > 0
         return schedule(self.algorithm).mover if own else "plain"
 
-    @property
+    @cached_property
     def chosen_decay(self) -> float:
         """Of gamma: the paper's (D.3), or 1 where gamma is given, F moves or a batch never ends."""
         if self.gamma_decay is not None:

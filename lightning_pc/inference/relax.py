@@ -127,10 +127,8 @@ class Inference:
         nodes, age = self.evaluator.nodes, self.age or 0
         if t and not self.precisions.varies:
             return
-        weights = {
-            depth: checked_weight(self.precisions, depth, age + t, age + self._value_steps)
-            for depth in (0, *{node.depth for node in nodes})
-        }
+        end, depths = age + self._value_steps, {0, *[node.depth for node in nodes]}
+        weights = {d: checked_weight(self.precisions, d, age + t, end) for d in depths}
         for node in nodes:
             node.weight = weights[node.depth]
         self._pull = self.beta * weights[0]

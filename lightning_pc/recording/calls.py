@@ -134,7 +134,7 @@ def with_refs(value: Any, tensors: list[Tensor]) -> Any:
         tensors.append(value)
         return Ref(before)
     elif isinstance(value, dict):
-        made = {k: with_refs(v, tensors) for k, v in value.items()}
+        made = {k: v if type(v) in _PLAIN else with_refs(v, tensors) for k, v in value.items()}
     elif named:
         made = kind(*[with_refs(v, tensors) for v in value])
     return made if len(tensors) > before or kind in (tuple, list, dict) else value
