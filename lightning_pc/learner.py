@@ -76,7 +76,8 @@ class Learner:
         self.values: dict[str, Tensor] = {}
         self.auto: AutoGamma | None = None
         if settings.fixed_gamma is None and settings.inference is None:
-            self.auto = AutoGamma(self.schedule.aim, *self.schedule.band)
+            weighs = settings.chosen_beta == "auto"
+            self.auto = AutoGamma(self.schedule.aim, *self.schedule.band, weighs=weighs)
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
         # One wave, and error coordinates, are exact for energies of x - mu alone.
         gaussian = self.schedule.wave or self.schedule.through
@@ -225,6 +226,8 @@ class Learner:
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
         batch, T, betas = waiting.batch, waiting.T, self.settings.betas
+        if self.auto is not None and self.auto.weighs:
+            betas = (self.auto.beta,)
         held = evaluator.held or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self._recordings.keep_in_mind(batch)

@@ -29,15 +29,15 @@ _CLOSURE = (
 def _wrapped(name: str) -> Any:
     """An attribute of the wrapped optimizer; what super().__init__ sets before it is dropped."""
 
-    def put(self: PredictiveCodingOptimizer, value: Any) -> None:
+    def put(self: PredictiveCoding, value: Any) -> None:
         if "optimizer" in vars(self):
             setattr(self.optimizer, name, value)
 
     return property(lambda self: getattr(self.optimizer, name), put)
 
 
-class PredictiveCodingOptimizer(Optimizer):
-    """Base of `PC`, `IPC` and the others: a real optimizer that owns nothing but the schedule.
+class PredictiveCoding(Optimizer):
+    """Predictive coding around an optimizer; `IPC`, `PC` and the others are its named cases.
 
     ``param_groups``, ``state`` and ``state_dict`` are the wrapped optimizer's own, so learning
     rate schedulers, checkpoints and Fabric work as with that optimizer alone.
@@ -45,13 +45,14 @@ class PredictiveCodingOptimizer(Optimizer):
     Args:
         optimizer: The user's optimizer over the parameters of ``model``.
         model: The module that is trained, as it is.
-        settings: By name: ``T``, ``gamma`` and others, of `lightning_pc.settings.Settings`.
+        settings: By name: ``T``, ``gamma`` and others, of `lightning_pc.settings.Settings`; of this
+            class ``algorithm``, too, which is ``"auto"`` unless told otherwise.
 
     Raises:
         ConfigError: An argument is out of range, or the optimizer cannot be wrapped.
     """
 
-    algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"]
+    algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto"
     param_groups = _wrapped("param_groups")
     state = _wrapped("state")
 
@@ -59,8 +60,8 @@ class PredictiveCodingOptimizer(Optimizer):
         door = type(self).__name__
         require(nn.Module, model, f"{door}(optimizer, model): expected the nn.Module to train")
         refuse_optimizer(optimizer, model)
-        refuse_unknown(door, settings, algorithm=False)
-        self._wrap(optimizer, model, Settings(algorithm=self.algorithm, **settings))
+        refuse_unknown(door, settings, algorithm=self.algorithm == "auto")
+        self._wrap(optimizer, model, Settings(**{"algorithm": self.algorithm, **settings}))
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
         self.settings, self._learner = settings, Learner(model, settings, optimizer)
@@ -170,7 +171,7 @@ class PredictiveCodingOptimizer(Optimizer):
         return f"{type(self).__name__}({self.optimizer!r}{self.settings.changes})"
 
 
-class IPC(PredictiveCodingOptimizer):
+class IPC(PredictiveCoding):
     """Incremental predictive coding: values and weights move at every inference step (Alg. 1).
 
     ``step`` takes T steps of the wrapped optimizer; its learning rate, weight decay and clipping
@@ -180,19 +181,19 @@ class IPC(PredictiveCodingOptimizer):
     algorithm = "ipc"
 
 
-class PC(PredictiveCodingOptimizer):
+class PC(PredictiveCoding):
     """Predictive coding: values move first, then weights once (Alg. 2)."""
 
     algorithm = "pc"
 
 
-class ZIL(PredictiveCodingOptimizer):
+class ZIL(PredictiveCoding):
     """Backprop's update, found by local errors (Alg. 3); the value nodes must form a chain."""
 
     algorithm = "zil"
 
 
-class EPC(PredictiveCodingOptimizer):
+class EPC(PredictiveCoding):
     """Predictive coding in error coordinates (ePC, Goemaere et al. 2025, arXiv 2505.20137).
 
     The equilibrium of `PC`, in far fewer inference steps on a deep module: values are x = mu + e,
@@ -203,7 +204,7 @@ class EPC(PredictiveCodingOptimizer):
     algorithm = "epc"
 
 
-class IEPC(PredictiveCodingOptimizer):
+class IEPC(PredictiveCoding):
     """`IPC` in error coordinates: errors and weights move at every inference step.
 
     As in `EPC` the signal crosses any depth at once, and the values go along with the weights. For
@@ -280,7 +281,7 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
     others = [tuple(p.shape) for p in held if not isinstance(p, nn.Parameter)]
     refused = {
         f"{name} would do predictive coding twice: give the plain optimizer that it wraps.": (
-            isinstance(optimizer, PredictiveCodingOptimizer)
+            isinstance(optimizer, PredictiveCoding)
         ),
         "LBFGS evaluates its closure several times a step, each a whole inference: use SGD, Adam "
         "or another optimizer of one gradient a step.": isinstance(optimizer, LBFGS),

@@ -13,6 +13,7 @@ from torch import Tensor, optim
 from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, misfit, shown
+from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.schedules import Moves, schedule
 from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.placement import Entry
@@ -26,10 +27,11 @@ class Settings:
     Args:
         algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
             first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"`` (pc
-            in error coordinates, for deep modules: Goemaere et al. 2025) or ``"iepc"`` (ipc in
-            error coordinates, for pretrained modules with value nodes everywhere).
+            in error coordinates, for deep modules: Goemaere et al. 2025), ``"iepc"`` (ipc in error
+            coordinates, for pretrained modules with value nodes everywhere) or ``"auto"`` (epc
+            near the feed-forward pass, for noisy targets: T = 2 and ``beta="auto"``).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
-            precisions: depth + 1; epc, iepc: 8.
+            precisions: depth + 1; epc, iepc: 8; auto: 2.
         gamma: Inference rate, positive. A number is exact: plain descent at that rate. ``"auto"``
             takes it from the curvature of F in the values, which is looked at every 300
             evaluations; zil: 1. With ``"auto"`` values of ipc also follow what their predictions
@@ -60,7 +62,9 @@ class Settings:
         beta: Factor of the loss in the F that values descend; parameters learn from F / beta
             (Scellier & Bengio 2017). 1 is plain predictive coding, a negative one pushes values
             away from the target, and of a pair such as (0.3, -0.3) parameters learn from the mean
-            of both phases (pc, epc; 2 T evaluations).
+            of both phases (pc, epc; 2 T evaluations). ``"auto"`` (auto, epc, iepc) keeps beta times
+            the loss's curvature in error coordinates at 0.05, so that weights cannot gain by
+            explaining noise. None is ``"auto"`` for auto, else 1.
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a
             callable that makes it from their list, such as
             ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
@@ -69,7 +73,7 @@ class Settings:
         ConfigError: A value is out of its range.
     """
 
-    algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc"
+    algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "ipc"
     T: int | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float | None = None
@@ -80,7 +84,7 @@ class Settings:
     loss_terms: float | Callable[..., float] | None = None
     softmax_energy: Literal["categorical", "gaussian"] = "categorical"
     precisions: float | str | Precisions | Callable[[int, int], float] = "constant"
-    beta: float | tuple[float, ...] = 1.0
+    beta: float | tuple[float, ...] | Literal["auto"] | None = None
     inference: Callable[[list[Tensor]], Optimizer] | None = None
 
     def __post_init__(self) -> None:
@@ -119,9 +123,14 @@ class Settings:
             "purpose: give a number, or use 'ipc'.": conjugate and way.whole,
             f"{momentum=} tells from two gradients how F bends between them, but varying "
             "precisions change F itself: give a number.": conjugate and weights.varies,
-            f"beta={shown(beta)}: expected the loss's factor in F, a number that is not 0 "
-            "(negative pushes values away from the target), or a pair such as (0.3, -0.3).": (
+            f"beta={shown(beta)}: expected the loss's factor in F, a number that is not 0 (below 0 "
+            "it pushes values from the target), 'auto', or a pair such as (0.3, -0.3).": (
                 len(self.betas) not in (1, 2) or not all(is_number(b) and b for b in self.betas)
+            ),
+            "beta='auto' goes by the looks of gamma='auto' in error coordinates, where energies "
+            "count 1: use 'auto', 'epc' or 'iepc', leave gamma, inference and precisions out.": (
+                self.chosen_beta == "auto"
+                and (not way.through or gamma != "auto" or inference or weights != Constant())
             ),
             "zil is exact for plain predictive coding alone: leave precisions and beta at their "
             "defaults.": zil and (self.betas != (1,) or weights != Constant()),
@@ -154,8 +163,14 @@ class Settings:
 
     @property
     def betas(self) -> tuple[float, ...]:
-        """The beta of each phase of a batch."""
-        return tuple(self.beta) if isinstance(self.beta, (tuple, list)) else (self.beta,)
+        """The beta of each phase of a batch, of an automatic one the largest."""
+        beta = ROOM if self.chosen_beta == "auto" else self.chosen_beta
+        return tuple(beta) if isinstance(beta, (tuple, list)) else (beta,)
+
+    @property
+    def chosen_beta(self) -> float | tuple[float, ...] | Literal["auto"]:
+        """What is given, or the algorithm's own."""
+        return schedule(self.algorithm).beta if self.beta is None else self.beta
 
     @property
     def fixed_gamma(self) -> float | None:

@@ -37,8 +37,8 @@ class PCStrategy(SingleDeviceStrategy):
     """Trains a LightningModule with predictive coding on one device.
 
     Args:
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``; what they are and what
-            follows by name stands in `lightning_pc.settings.Settings`.
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"``, ``"iepc"`` or ``"auto"``; what they
+            are and what follows by name stands in `lightning_pc.settings.Settings`.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
         checkpoint_io: How checkpoints are written.
@@ -53,7 +53,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        algorithm: Literal["ipc", "pc", "zil", "epc", "iepc"] = "ipc",
+        algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "ipc",
         *,
         device: str | torch.device = "cpu",
         accelerator: Accelerator | None = None,
@@ -190,7 +190,7 @@ class PCStrategy(SingleDeviceStrategy):
     def register_strategies(cls, strategy_registry: Any) -> None:
         """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` and ``"iepc"``."""
         for name, schedule in SCHEDULES.items():
-            if name not in strategy_registry:
+            if name not in ("auto", *strategy_registry):  # Lightning's own "auto" is another
                 strategy_registry.register(name, cls, f"{name}: {schedule.paper}", algorithm=name)
 
     @property

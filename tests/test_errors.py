@@ -49,11 +49,11 @@ from lightning_pc.errors import (
     RecordingError,
     UnsupportedError,
 )
-from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCoding
 from lightning_pc.precisions import Constant, Spiking
 from lightning_pc.settings import Settings
 
-WRAPPERS: dict[str, type[PredictiveCodingOptimizer]] = {
+WRAPPERS: dict[str, type[PredictiveCoding]] = {
     "ipc": IPC,
     "pc": PC,
     "zil": ZIL,

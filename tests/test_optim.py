@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 
 from lightning_pc import StepReport
 from lightning_pc.errors import ClosureError
-from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCodingOptimizer
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCoding
 
 WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
 FIXED = {
@@ -31,8 +31,8 @@ every = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
 def made(
-    wrapper: type[PredictiveCodingOptimizer], inner: Any = torch.optim.Adam, lr: float = 0.01, **kw
-) -> tuple[nn.Module, PredictiveCodingOptimizer]:
+    wrapper: type[PredictiveCoding], inner: Any = torch.optim.Adam, lr: float = 0.01, **kw
+) -> tuple[nn.Module, PredictiveCoding]:
     model = mlp()
     return model, wrapper(inner(model.parameters(), lr=lr), model, **kw)
 

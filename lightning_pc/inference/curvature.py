@@ -35,6 +35,11 @@ SOONEST = 40
 REACH = 0.05
 #: gamma until a look has succeeded, and the largest, which is the paper's own gamma.
 START, LARGEST = 0.1, 0.5
+#: The size of an automatic beta, times the loss's curvature in error coordinates where that is
+#: above 1. At equilibrium PC descends 0.5 r' S^-1 r of a residual r, where the eigenvalues of S lie
+#: between 1 and 1 + this: what weights gain by growing to explain noise is of that size. From batch
+#: to batch the sign changes, so that to first order they gain nothing.
+ROOM = 0.05
 
 
 @dataclass
@@ -51,9 +56,11 @@ class AutoGamma:
         low: Least gamma * curvature that is left alone.
         high: Largest gamma * curvature that is left alone.
         reach: Length of a look's steps.
+        weighs: Chooses beta, too.
 
     Attributes:
         gamma: The rate in use.
+        beta: The loss's weight in F, where that is automatic.
         curvature: As of the last look; None before the first.
         evaluations: Evaluations of training so far.
         looked_at: ``evaluations`` at the last look.
@@ -69,6 +76,7 @@ class AutoGamma:
     low: float
     high: float
     gamma: float = START
+    beta: float = ROOM
     curvature: float | None = None
     evaluations: int = 0
     looked_at: int = 0
@@ -79,6 +87,7 @@ class AutoGamma:
     fine: bool = False
     soonest: int = SOONEST
     reach: float = REACH
+    weighs: bool = False
 
     def __post_init__(self) -> None:
         self.gamma = min(self.gamma, self.aim)
@@ -89,8 +98,12 @@ class AutoGamma:
         wait = min(EVERY, self.looked_at)
         return self.anew or since >= (min(wait, self.soonest) if self.alarmed else wait)
 
-    def take_in(self, curvature: float) -> None:
-        """Chooses gamma after a look; one that has failed (not finite, not positive) is ignored."""
+    def take_in(self, curvature: float, beta: float = 1.0) -> None:
+        """Chooses gamma after a look at ``beta``, and beta for the batches to come.
+
+        A look that has failed (not finite, not positive) is ignored. Of the curvature in error
+        coordinates 1 is the energies' own, and the rest the loss's.
+        """
         fresh = self.anew or self.failures or self.evaluations < EVERY
         self.anew = False
         self.looks += 1
@@ -99,6 +112,8 @@ class AutoGamma:
             self.failures += 1
             return
         self.curvature, self.failures = curvature, 0
+        if self.weighs:
+            self.beta = math.copysign(ROOM, beta) / max(1.0, (curvature - 1.0) / abs(beta))
         if fresh or not self.low <= self.gamma * curvature <= self.high:
             before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
             self.soonest = SOONEST if self.gamma != before else self.soonest
@@ -106,8 +121,13 @@ class AutoGamma:
             self.soonest = min(4 * self.soonest, EVERY)
 
     def after(self, evaluations: int, rose: bool) -> None:
-        """Takes in a batch that is done: its evaluations, and whether inference raised F."""
+        """Takes in a batch that is done: its evaluations, and whether inference raised F.
+
+        The loss pulls at the values and pushes them in turn, as in Scellier & Bengio 2017, where
+        the sign of beta is drawn for each batch.
+        """
         self.evaluations += evaluations
+        self.beta = -self.beta
         self.alarmed = rose
         self.fine = self.fine or rose
 
@@ -117,7 +137,7 @@ class AutoGamma:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: plain numbers."""
-        given = ("aim", "low", "high", "reach")
+        given = ["aim", "low", "high", "reach", "weighs", *["beta"][self.weighs :]]
         return {name: value for name, value in asdict(self).items() if name not in given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,6 +159,7 @@ def largest_curvature(
     seed: int,
     fine: bool = False,
     reach: float = REACH,
+    apart: bool = False,
 ) -> tuple[float, Node]:
     """The largest eigenvalue of d2F/dx2 by power iteration: mostly 0.7 to 0.95 of it.
 
@@ -154,6 +175,8 @@ def largest_curvature(
         fine: Go no further than the gradient at the values is long, which is about as far as
             inference goes, nor less than the rounding of the forward allows.
         reach: Length of the step, against the size of the values.
+        apart: In error coordinates an energy adds 1 to all curvatures. It is left out while the
+            loss's largest is looked for, which may be far less, and added afterwards.
 
     Returns:
         The curvature (nan where it cannot be had) and the node that has most of its direction.
@@ -176,7 +199,7 @@ def largest_curvature(
         for _ in range(PRODUCTS):
             norm = _length(direction)
             if not (math.isfinite(norm) and norm > 0):
-                return math.nan, nodes[0]
+                return 1.0 if apart and not norm else math.nan, nodes[0]
             step = length / norm
             for node, x, v in zip(nodes, starts, direction, strict=True):
                 node.forget()
@@ -188,6 +211,8 @@ def largest_curvature(
                 node.forget()
                 change = torch.zeros_like(starts[i]) if slope is None else slope
                 change.sub_(base[i])
+                if apart:
+                    change.sub_(direction[i], alpha=step)
                 along.append(direction[i].mul_(change).sum())
                 direction[i] = change.div_(step * norm)
             curvature = float(sum(along)) / (step * norm**2)
@@ -197,6 +222,7 @@ def largest_curvature(
         for node, x, (gradient, total) in zip(nodes, starts, before, strict=True):
             node.coordinates.copy_(x)
             node.gradient, node.total = gradient, total
+    curvature += apart
     shares = torch.stack([torch.linalg.vector_norm(v).float() for v in direction])
     return curvature, nodes[int(shares.argmax())]
 

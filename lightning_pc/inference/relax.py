@@ -158,7 +158,7 @@ class Inference:
         if auto is None:
             return
         if auto.due():
-            auto.take_in(self._look(asked, auto.looks, auto.fine)[0])
+            auto.take_in(self._look(asked, auto.looks, auto.fine)[0], self.beta)
         if mover.start_gamma != (rate := auto.gamma * deep):  # one that is kept goes on
             mover.start_gamma = mover.gamma = rate
         for node in nodes if self.follow else ():
@@ -176,7 +176,8 @@ class Inference:
         self.evaluator.moved(nodes)
         try:
             evaluate = partial(self.evaluator, everything)
-            return largest_curvature(nodes, evaluate, 1.0 / asked.scale, seed, fine, reach)
+            apart = self.auto is not None and self.auto.weighs
+            return largest_curvature(nodes, evaluate, 1.0 / asked.scale, seed, fine, reach, apart)
         finally:
             for node, weight in zip(nodes, weights, strict=True):
                 node.weight = weight

@@ -36,6 +36,8 @@ class Schedule(ABC):
     #: How values move unless told otherwise: by plain descent, along conjugate gradients, or so but
     #: on a chain, where they pass errors on; those follow their predictions, too.
     mover: Moves = "plain"
+    #: Weight of the loss in F unless told otherwise.
+    beta: float | Literal["auto"] = 1.0
     #: Values are held in error coordinates, x = mu + e.
     through = False
     #: Weights learn from an error as if it had come all of its way, and it is not meant to.
@@ -148,7 +150,23 @@ class IEPC(IPC):
     through = whole = True
 
 
-SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (IPC, PC, ZIL, EPC, IEPC)}
+class Auto(EPC):
+    """ePC near the feed-forward pass, where its update is backprop's to first order in beta.
+
+    The loss weighs so little that errors are small and weights gain nothing by explaining noise.
+    From there one step of the values finds the errors' direction, at any depth.
+    """
+
+    name = "auto"
+    beta: float | Literal["auto"] = "auto"
+    whole = True
+
+    @override
+    def steps(self, depth: int, T: int | None, wave: bool) -> int:
+        return T or 2
+
+
+SCHEDULES: dict[str, type[Schedule]] = {s.name: s for s in (Auto, IPC, PC, ZIL, EPC, IEPC)}
 
 
 def schedule(algorithm: str) -> Schedule:

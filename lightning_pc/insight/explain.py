@@ -109,6 +109,23 @@ def unseen(failures: int, gamma: float) -> str:
     return told if failures >= 3 else ""
 
 
+def unlearns(batches: int, least: float, mean: float, explains: bool) -> str:
+    """Says that the loss of the forward rises from batch to batch, and what to do.
+
+    ``explains`` tells whether inference may explain noise.
+    """
+    cure = "lower the learning rate"
+    if explains:
+        cure = (
+            "inference may explain noise in the targets by growing weights. Use algorithm='auto', "
+            "a smaller beta or T, or a lower learning rate"
+        )
+    return (
+        f"The training loss rises from batch to batch: over the last twenty of {batches} it is "
+        f"about {mean:.3g}, where it has been {least:.3g}: {cure}."
+    )
+
+
 def _some(names: Sequence[str]) -> str:
     return f"{', '.join(map(repr, names[:5]))} ({len(names)} in all)"
 
@@ -144,6 +161,8 @@ def explain(report: Any) -> str:
     lines = [f"F went from {first:.4g} to {last:.4g} in {report.steps} evaluations{share}."]
     if report.pulls[0] * report.pulls[-1] < 0:
         lines = [f"Of two phases with their own F each, in {report.steps} evaluations."]
+    if same and report.pulls[0] != 1:
+        lines.append(f"The loss weighs {report.pulls[0]:.3g} in F.")
     momentum = 0.0 if isinstance(report.momentum, str) else report.momentum
     # Values that push the loss up begin with F below zero, which weights that learn raise to it.
     if same and last > (first if report.pulls[0] > 0 else max(first, 0.0)):

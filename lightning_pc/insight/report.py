@@ -21,7 +21,7 @@ class StepReport:
     Axis legend: t inference steps, n nodes in call order.
 
     Attributes:
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``.
+        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"``, ``"iepc"`` or ``"auto"``.
         steps: Evaluations run: T, of a pair of betas 2 T.
         depth: Depth of the module: its deepest node's.
         nodes: Node names, in call order.

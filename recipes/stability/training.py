@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_pc import optim
 from lightning_pc.errors import DivergenceError
-from lightning_pc.optim import PredictiveCodingOptimizer
+from lightning_pc.optim import PredictiveCoding
 from lightning_pc.precisions import Spiking
 from recipes.common.queue import Figures, Job
 from recipes.stability.data import Images
@@ -74,7 +74,7 @@ class Learner:
         Raises:
             DivergenceError: The loss or an energy is not finite.
         """
-        if isinstance(self.optimizer, PredictiveCodingOptimizer):
+        if isinstance(self.optimizer, PredictiveCoding):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # rates that are known to be unsuited
                 first = self.optimizer.step(loss)

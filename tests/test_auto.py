@@ -1,0 +1,248 @@
+"""auto: the loss weighs so little that weights gain nothing by explaining noise."""
+
+import warnings
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_problems import Module, data, loader, mlp
+from problems import CNN, Residual, Transformer, double, images, relative, sequences, vectors
+from torch import nn
+
+from lightning_pc import PCStrategy, explain
+from lightning_pc.errors import ConfigError
+from lightning_pc.inference.curvature import ROOM, AutoGamma
+from lightning_pc.optim import EPC, IPC, PC, PredictiveCoding
+from recipes.stability import noise
+
+
+def Smooth():
+    return Transformer(dropout=0.0)
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def still(model):
+    return torch.optim.SGD(model.parameters(), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "draw"), [(Residual, vectors), (CNN, images), (Smooth, sequences)]
+)
+@pytest.mark.parametrize("beta", [1e-6, ROOM])
+def test_its_gradient_is_that_of_backprop_to_first_order(make, draw, beta):
+    """In size as well: the learning rate of backprop is right for SGD, too."""
+    torch.manual_seed(0)
+    model, (x, y) = make().double(), draw(8)
+    x, y = double(x), double(y)
+    F.cross_entropy(model(x).flatten(0, -2), y).backward()
+    exact = gradients(model)
+    optimizer = PredictiveCoding(still(model), model, beta=beta)
+    optimizer.step(lambda: F.cross_entropy(model(x).flatten(0, -2), y))
+    assert relative(gradients(model), exact) < (1e-4 if beta < ROOM else 2 * ROOM)
+
+
+def linear(hidden=16):
+    torch.manual_seed(2)
+    return nn.Sequential(nn.Linear(8, hidden, bias=False), nn.Linear(hidden, 4, bias=False))
+
+
+def trained(wrap, steps=600):
+    """The head's norm, and how far from least squares, of a linear network that learned noise."""
+    model = linear().double()
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8).double(), 2 * torch.randn(64, 4).double()
+    optimizer = wrap(torch.optim.SGD(model.parameters(), 0.1), model)
+    for _ in range(steps):
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+    best = torch.linalg.lstsq(x, y).solution.T
+    whole = (model[1].weight @ model[0].weight).detach()
+    return float(model[1].weight.detach().norm()), relative(whole, best)
+
+
+class Backprop:
+    def __init__(self, optimizer, model):
+        self.optimizer = optimizer
+
+    def step(self, closure):
+        self.optimizer.zero_grad()
+        closure().backward()
+        self.optimizer.step()
+
+
+def test_noise_is_not_explained_by_growing_weights():
+    """0.5 r' S^-1 r falls with a larger S, where S - 1 is beta times the head's square."""
+
+    def nodes(kind):
+        return lambda optimizer, model: kind(optimizer, model, value_nodes="0")
+
+    plain, _ = trained(Backprop)
+    head, far = trained(nodes(PredictiveCoding))
+    assert far < ROOM
+    assert head == pytest.approx(plain, rel=0.1)
+    assert trained(nodes(PC))[0] > 2 * plain
+    with pytest.warns(UserWarning, match="noise in the targets by growing weights. Use algorithm="):
+        pulled, _ = trained(nodes(partial(PredictiveCoding, beta=0.1)))
+    assert pulled > 1.1 * plain  # the changing sign is what does it
+
+
+def test_beta_times_the_curvature_of_the_loss():
+    """d2L/de2 of the sum 0.5 * ||W e - r||^2 is W' W."""
+    model = linear().double()
+    with torch.no_grad():
+        model[1].weight.mul_(8.0)
+    x, y = torch.randn(16, 8).double(), torch.randn(16, 4).double()
+    optimizer = PredictiveCoding(still(model), model, value_nodes="0")
+    pulls = []
+    for _ in range(3):
+        optimizer.step(lambda: 0.5 * F.mse_loss(model(x), y))
+        pulls.append(optimizer.report.pulls[0])
+    largest = float(torch.linalg.matrix_norm(model[1].weight.detach(), 2)) ** 2
+    assert largest > 2
+    assert [pull * largest for pull in pulls[1:]] == pytest.approx([-ROOM, ROOM], rel=0.1)
+    assert optimizer.report.curvature == pytest.approx(1 + ROOM, rel=0.01)
+    assert f"weighs {optimizer.report.pulls[0]:.3g} in F" in explain(optimizer)
+
+
+def test_beta_is_largest_where_the_loss_bends_little():
+    auto = AutoGamma(0.7, 0.45, 1.0, weighs=True)
+    auto.take_in(1.0 + 1e-3 * ROOM, ROOM)
+    assert auto.beta == ROOM
+    auto.take_in(1.0 + 10 * ROOM, ROOM)
+    assert auto.beta == pytest.approx(ROOM / 10)
+    auto.after(2, False)
+    auto.take_in(float("nan"), auto.beta)
+    assert auto.beta == pytest.approx(-ROOM / 10)
+    auto.take_in(1.0 + ROOM, auto.beta)
+    assert auto.beta == pytest.approx(-ROOM / 10)
+
+
+def test_a_loss_that_does_not_bend():
+    model = linear()
+    x, sign = torch.randn(16, 8), torch.randn(16, 4)
+    optimizer = PredictiveCoding(still(model), model, value_nodes="0", loss_terms=16)
+    optimizer.step(lambda: (model(x) * sign).mean())
+    assert optimizer.report.curvature == pytest.approx(1.0)
+    assert optimizer.report.pulls == (ROOM, ROOM)
+
+
+def test_a_resumed_run_goes_on_with_its_beta():
+    (x, y), runs = vectors(8), []
+    for resumed in (False, True):
+        torch.manual_seed(0)
+        model = Residual()
+        optimizer = PredictiveCoding(torch.optim.Adam(model.parameters(), 0.02), model)
+        for step in range(6):
+            if resumed and step == 3:
+                state, weights = optimizer.state_dict(), model.state_dict()
+                model = Residual()
+                model.load_state_dict(weights)
+                optimizer = PredictiveCoding(torch.optim.Adam(model.parameters(), 0.5), model)
+                optimizer.load_state_dict(state)
+            optimizer.step(lambda model=model: F.cross_entropy(20 * model(x), y))
+        runs.append((optimizer.report.pulls, *model.state_dict().values()))
+    assert runs[0][0] == runs[1][0] != (ROOM, ROOM)
+    assert all(map(torch.equal, runs[0][1:], runs[1][1:]))
+
+
+def run(kind, losses, **settings):
+    """Trains on batches whose first losses are these; returns what was told."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    optimizer = kind(still(model), model, value_nodes="0", gamma="auto", **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for loss in losses:
+            target = 1.0 - torch.tensor([[loss]], dtype=torch.float64).sqrt()
+            optimizer.step(lambda y=target: F.mse_loss(model(torch.ones_like(y)), y))
+    return [str(warning.message) for warning in told if "training loss" in str(warning.message)]
+
+
+def noisy(losses):
+    generator = torch.Generator().manual_seed(3)
+    return [loss * (1 + 0.2 * float(torch.randn((), generator=generator))) for loss in losses]
+
+
+RISES = [1.0 + max(0, i - 40) / 200 for i in range(200)]
+FALLS_AND_RISES = [0.1 + 0.9 * 0.9**i for i in range(80)] + [0.1 + i / 60 for i in range(60)]
+
+
+@pytest.mark.parametrize("losses", [RISES, noisy(RISES), FALLS_AND_RISES])
+def test_a_training_loss_that_rises_is_told_once(losses):
+    (told,) = run(PC, losses, T=2)
+    assert "inference may explain noise in the targets" in told
+    assert "Use algorithm='auto'" in told
+    (told,) = run(PredictiveCoding, losses)
+    assert told.endswith("lower the learning rate.")
+    assert "noise" not in told
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        noisy([1.0] * 300),
+        noisy([0.99**i for i in range(300)]),
+        [0.9**i for i in range(60)] + noisy([0.1] * 200),  # by heart, and then a hard part
+        [1.0] * 100,
+    ],
+)
+def test_a_training_loss_that_does_not_rise(losses):
+    assert not run(PC, losses, T=2)
+
+
+@pytest.mark.filterwarnings("ignore:The training loss rises")
+def test_wrong_labels():
+    """PC explains them, and forgets what it knew of the digits."""
+    task = noise.digits(0.6)
+    accuracy = {row: noise.learn(task, row, 1e-3, 0)[0] for row in ("backprop", "auto", "pc")}
+    assert accuracy["auto"] > accuracy["backprop"] - 10
+    assert accuracy["pc"] < accuracy["auto"] - 10
+
+
+def test_both_doors():
+    batches = data(6)
+    module = Module(net=mlp(nn.BatchNorm1d(7)))
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    fit = L.Trainer(
+        strategy=PCStrategy("auto"), max_epochs=1, enable_model_summary=False, **options
+    )
+    fit.fit(module, loader(batches))
+    model = mlp(nn.BatchNorm1d(7))
+    optimizer = PredictiveCoding(module.__class__.configure_optimizers(Module(net=model)), model)
+    for x, y in batches:
+        optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(module.net.state_dict()[name], value, rtol=0, atol=0)
+    assert fit.strategy.report.algorithm == "auto"
+    assert fit.strategy.report.pulls == optimizer.report.pulls
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (PC, {}),
+        (IPC, {}),
+        (EPC, {"gamma": 0.1}),
+        (EPC, {"precisions": 2.0}),
+        (PredictiveCoding, {"gamma": 0.1}),
+    ],
+)
+def test_where_beta_cannot_be_automatic(kind, settings):
+    model = linear()
+    with pytest.raises(ConfigError, match="beta='auto' goes by the looks"):
+        kind(still(model), model, beta="auto", **settings)
+
+
+def test_the_algorithm_is_an_argument_of_the_base_alone():
+    model = linear()
+    named = PredictiveCoding(still(model), model, algorithm="pc", value_nodes="0", loss_terms=2)
+    named.step(lambda: model(torch.ones(2, 8)).square().mean())
+    assert named.report.algorithm == "pc"
+    with pytest.raises(ConfigError, match="IPC has no argument algorithm="):
+        IPC(still(model), model, algorithm="pc")
