@@ -3,9 +3,10 @@
     python -m recipes.stability.noise --write recipes/stability/noise.json
 
 Digits with labels drawn at random, a noisy regression, a Markov chain of letters for a small GPT,
-and a recurrent net whose targets are clean. Every row has the best of its learning rates by what is
-measured, which favours none; the table gives the mean over seeds, and the processor time of one
-thread against backprop's. One run learns batches of 64 (the GPT 32) drawn with replacement.
+and a recurrent net whose targets are clean. Backprop and auto have the best of the same learning
+rates, by what is measured; pc, which shows what happens otherwise, has one. The table gives the
+mean over seeds, and the processor time of one thread against backprop's. One run learns batches of
+64 (the GPT 32) drawn with replacement.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_pc.optim import IPC, PC, PredictiveCoding
+from lightning_pc.optim import PC, PredictiveCoding
 from recipes.common.machine import machine
 
-RATES = (3e-4, 1e-3, 3e-3)
-ROWS: dict[str, Any] = {"backprop": None, "auto": PredictiveCoding, "pc": PC, "ipc": IPC}
+RATES = {"backprop": (3e-4, 1e-3, 3e-3), "auto": (3e-4, 1e-3, 3e-3), "pc": (1e-3,)}
+ROWS: dict[str, Any] = {"backprop": None, "auto": PredictiveCoding, "pc": PC}
 LETTERS, SEQUENCE = 27, 16
 
 
@@ -187,7 +188,7 @@ def markov() -> Task:
     def judge(net: nn.Module) -> float:
         return float(loss(net(x[2700:]), y[2700:]))
 
-    return Task(GPT, x[:2700], y[:2700], loss, judge, False, 400, 32)
+    return Task(GPT, x[:2700], y[:2700], loss, judge, False, 200, 32)
 
 
 def recurrent() -> Task:
@@ -240,15 +241,15 @@ def measure(seeds: int) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         task, base = make(), 0.0
         for row in ROWS:
-            runs = {r: [learn(task, row, r, seed) for seed in range(seeds)] for r in RATES}
-            means = {rate: fmean(found for found, _ in runs[rate]) for rate in RATES}
+            runs = {r: [learn(task, row, r, seed) for seed in range(seeds)] for r in RATES[row]}
+            means = {rate: fmean(found for found, _ in runs[rate]) for rate in runs}
             best = (max if task.up else min)(means, key=lambda rate: means[rate])
             seconds = fmean(spent for _, spent in runs[best])
             base = base or seconds
             figures = [found for found, _ in runs[best]]
             results.append(
                 {"task": name, "row": row, "lr": best, "mean": means[best], "seeds": figures}
-                | {"at each rate": [means[rate] for rate in RATES], "time": seconds / base}
+                | {"at each rate": [*means.values()], "time": seconds / base}
             )
     return results
 
