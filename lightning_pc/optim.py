@@ -65,6 +65,7 @@ class PredictiveCoding(Optimizer):
 
     def _wrap(self, optimizer: Optimizer, model: nn.Module, settings: Settings) -> None:
         self.settings, self._learner = settings, Learner(model, settings, optimizer)
+        self.algorithm = settings.algorithm
         self._left: list[tuple[ref[Tensor], int]] = []  # gradients of the last step
         self._learner.check()
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -168,7 +169,9 @@ class PredictiveCoding(Optimizer):
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.optimizer!r}{self.settings.changes})"
+        own = self.algorithm != type(self).algorithm
+        named = f", algorithm={self.algorithm!r}" if own else ""
+        return f"{type(self).__name__}({self.optimizer!r}{named}{self.settings.changes})"
 
 
 class IPC(PredictiveCoding):

@@ -145,6 +145,7 @@ class AutoGamma:
         for name in self.state_dict():
             if name in state:
                 setattr(self, name, state[name])
+        self.anew = self.anew or (state.get("looks", 0) > 0 and ("beta" in state) != self.weighs)
         if self.curvature is not None:  # of another algorithm it may be far too large
             chosen = min(self.aim / self.curvature, LARGEST)
             kept = self.low <= self.gamma * self.curvature <= self.high

@@ -109,23 +109,6 @@ def unseen(failures: int, gamma: float) -> str:
     return told if failures >= 3 else ""
 
 
-def unlearns(batches: int, least: float, mean: float, explains: bool) -> str:
-    """Says that the loss of the forward rises from batch to batch, and what to do.
-
-    ``explains`` tells whether inference may explain noise.
-    """
-    cure = "lower the learning rate"
-    if explains:
-        cure = (
-            "inference may explain noise in the targets by growing weights. Use algorithm='auto', "
-            "a smaller beta or T, or a lower learning rate"
-        )
-    return (
-        f"The training loss rises from batch to batch: over the last twenty of {batches} it is "
-        f"about {mean:.3g}, where it has been {least:.3g}: {cure}."
-    )
-
-
 def _some(names: Sequence[str]) -> str:
     return f"{', '.join(map(repr, names[:5]))} ({len(names)} in all)"
 
