@@ -130,11 +130,14 @@ class Settings:
             "beta='auto' goes by the looks of gamma='auto' in error coordinates, where energies "
             "count 1, at values made anew: use 'auto', 'epc' or 'iepc', leave gamma, inference, "
             "precisions and reset out, or give beta a number.": (
-                (
-                    self.chosen_beta == "auto"
-                    and not (way.through and gamma == "auto" and weights == Constant())
+                self.chosen_beta == "auto"
+                and (
+                    not way.through
+                    or gamma != "auto"
+                    or inference
+                    or never
+                    or weights != Constant()
                 )
-                or (self.chosen_beta == "auto" and bool(inference or never))
             ),
             "zil is exact for plain predictive coding alone: leave precisions and beta at their "
             "defaults.": zil and (self.betas != (1,) or weights != Constant()),

@@ -108,14 +108,14 @@ def test_beta_times_the_curvature_of_the_loss():
 
 def test_beta_is_largest_where_the_loss_bends_little():
     auto = AutoGamma(0.7, 0.45, 1.0, weighs=True)
-    auto.take_in(1.0 + 1e-3 * ROOM, ROOM)
+    auto.take_in(1.0 + 1e-3 * ROOM)
     assert auto.beta == ROOM
-    auto.take_in(1.0 + 10 * ROOM, ROOM)
+    auto.take_in(1.0 + 10 * ROOM)
     assert auto.beta == pytest.approx(ROOM / 10)
     auto.after(2, False)
-    auto.take_in(float("nan"), auto.beta)
+    auto.take_in(float("nan"))
     assert auto.beta == pytest.approx(-ROOM / 10)
-    auto.take_in(1.0 + ROOM, auto.beta)
+    auto.take_in(1.0 + ROOM)
     assert auto.beta == pytest.approx(-ROOM / 10)
 
 

@@ -98,8 +98,8 @@ class AutoGamma:
         wait = min(EVERY, self.looked_at)
         return self.anew or since >= (min(wait, self.soonest) if self.alarmed else wait)
 
-    def take_in(self, curvature: float, beta: float = 1.0) -> None:
-        """Chooses gamma after a look at ``beta``, and beta for the batches to come.
+    def take_in(self, curvature: float) -> None:
+        """Chooses gamma after a look, and beta for the batches to come.
 
         A look that has failed (not finite, not positive) is ignored. Of the curvature in error
         coordinates 1 is the energies' own, and the rest the loss's.
@@ -113,7 +113,8 @@ class AutoGamma:
             return
         self.curvature, self.failures = curvature, 0
         if self.weighs:
-            self.beta = math.copysign(ROOM, beta) / max(1.0, (curvature - 1.0) / abs(beta))
+            of_loss = (curvature - 1.0) / abs(self.beta)
+            self.beta = math.copysign(ROOM, self.beta) / max(1.0, of_loss)
         if fresh or not self.low <= self.gamma * curvature <= self.high:
             before, self.gamma = self.gamma, min(self.aim / curvature, LARGEST)
             self.soonest = SOONEST if self.gamma != before else self.soonest

@@ -158,7 +158,7 @@ class Inference:
         if auto is None:
             return
         if auto.due():
-            auto.take_in(self._look(asked, auto.looks, auto.fine)[0], self.beta)
+            auto.take_in(self._look(asked, auto.looks, auto.fine)[0])
         if mover.start_gamma != (rate := auto.gamma * deep):  # one that is kept goes on
             mover.start_gamma = mover.gamma = rate
         for node in nodes if self.follow else ():
