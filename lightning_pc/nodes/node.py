@@ -33,6 +33,7 @@ class Node:
         weight: Of its energy in F, at the coming evaluation.
         followed: Share of what its prediction moves by that its value moves with it, in [0, 1]. At
             0, as in the paper, the value stays. At 1 its error does.
+        open: Gradients at its value go on to its prediction (see `Passage`).
         whole: Parameters learn from ``e`` as if that had come all of its way.
         velocity: Discounted sum of the gradients it has moved by, [B, *]; None without momentum.
         gradient: dF/dx at this evaluation, [B, *], in the scale of parameter gradients; None before
@@ -49,6 +50,7 @@ class Node:
     rounding: float = torch.finfo(torch.float32).eps
     weight: float = 1.0
     followed: float = 0.0
+    open: bool = False
     whole: bool = False
     velocity: Tensor | None = None
     gradient: Tensor | None = None

@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 from lightning_pc.errors import FLOAT16, RecordingError, UnsupportedError
 from lightning_pc.nodes.energies import Energy
 from lightning_pc.nodes.node import Node
+from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.recording.recorder import Recorder
 from lightning_pc.recording.sites import (
@@ -25,6 +26,7 @@ from lightning_pc.recording.sites import (
     KNOWN_AT_ONCE,
     OVERWRITES,
     Expected,
+    Passage,
     Site,
     hand,
     leaves_of,
@@ -103,6 +105,8 @@ class Cuts(Recorder):
                 site.first = prediction.clone() if overwritten else prediction
                 site.version = site.first._version
             handed = site.node.x
+            if self.task.through and site.edge is not None:
+                handed = Applied.of(Passage)(handed, mu, site.node)
             self._know(handed, site.slot)
             if copy or handed.dtype != mu.dtype:
                 handed = hand(handed, mu.dtype, copy)

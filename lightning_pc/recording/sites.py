@@ -76,6 +76,26 @@ def hand(value: Tensor, dtype: torch.dtype, copy: bool) -> Tensor:
     return value.to(dtype, copy=copy)
 
 
+class Passage(torch.autograd.Function):
+    """Stands a value in for its prediction, to which gradients go on while the node is open.
+
+    In error coordinates, x = mu + e, one backward pass so gives the gradients of all errors while
+    nodes are open, and those of each stage's own parameters while they are not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mu: Tensor, node: Node) -> Tensor:
+        """The value, [B, *]."""
+        ctx.node, ctx.dtype = node, mu.dtype
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        """To the value, and to the prediction or not."""
+        (gradient,) = gradients
+        return gradient, gradient.to(ctx.dtype) if ctx.node.open else None, None
+
+
 def leaves_of(tensor: Tensor) -> list[Tensor]:
     """The leaves that autograd reaches from a tensor."""
     function: Any = tensor.grad_fn
@@ -91,7 +111,10 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
         overwrites = function.name() == "torch::autograd::CopyBackwards" or (
             function.name() == "torch::autograd::CopySlices" and OVERWRITES in function.metadata
         )
-        for above, _ in function.next_functions[1:] if overwrites else function.next_functions:
+        above_all = function.next_functions[1:] if overwrites else function.next_functions
+        if function.name() == f"{Passage.__name__}Backward":
+            above_all = above_all[:1]  # the value's
+        for above, _ in above_all:
             if above is not None and above not in seen:
                 seen.add(above)
                 pending.append(above)

@@ -41,6 +41,7 @@ class Task:
         own: Ids of the tensors that the model holds.
         early: What is wrong with a tensor that was computed before the forward, "" for nothing.
         forms: What this recording may turn out to be, the likeliest first.
+        through: Gradients go through all nodes.
         kept: Sites with values to stand again instead of fresh ones (``reset="never"``).
         learned: What is known of modules and functions; it is added to.
     """
@@ -51,5 +52,6 @@ class Task:
     own: frozenset[int]
     early: Callable[[Tensor], str]
     forms: Sequence[Expected]
+    through: bool
     kept: list[Site] | None
     learned: Learned

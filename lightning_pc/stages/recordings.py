@@ -72,6 +72,7 @@ class Recordings:
                 own=self.model.own,
                 early=partial(self._early, held),
                 forms=[graph.expected for graph in self._graphs],
+                through=self._through,
                 kept=self.kept,
                 learned=self._learned,
             )

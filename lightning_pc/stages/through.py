@@ -11,16 +11,17 @@ from typing_extensions import override
 
 from lightning_pc.nodes.energies import Slopes
 from lightning_pc.recording.calls import Environment, run
+from lightning_pc.recording.sites import Passage
 from lightning_pc.stages.evaluator import Asked, Evaluator
-from lightning_pc.stages.graph import Stage
 
 
 class ThroughErrors(Evaluator):
     """Values are x = mu + e, and the gradients they move by go through the whole network.
 
-    All calls run in order, each node's value as soon as its prediction is there. Then the loss's
-    gradient goes back from node to node. Parameters learn from local errors all the same. The
-    first forward's own graph serves at t = 0, where all errors are zero.
+    All calls run in order, each node's value as soon as its prediction is there. One backward pass
+    from the loss gives the gradients of all errors. Parameters learn from local errors all the
+    same, in a pass that ends at the values. The first forward's own graph serves at t = 0, where
+    all errors are zero.
     """
 
     @override
@@ -32,10 +33,13 @@ class ThroughErrors(Evaluator):
 
         def meet(number: int, mu: Tensor) -> Tensor:
             edges.append((get_gradient_edge(mu), mu.dtype))
-            if nodes[number].arrival <= asked.t:
-                errors[number] = nodes[number].evaluate(mu, asked.scale)
-                return nodes[number].x
-            return nodes[number].stand(mu)
+            node = nodes[number]
+            if node.arrival <= asked.t:
+                errors[number] = node.evaluate(mu, asked.scale)
+            else:
+                node.stand(mu)
+            passed: Tensor = Passage.apply(node.x, mu, node)  # type: ignore[no-untyped-call]
+            return passed
 
         sites = [self.batch.site(number) for number in range(len(nodes))]
         serves = not asked.t and self.batch.whole and len(self._fresh) == len(graph.pieces)
@@ -49,32 +53,27 @@ class ThroughErrors(Evaluator):
         self.finish()
         self.loss = loss.detach()
         root = torch.full_like(loss, asked.root)
-        self._backward(loss, root, root, graph.stages[-1], asked)
-        for number in reversed(range(len(nodes))):
-            node, (edge, dtype) = nodes[number], edges[number]
+        learning = self.asked_parameters(graph.reached, asked)
+        if asked.moves and nodes:
+            self._pass_on(loss, root, keep=bool(learning))
+        if learning:
+            told = [(*edges[number], slopes.dmu) for number, slopes in errors.items()]
+            roots, wrong = [edge for edge, _, _ in told], [dmu.to(dtype) for _, dtype, dmu in told]
+            self.differentiate([loss, *roots], [root, *wrong], learning)
+        for number, node in enumerate(nodes):
             below, node.x.grad = node.x.grad, None
-            through = None if below is None else below.to(dtype)
-            slopes = errors.get(number)
-            error = None if slopes is None else slopes.dmu.to(dtype)
-            self._backward(edge, through, error, graph.stages[number], asked)
-            if slopes is not None:
+            if (slopes := errors.get(number)) is not None:
                 node.gradient = slopes.own() if below is None else below.add_(slopes.own())
             elif asked.moves and node.arrival <= asked.t + 1:
                 node.gradient = below
         return self.loss
 
-    def _backward(
-        self,
-        of: Any,
-        through: Tensor | None,
-        error: Tensor | None,
-        stage: Stage,
-        asked: Asked,
-    ) -> None:
-        """Hands the gradient on to the values above, and the error to the parameters."""
-        values = [self.nodes[n].x for n in stage.parents]
-        if asked.moves and values and through is not None:
-            self.differentiate([of], [through], values, keep=True)
-        learning = self.asked_parameters(stage.parameters, asked)
-        if learning and error is not None:
-            self.differentiate([of], [error], learning, keep=True)
+    def _pass_on(self, loss: Tensor, root: Tensor, keep: bool) -> None:
+        """Hands the loss's gradient on to all values."""
+        for node in self.nodes:
+            node.open = True
+        try:
+            self.differentiate([loss], [root], [node.x for node in self.nodes], keep)
+        finally:
+            for node in self.nodes:
+                node.open = False
