@@ -251,7 +251,8 @@ def test_a_loss_that_is_pushed_up_is_told_only_where_energies_exceed_it():
     assert all(map(rose, reports))
     assert told == []
     assert "It rose" not in explain(reports[-1])
-    ((batch, message),), reports = wide(1.0, lr=0.3, epochs=3, beta=-0.1)
+    ((batch, message), (_, further)), reports = wide(1.0, lr=0.3, epochs=3, beta=-0.1)
+    assert further.startswith("The training loss is ")
     assert batch == PATIENCE
     assert all(report.free_energy[-1] > 0 for report in reports)
     assert message.startswith("Since batch 1 F rises within each batch")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import torch
 
 from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule
-from lightning_pc.insight.explain import rises, silenced, unseen
+from lightning_pc.insight.explain import rises, silenced, unlearns, unseen
 from lightning_pc.insight.report import StepReport
+from lightning_pc.insight.trend import Trend
 
 
 class Alerts:
@@ -18,7 +20,11 @@ class Alerts:
 
     The user is told where F rises in ``patience`` batches on end, by more than rounding: of data
     that are known by heart F is so small that any step raises it. So it may rise below the share
-    ``known`` of the first batch's |F|, and it does by itself where the precisions vary.
+    ``known`` of the first batch's |F|, and it does by itself where the precisions vary. The user is
+    also told where the training loss rises from batch to batch.
+
+    Attributes:
+        trend: Of the training loss.
     """
 
     def __init__(
@@ -36,6 +42,7 @@ class Alerts:
         self._told: set[str] = set()
         self._batches = self._rising = 0  # all, and those on end in which F rose
         self._first = 0.0  # F at the very start
+        self.trend = Trend()
 
     @property
     def look_due(self) -> bool:
@@ -53,8 +60,13 @@ class Alerts:
         """Takes in the last phase of a batch."""
         self._batches += 1
         mover, free = inference.mover, inference.trace.free
-        ends = [free[0], free[-1]]
-        first, last = (0.0, 0.0) if self._varies else torch.stack(ends).tolist()
+        ends = [free[0], free[-1], report.loss[0].to(free[0].dtype)]
+        first, last, loss = torch.stack(ends).tolist()
+        if self._varies:
+            first = last = 0.0
+        self.trend.take_in(loss)
+        report.trend = replace(self.trend)
+        self.say("risen", unlearns(report))
         if self._batches == 1:  # once: reading the energies waits for the device
             self._first = abs(first)
             self.say("silent", silenced(report, inference.evaluator.nodes, mover.start_gamma))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_pc.errors import DivergenceError, require
+from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import SCHEDULES
@@ -109,6 +110,23 @@ def unseen(failures: int, gamma: float) -> str:
     return told if failures >= 3 else ""
 
 
+def unlearns(report: StepReport) -> str:
+    """Says that the training loss rises, and what to do; "" where it does not."""
+    if not report.trend.risen:
+        return ""
+    if not _explains(report):
+        return f"{report.trend} Lower the learning rate."
+    return (
+        f"{report.trend} Where targets hold noise, weights grow to explain it: use "
+        "algorithm='auto'. If the loss rises there as well, lower the learning rate."
+    )
+
+
+def _explains(report: StepReport) -> bool:
+    """Whether weights can gain by explaining noise: the loss weighs much, and inference infers."""
+    return report.algorithm != "zil" and abs(report.pulls[0]) > ROOM
+
+
 def _some(names: Sequence[str]) -> str:
     return f"{', '.join(map(repr, names[:5]))} ({len(names)} in all)"
 
@@ -133,7 +151,7 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float) -> str:
 
 
 def explain(report: Any) -> str:
-    """What inference did, by a report or what has one: F, stability, depth and learning."""
+    """What inference did, by a report or what has one: F, stability, depth, learning, a verdict."""
     report = getattr(report, "report", report)
     if report is None:
         return "There has been no batch yet, or the last one was skipped."
@@ -148,7 +166,8 @@ def explain(report: Any) -> str:
         lines.append(f"The loss weighs {report.pulls[0]:.3g} in F.")
     momentum = 0.0 if isinstance(report.momentum, str) else report.momentum
     # Values that push the loss up begin with F below zero, which weights that learn raise to it.
-    if same and last > (first if report.pulls[0] > 0 else max(first, 0.0)):
+    rose = same and last > (first if report.pulls[0] > 0 else max(first, 0.0))
+    if rose:
         grew = _growth(report.nodes, report.loss, report.energy, report.free_energy)
         cure = "Use momentum=0." if isinstance(report.momentum, str) else "Lower gamma."
         if SCHEDULES[report.algorithm].incremental:
@@ -171,4 +190,11 @@ def explain(report: Any) -> str:
         ("Parameters that did not learn", idle),
     ):
         lines += [f"{what}: {_some(names)}."] if names else []
-    return "\n".join(lines)
+    lines += [told] if (told := str(report.trend)) else []
+    verdicts = {
+        "nodes unreached": silent and report.steps > 1 and first,
+        "weights explain noise": report.trend.risen and _explains(report),
+        "lower the learning rate": report.trend.risen,
+        "F rises within the batch": rose,
+    }
+    return "\n".join([*lines, f"Verdict: {next((v for v in verdicts if verdicts[v]), 'healthy')}."])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.relax import Inference
+from lightning_pc.insight.trend import Trend
 
 
 @dataclass(eq=False)
@@ -35,6 +36,7 @@ class StepReport:
             goes (with varying precisions of the F that `Precisions.lasting` weighs); None where
             gamma is given. gamma * curvature must stay below 2 (1 + momentum), along conjugate
             gradients below 2.
+        trend: Of the training loss, from batch to batch.
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
@@ -56,6 +58,7 @@ class StepReport:
     momentum: float | Literal["conjugate"] = 0.0
     followed: dict[str, float] = field(default_factory=dict)
     learned: dict[str, int] = field(repr=False, default_factory=dict)
+    trend: Trend = field(repr=False, default_factory=Trend)
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
 
     @cached_property

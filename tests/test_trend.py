@@ -1,0 +1,120 @@
+"""A training loss that rises is told of; one that falls, or is noise alone, is not."""
+
+import random
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_pc import explain
+from lightning_pc.insight.trend import MANY, ON_END, Trend
+from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
+
+
+def of(losses):
+    """The batch after which a series has risen first; None if it never has."""
+    trend = Trend()
+    for number, loss in enumerate(losses, 1):
+        trend.take_in(loss)
+        if trend.risen:
+            return number
+    return None
+
+
+def noise(count, seed, size=0.2):
+    draw = random.Random(seed)
+    return [size * draw.gauss(0, 1) for _ in range(count)]
+
+
+def test_means():
+    """Of the first 20 each counts the same, later each twentieth; by hand."""
+    trend, losses = Trend(), [*map(float, range(25))]
+    for loss in losses:
+        trend.take_in(loss)
+    assert trend.first == pytest.approx(9.5)
+    mean = 9.5
+    for loss in losses[MANY:]:
+        mean += (loss - mean) / MANY
+    assert trend.mean == pytest.approx(mean)
+    assert trend.least == pytest.approx(9.5)
+    assert str(trend).startswith(
+        f"The training loss is {mean:.3g} over the last 20 batches; it was 9.5"
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_has_not_risen(seed):
+    wiggle = noise(1500, seed)
+    assert of(1.0 + w for w in wiggle) is None  # learns nothing more
+    assert of((1 + w) * (0.05 + 0.99**n) for n, w in enumerate(wiggle)) is None
+    assert of(1e-6 * (1 + w) for w in wiggle) is None
+    assert of(-5 + w for w in wiggle) is None  # a log-likelihood
+    # Learned by heart, with one bad batch in a hundred.
+    assert of(0.98**n + (n % 100 == 99) * 0.5 for n in range(1500)) is None
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_has_risen(seed):
+    wiggle = noise(600, seed)
+    assert of(1.0 + w + 0.005 * n for n, w in enumerate(wiggle)) < 200
+    fallen = [(1 + w) * max(0.2, 0.97**n) for n, w in enumerate(wiggle[:300])]
+    back = [0.2 + w / 5 + 0.004 * n for n, w in enumerate(wiggle[300:])]
+    assert 300 + ON_END <= of(fallen + back) < 500
+    assert of([1.0] * MANY + [1.01] * 300) is None  # by 1 %
+    assert of([1.0] * MANY + [1.1] * 300) is not None
+
+
+def test_it_rises_on_end():
+    assert of([1.0] * MANY + ([2.0] * 8 + [0.0] * 30) * 5) is None
+
+
+def train(kind, batches=150, rate=1e-3, later=None, **settings):
+    """Random labels, new ones in each batch; after 50 batches at another learning rate."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)
+    )
+    optimizer = kind(torch.optim.Adam(model.parameters(), 1e-3), model, **settings)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for n in range(batches):
+            optimizer.param_groups[0]["lr"] = later if later and n > 50 else rate
+            x, y = torch.randn(64, 16), torch.randint(8, (64,))
+            optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+    return [str(w.message) for w in told if "training loss" in str(w.message)], explain(optimizer)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(PC, 5e-3), (EPC, 5e-3), (IPC, 1e-3)])
+def test_weights_that_explain_noise(kind, rate):
+    told, explained = train(kind, rate=rate)
+    assert len(told) == 1
+    assert "weights grow to explain it: use algorithm='auto'" in told[0]
+    assert explained.endswith("Verdict: weights explain noise.")
+
+
+@pytest.mark.parametrize("rate", [1e-3, 5e-3])
+@pytest.mark.parametrize("kind", [PredictiveCoding, ZIL])
+def test_healthy(kind, rate):
+    told, explained = train(kind, rate=rate)
+    assert not told
+    assert explained.endswith("Verdict: healthy.")
+
+
+@pytest.mark.parametrize("kind", [PredictiveCoding, ZIL])
+def test_a_learning_rate_that_is_too_large(kind):
+    told, explained = train(kind, later=0.3)
+    assert len(told) == 1
+    assert told[0].endswith("Lower the learning rate.")
+    assert explained.endswith("Verdict: lower the learning rate.")
+
+
+def test_nodes_that_no_error_reaches():
+    _, explained = train(PC, T=2, batches=2)
+    assert explained.endswith("Verdict: nodes unreached.")
+
+
+def test_a_rise_within_the_batch():
+    _, explained = train(PC, gamma=3.0, batches=1)
+    assert explained.endswith("Verdict: F rises within the batch.")
