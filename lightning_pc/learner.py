@@ -107,6 +107,17 @@ class Learner:
             if state.get("precisions", self._precisions.name) != self._precisions.name:
                 self.auto.anew = True  # the curvature was that of another F
 
+    @property
+    def choice(self) -> str:
+        """What ``auto`` has chosen, in a line; "" before a batch, and where all was given."""
+        auto, report = self.auto, self.report
+        if auto is None or report is None or report.algorithm != "auto" or not auto.weighs:
+            return ""
+        return (
+            f"auto takes ePC with T = {report.steps}, gamma = {auto.gamma:.2g} and "
+            f"beta = {abs(auto.beta):.2g} of changing sign, at {len(report.nodes)} value nodes."
+        )
+
     def check(self) -> None:
         """Refuses models and placements that can never work, before any batch.
 

@@ -25,11 +25,12 @@ class Settings:
     """Every argument of predictive coding; both doors take them by name.
 
     Args:
-        algorithm: ``"ipc"`` (values and weights move at every inference step), ``"pc"`` (values
-            first, then weights once), ``"zil"`` (backprop's update by local errors), ``"epc"`` (pc
-            in error coordinates, for deep modules: Goemaere et al. 2025), ``"iepc"`` (ipc in error
-            coordinates, for pretrained modules with value nodes everywhere) or ``"auto"`` (epc
-            near the feed-forward pass, for noisy targets: T = 2 and ``beta="auto"``).
+        algorithm: ``"auto"`` (learns what backprop learns, at its learning rate: epc near the
+            feed-forward pass, T = 2 and ``beta="auto"``), ``"ipc"`` (values and weights move at
+            every inference step), ``"pc"`` (values first, then weights once), ``"zil"`` (backprop's
+            update by local errors), ``"epc"`` (pc in error coordinates, for deep modules: Goemaere
+            et al. 2025) or ``"iepc"`` (ipc in error coordinates, for pretrained modules with value
+            nodes everywhere).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
             precisions: depth + 1; epc, iepc: 8; auto: 2.
         gamma: Inference rate, positive. A number is exact: plain descent at that rate. ``"auto"``
@@ -73,7 +74,7 @@ class Settings:
         ConfigError: A value is out of its range.
     """
 
-    algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "ipc"
+    algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto"
     T: int | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float | None = None
@@ -96,6 +97,11 @@ class Settings:
         conjugate, pair = momentum == "conjugate", len(self.betas) == 2
         idle = {"gamma": gamma != "auto", "gamma_decay": decay, "momentum": momentum is not None}
         given = [argument for argument, is_given in idle.items() if is_given]
+        told = {"gamma": gamma != "auto", "inference": inference, "reset": never}
+        told["precisions"] = weights != Constant()
+        fixed = ", ".join(
+            f"{n}={shown(getattr(self, n))}" for n, is_told in told.items() if is_told
+        )
         refused = {
             f"T={shown(T)}: expected a whole number of inference steps, >= 1, or None.": (
                 T is not None and not (is_number(T) and isinstance(T, int) and T >= 1)
@@ -127,18 +133,6 @@ class Settings:
             "it pushes values from the target), 'auto', or a pair such as (0.3, -0.3).": (
                 len(self.betas) not in (1, 2) or not all(is_number(b) and b for b in self.betas)
             ),
-            "beta='auto' goes by the looks of gamma='auto' in error coordinates, where energies "
-            "count 1, at values made anew: use 'auto', 'epc' or 'iepc', leave gamma, inference, "
-            "precisions and reset out, or give beta a number.": (
-                self.chosen_beta == "auto"
-                and (
-                    not way.through
-                    or gamma != "auto"
-                    or inference
-                    or never
-                    or weights != Constant()
-                )
-            ),
             "zil is exact for plain predictive coding alone: leave precisions and beta at their "
             "defaults.": zil and (self.betas != (1,) or weights != Constant()),
             f"precisions={weights.name!r} send one wave through a batch, which would only add up "
@@ -158,6 +152,13 @@ class Settings:
             "start where the first did. Use 'pc' or 'epc', or one beta.": pair and way.incremental,
             f"{beta=}: both phases start from the forward pass, use reset='batch'.": pair and never,
             f"{beta=}: T=1 leaves the values no step, use T >= 2.": pair and T == 1,
+            f"{fixed}: auto chooses how values move by itself. Say beside it which algorithm is "
+            "meant: algorithm='ipc', 'pc' or 'epc'.": name == "auto" and beta is None and fixed,
+            "beta='auto' goes by the looks of gamma='auto' in error coordinates, where energies "
+            "count 1, at values made anew: use 'auto', 'epc' or 'iepc', leave gamma, inference, "
+            "precisions and reset out, or give beta a number.": (
+                self.chosen_beta == "auto" and (fixed or not way.through)
+            ),
         }
         refuse(refused)
         softmax_energy(self.softmax_energy, -1)

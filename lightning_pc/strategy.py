@@ -1,4 +1,4 @@
-"""Predictive coding for the Lightning Trainer: ``Trainer(strategy=PCStrategy("ipc"))``.
+"""Predictive coding for the Lightning Trainer: ``Trainer(strategy=PCStrategy())``.
 
 Two seams: `PCStrategy.training_step` runs the first forward with the nodes in place, and
 `PCStrategy.backward` infers and learns. Accumulation, clipping, hooks and schedulers keep theirs.
@@ -20,6 +20,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
@@ -37,7 +38,7 @@ class PCStrategy(SingleDeviceStrategy):
     """Trains a LightningModule with predictive coding on one device.
 
     Args:
-        algorithm: ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"``, ``"iepc"`` or ``"auto"``; what they
+        algorithm: ``"auto"``, ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``; what they
             are and what follows by name stands in `lightning_pc.settings.Settings`.
         device: Device to train on; the Trainer's accelerator and devices decide otherwise.
         accelerator: Filled in by the Trainer.
@@ -53,7 +54,7 @@ class PCStrategy(SingleDeviceStrategy):
 
     def __init__(
         self,
-        algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "ipc",
+        algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto",
         *,
         device: str | torch.device = "cpu",
         accelerator: Accelerator | None = None,
@@ -71,6 +72,7 @@ class PCStrategy(SingleDeviceStrategy):
             refuse_unknown("PCStrategy", settings)
             self.settings = Settings(algorithm=algorithm, **settings)
         self._learner: Learner | None = None
+        self._says_choice = True  # once
 
     def __repr__(self) -> str:
         # Stands in the error of a Trainer that is of the package pytorch_lightning.
@@ -158,6 +160,9 @@ class PCStrategy(SingleDeviceStrategy):
                 raise
             trainer.should_stop = True  # the curve of a learning rate finder ends here
             self._module.zero_grad()
+        if self._says_choice and (choice := self._require_learner().choice):
+            rank_zero_info(choice)
+            self._says_choice = False
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss

@@ -14,7 +14,7 @@ from lightning_pc import PCStrategy, explain
 from lightning_pc.errors import ConfigError
 from lightning_pc.inference.curvature import ROOM, AutoGamma
 from lightning_pc.optim import EPC, IPC, PC, PredictiveCoding
-from recipes.stability import noise
+from recipes.parity import study
 
 
 def Smooth():
@@ -147,10 +147,15 @@ def test_a_resumed_run_goes_on_with_its_beta():
     assert all(map(torch.equal, runs[0][1:], runs[1][1:]))
 
 
+ROWS = ("backprop", "auto", "pc")
+
+
 def test_wrong_labels():
     """PC explains them, and forgets what it knew of the digits."""
-    task = noise.digits(0.6)
-    accuracy = {row: noise.learn(task, row, 1e-3, 0)[0] for row in ("backprop", "auto", "pc")}
+    jobs = [
+        {"task": "digits, 60 % random labels", "lr": 1e-3, "seed": 0, "row": row} for row in ROWS
+    ]
+    accuracy = {job["row"]: study.run(job)["figure"] for job in jobs}
     assert accuracy["auto"] > accuracy["backprop"] - 10
     assert accuracy["pc"] < accuracy["auto"] - 10
 
@@ -169,13 +174,13 @@ def test_a_state_of_another_beta_is_looked_at_anew(before, after):
     assert (same._learner.auto.anew, other._learner.auto.anew) == (False, True)
 
 
-def test_both_doors():
+def test_both_doors(caplog):
+    """By default, and with a line that says what was chosen."""
+    caplog.set_level("INFO")
     batches = data(6)
     module = Module(net=mlp(nn.BatchNorm1d(7)))
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    fit = L.Trainer(
-        strategy=PCStrategy("auto"), max_epochs=1, enable_model_summary=False, **options
-    )
+    fit = L.Trainer(strategy=PCStrategy(), max_epochs=1, enable_model_summary=False, **options)
     fit.fit(module, loader(batches))
     model = mlp(nn.BatchNorm1d(7))
     optimizer = PredictiveCoding(module.__class__.configure_optimizers(Module(net=model)), model)
@@ -185,6 +190,11 @@ def test_both_doors():
         torch.testing.assert_close(module.net.state_dict()[name], value, rtol=0, atol=0)
     assert fit.strategy.report.algorithm == "auto"
     assert fit.strategy.report.pulls == optimizer.report.pulls
+    assert explain(optimizer).splitlines()[1].startswith("auto took ePC. The loss weighs -0.0")
+    said = [r.getMessage() for r in caplog.records if "auto takes ePC" in r.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("auto takes ePC with T = 2, gamma = 0.")
+    assert said[0].endswith(" of changing sign, at 2 value nodes.")
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_registered_names(algorithm, tmp_path):
     ids=lambda v: v[0].split(".")[-1] if isinstance(v, list) else "",
 )
 def test_overrides(overrides, check, tmp_path):
-    strategy = {"class_path": "lightning_pc.PCStrategy"}
+    strategy = {"class_path": "lightning_pc.PCStrategy", "init_args": {"algorithm": "ipc"}}
     cli = main(["fit", "-c", config(tmp_path, strategy=strategy), *overrides])
     assert check(cli.trainer.strategy)
 
@@ -157,7 +157,7 @@ def test_help(capsys):
     assert "Trains a LightningModule with predictive coding" in text
     assert "Inference steps per batch" in text
     assert "Inference rate, positive" in text
-    assert "default: ipc" in text
+    assert "default: auto" in text
     assert "Untyped" not in text
 
 
@@ -168,11 +168,21 @@ def test_help(capsys):
         {"value_nodes": ["net.1"]},
         {"value_nodes": "net.1"},
         {"value_nodes": ["net.1", "net.[02]"]},
-        {"gamma": 0.25, "momentum": 0.5, "reset": "never", "loss_terms": 6.0, "beta": 0.5},
+        {
+            "algorithm": "ipc",
+            "gamma": 0.25,
+            "momentum": 0.5,
+            "reset": "never",
+            "loss_terms": 6.0,
+            "beta": 0.5,
+        },
         {"algorithm": "pc", "gamma": "auto", "momentum": "conjugate", "beta": [0.5, -0.5]},
-        {"inference": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}}},
-        {"precisions": "spiking"},
-        {"precisions": 0.5},
+        {
+            "algorithm": "pc",
+            "inference": {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.02}},
+        },
+        {"algorithm": "ipc", "precisions": "spiking"},
+        {"algorithm": "ipc", "precisions": 0.5},
         {"precisions": {"class_path": "lightning_pc.precisions.Constant"}},
     ],
     ids=str,

@@ -133,7 +133,7 @@ ARGUMENTS = [
     ({"precisions": -1.5}, "precisions=-1.5"),
     ({"precisions": math.nan}, "precisions=nan"),
     ({"algorithm": "zil", "precisions": "spiking"}, "zil is exact for plain"),
-    ({"precisions": "spiking", "reset": "never"}, "one wave through a batch"),
+    ({"algorithm": "ipc", "precisions": "spiking", "reset": "never"}, "one wave through a batch"),
     ({"algorithm": "zil", "precisions": 2.0}, "zil is exact for plain"),
     ({"nudging": "both"}, r"nudging= is gone, write beta=0.3 .*\(0.3, -0.3\)"),
     ({"beta": "centered"}, "beta='centered': expected the loss's factor in F"),
@@ -258,7 +258,7 @@ def test_strategies_and_messages_show_what_was_given_on_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
     strategy = lightning_pc.PCStrategy("pc", T=8, gamma=np.float64(0.5), precisions="spiking")
     assert repr(strategy) == "PCStrategy('pc', T=8, gamma=0.5, precisions='spiking')"
-    assert repr(lightning_pc.PCStrategy()) == "PCStrategy('ipc')"
+    assert repr(lightning_pc.PCStrategy()) == "PCStrategy('auto')"
     assert "lightning.pytorch" not in repr(strategy)
     given = adam([torch.ones(1)])
     assert "\n" in repr(given)
@@ -694,7 +694,7 @@ def test_a_loss_that_becomes_nan_when_values_move(algorithm):
 
 def test_a_diverging_trainer():
     module = Any_(mlp(), cross_entropy)
-    fit = trainer({"gamma": 1e30, "gamma_decay": 1.0, "T": 16})
+    fit = trainer({"algorithm": "ipc", "gamma": 1e30, "gamma_decay": 1.0, "T": 16})
     with pytest.raises(DivergenceError, match=r"t = [1-9]"):
         fit.fit(module, loader(data()))
     assert weights(module).isfinite().all()

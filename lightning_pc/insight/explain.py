@@ -163,7 +163,8 @@ def explain(report: Any) -> str:
     if report.pulls[0] * report.pulls[-1] < 0:
         lines = [f"Of two phases with their own F each, in {report.steps} evaluations."]
     if same and report.pulls[0] != 1:
-        lines.append(f"The loss weighs {report.pulls[0]:.3g} in F.")
+        took = "auto took ePC. " if report.algorithm == "auto" else ""
+        lines.append(f"{took}The loss weighs {report.pulls[0]:.3g} in F.")
     momentum = 0.0 if isinstance(report.momentum, str) else report.momentum
     # Values that push the loss up begin with F below zero, which weights that learn raise to it.
     rose = same and last > (first if report.pulls[0] > 0 else max(first, 0.0))
