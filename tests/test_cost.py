@@ -11,7 +11,7 @@ from recipes.efficiency import cost
 from recipes.efficiency.memory import peak_bytes
 from recipes.efficiency.networks import Transformer, deep, tiny_bert
 
-ROWS = ["backprop", "zil", "spiking", "ipc", "pc", "ipc, defaults", "pc, defaults"]
+ROWS = ["backprop", "zil", "spiking", "ipc", "pc", "auto", "ipc, defaults", "pc, defaults"]
 ROWS += ["zil, by hand", "ipc, by hand"]
 
 
@@ -52,7 +52,7 @@ def test_rows_of_cost_are_in_batches_of_backprop(monkeypatch):
     assert results[0] == {"network": "mlp", "row": "backprop", "ms": 1e3}
     rows = {row["row"]: row for row in results[1:]}
     assert {name: row["T"] for name, row in rows.items()} == dict(
-        zip(ROWS[1:], (2, 2, 8, 9, 8, 8, 2, 8), strict=True)
+        zip(ROWS[1:], (2, 2, 8, 9, 2, 8, 8, 2, 8), strict=True)
     )
     assert all(row["ratio"] == row["T"] for row in rows.values())
     assert rows["zil"]["met"]

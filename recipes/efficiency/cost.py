@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lightning_pc.optim import IPC, PC, ZIL
+from lightning_pc.optim import IPC, PC, ZIL, PredictiveCoding
 from recipes.common.machine import machine
 from recipes.efficiency import benchmark
 from recipes.efficiency.by_hand import ByHand
@@ -59,6 +59,7 @@ LIMITS: dict[str, dict[str, tuple[float | None, float]]] = {
     "spiking": {"mlp": (1.5, 1.9), "cnn": (1.5, 1.6), "deep": (1.5, 2.2)},
     "ipc": {"mlp": (7.0, 7.2), "cnn": (6.5, 6.8), "deep": (None, 10.0)},
     "pc": {"mlp": (4.0, 4.5), "cnn": (5.0, 5.5)},
+    "auto": dict.fromkeys(TIMED, (2.0, 4.0)),
     "ipc" + DEFAULTS: dict.fromkeys(TIMED, (None, 1.1)),
     "pc" + DEFAULTS: dict.fromkeys(TIMED, (None, 1.1)),
 }
@@ -118,6 +119,7 @@ def rows(network: str) -> dict[str, tuple[Any, dict[str, Any]]]:
         "spiking": (IPC, {"precisions": "spiking", "gamma": 0.5, "momentum": 0.0}),
         "ipc": (IPC, {"T": ipc_steps, **GIVEN}),
         "pc": (PC, {"T": pc_steps, **GIVEN}),
+        "auto": (PredictiveCoding, {}),
         "ipc" + DEFAULTS: (IPC, {}),
         "pc" + DEFAULTS: (PC, {}),
         **(by_hand if network in CHAINS else {}),
@@ -152,7 +154,7 @@ def measure_cost(
     """
     learners = {name: Learner(network, *row, seed) for name, row in rows(network).items()}
     for name, learn in track(learners.items(), f"{network}: warm-up", transient=True):
-        cpu_seconds(learn, settled if name.endswith(DEFAULTS) else 2)
+        cpu_seconds(learn, settled if name.endswith((DEFAULTS, "auto")) else 2)
     steps = {
         name: each.optimizer.T if each.algorithm is ByHand else each.optimizer.report.steps
         for name, each in learners.items()

@@ -194,7 +194,7 @@ class VGG7(ConvNet):
         super().__init__(kernels=kernels, pooled=(1, 3, 5), hidden=(), **shape)
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two convolutions beside a skip connection."""
 
     def __init__(self, above: int, below: int, stride: int) -> None:
@@ -229,7 +229,7 @@ class ResNet18(nn.Sequential):
         blocks: list[nn.Module] = []
         for number, (above, below) in enumerate(pairwise(widths)):
             stride = 1 if number == 0 else 2
-            blocks += [_Block(above, below, stride), _Block(below, below, 1)]
+            blocks += [ResidualBlock(above, below, stride), ResidualBlock(below, below, 1)]
         super().__init__(
             nn.Conv2d(channels, width, 3, padding=1, bias=False),
             *(nn.BatchNorm2d(width), nn.ReLU()),

@@ -1,67 +1,13 @@
-"""Noisy targets, which no input explains: predictive coding against backprop.
-
-    python -m recipes.stability.noise --write recipes/stability/noise.json
-
-Digits with labels drawn at random, a noisy regression, a Markov chain of letters for a small GPT,
-and a recurrent net whose targets are clean. Backprop and auto have the best of the same learning
-rates, by what is measured; pc, which shows what happens otherwise, has one. The table gives the
-mean over seeds, and the processor time of one thread against backprop's. One run learns batches of
-64 (the GPT 32) drawn with replacement.
-"""
+"""Small networks of many kinds, plain ``nn.Module``s."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import fmean
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_pc.optim import PC, PredictiveCoding
-from recipes.common.machine import machine
-
-RATES = {"backprop": (3e-4, 1e-3, 3e-3), "auto": (3e-4, 1e-3, 3e-3), "pc": (1e-3,)}
-ROWS: dict[str, Any] = {"backprop": None, "auto": PredictiveCoding, "pc": PC}
-LETTERS, SEQUENCE = 27, 16
-
-
-@dataclass
-class Task:
-    """What is learned.
-
-    Attributes:
-        make: Makes the network.
-        inputs: Of training, [N, *].
-        targets: Of training, noisy, [N, *].
-        loss: Of outputs and targets.
-        judge: Of the trained network; higher is better where ``up``.
-        up: Whether it is.
-        batches: How many are learned.
-        size: Of a batch.
-        given: Arguments of predictive coding.
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: Tensor
-    targets: Tensor
-    loss: Callable[[Tensor, Tensor], Tensor]
-    judge: Callable[[nn.Module], float]
-    up: bool
-    batches: int = 300
-    size: int = 64
-    given: dict[str, Any] | None = None
+from recipes.image_classification.model import ResidualBlock
+from recipes.stability import depth
 
 
 class Residual(nn.Module):
@@ -86,14 +32,14 @@ class Residual(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A GRU cell in a loop."""
+    """A GRU cell in a loop, one step for each row of the input."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int, classes: int) -> None:
         super().__init__()
-        self.cell, self.head = nn.GRUCell(4, 32), nn.Linear(32, 4)
+        self.cell, self.head = nn.GRUCell(inputs, 32), nn.Linear(32, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [B, 4] of sequences [B, S, 4]."""
+        """Logits [B, classes] of sequences [B, S, inputs]."""
         h = x.new_zeros(len(x), 32)
         for t in range(x.shape[1]):
             h = self.cell(x[:, t], h)
@@ -101,21 +47,23 @@ class Recurrent(nn.Module):
         return logits
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block of width 32 and 4 heads."""
+class _Block(nn.Module):
+    """A pre-norm transformer block of 4 heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.n1, self.qkv, self.out = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
-        self.n2 = nn.LayerNorm(32)
-        self.mlp = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+        self.n1, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.out, self.n2 = nn.Linear(width, width), nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of [B, S, 32]."""
-        b, s, _ = x.shape
-        q, k, v = self.qkv(self.n1(x)).view(b, s, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        """Of [B, S, width]."""
+        b, s, width = x.shape
+        q, k, v = self.qkv(self.n1(x)).view(b, s, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(heads.transpose(1, 2).reshape(b, s, 32))
+        x = x + self.out(heads.transpose(1, 2).reshape(b, s, width))
         blended: Tensor = x + self.mlp(self.n2(x))
         return blended
 
@@ -123,11 +71,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Three blocks, initialised as nanoGPT."""
 
-    def __init__(self) -> None:
+    def __init__(self, letters: int, sequence: int, width: int) -> None:
         super().__init__()
-        self.tok, self.pos = nn.Embedding(LETTERS, 32), nn.Embedding(SEQUENCE, 32)
-        self.blocks, self.norm = nn.ModuleList(Block() for _ in range(3)), nn.LayerNorm(32)
-        self.head = nn.Linear(32, LETTERS, bias=False)
+        self.tok, self.pos = nn.Embedding(letters, width), nn.Embedding(sequence, width)
+        self.blocks, self.norm = nn.ModuleList(_Block(width) for _ in range(3)), nn.LayerNorm(width)
+        self.head = nn.Linear(width, letters, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -141,138 +89,73 @@ class GPT(nn.Module):
         return logits
 
 
-def share(x: Tensor, y: Tensor) -> Callable[[nn.Module], float]:
-    """Judges by the share of right classes, %."""
-    return lambda net: 100 * float((net(x).argmax(1) == y).float().mean())
+class LSTM(nn.Module):
+    """Two LSTMs on end, module by module."""
+
+    def __init__(self, letters: int, width: int) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(letters, width)
+        self.lstm1 = nn.LSTM(width, width, batch_first=True)
+        self.lstm2 = nn.LSTM(width, width, batch_first=True)
+        self.head = nn.Linear(width, letters)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits [B, S, letters] of ids [B, S]."""
+        states, _ = self.lstm1(self.tok(ids))
+        states, _ = self.lstm2(states)
+        logits: Tensor = self.head(states)
+        return logits
 
 
-def digits(wrong: float) -> Task:
-    """Digits of which a share has a label drawn at random; judged by 297 that have not."""
-    from sklearn.datasets import load_digits
+class Translator(nn.Module):
+    """A GRU reads, another writes, and looks at what was read by attention."""
 
-    found = load_digits()
-    x, y = torch.tensor(found.data / 16, dtype=torch.float32), torch.tensor(found.target)
-    drawn = torch.where(torch.rand(len(y)) < wrong, torch.randint(0, 10, (len(y),)), y)
-    judge = share(x[1500:], y[1500:])
-    return Task(Residual, x[:1500], drawn[:1500], F.cross_entropy, judge, True)
+    def __init__(self, letters: int, width: int) -> None:
+        super().__init__()
+        self.source, self.target = nn.Embedding(letters, width), nn.Embedding(letters + 1, width)
+        self.reader = nn.GRU(width, width, batch_first=True)
+        self.writer = nn.GRU(width, width, batch_first=True)
+        self.blend, self.head = nn.Linear(2 * width, width), nn.Linear(width, letters)
+        self.start = letters
 
-
-def regression(noise: float) -> Task:
-    """A random function of 16 inputs plus noise; judged by the squared error of the function."""
-    first, second = torch.randn(16, 64) / 4, torch.randn(64, 8) / 8
-    x, x_test = torch.randn(2000, 16), torch.randn(1000, 16)
-    y, y_test = torch.tanh(x @ first) @ second, torch.tanh(x_test @ first) @ second
-
-    def make() -> nn.Module:
-        hidden = [layer for _ in range(2) for layer in (nn.Linear(64, 64), nn.Tanh())]
-        return nn.Sequential(nn.Linear(16, 64), nn.Tanh(), *hidden, nn.Linear(64, 8))
-
-    def judge(net: nn.Module) -> float:
-        return float(F.mse_loss(net(x_test), y_test))
-
-    return Task(make, x, y + noise * torch.randn_like(y), F.mse_loss, judge, False, 400)
+    def forward(self, pair: Tensor) -> Tensor:
+        """Logits [B, S, letters] of what is read and is to be written, ids [B, 2, S]."""
+        read, written = pair[:, 0], pair[:, 1]
+        begun = torch.full_like(written[:, :1], self.start)
+        keys, last = self.reader(self.source(read))
+        states, _ = self.writer(self.target(torch.cat([begun, written[:, :-1]], 1)), last)
+        context = F.scaled_dot_product_attention(states, keys, keys)
+        blended = torch.tanh(self.blend(torch.cat([states, context], -1)))
+        logits: Tensor = self.head(blended)
+        return logits
 
 
-def markov() -> Task:
-    """Letters that depend on the last two, by chance; judged by the loss of other sequences."""
-    chances = torch.randn(LETTERS, LETTERS, LETTERS).mul(3).softmax(2)
-    letters = [torch.randint(0, LETTERS, (3000,)) for _ in range(2)]
-    for _ in range(SEQUENCE - 1):
-        letters.append(torch.multinomial(chances[letters[-2], letters[-1]], 1)[:, 0])
-    ids = torch.stack(letters, 1)
-    x, y = ids[:, :-1], ids[:, 1:]
-
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    def judge(net: nn.Module) -> float:
-        return float(loss(net(x[2700:]), y[2700:]))
-
-    return Task(GPT, x[:2700], y[:2700], loss, judge, False, 200, 32)
+def convolutions() -> nn.Module:
+    """Three strided convolutions of 28x28, each with BatchNorm."""
+    layers: list[nn.Module] = []
+    for above, below in ((1, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(above, below, 3, 2, 1), nn.BatchNorm2d(below), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 4 * 4, 10))
 
 
-def recurrent() -> Task:
-    """Signs of two sums over 8 steps, without noise."""
-    x = torch.randn(2000, 8, 4)
-    y = (x[:, :, 0].sum(1) > 0).long() + 2 * (x[:, :, 1].sum(1) > 0).long()
-    judge = share(x[1500:], y[1500:])
-    given = {"value_nodes": "cell"}
-    return Task(Recurrent, x[:1500], y[:1500], F.cross_entropy, judge, True, 250, given=given)
+def resnet8() -> nn.Module:
+    """A ResNet of 8 layers for 32x32: a first convolution, three blocks of two, the head."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(ResidualBlock(16, 16, 1), ResidualBlock(16, 32, 2), ResidualBlock(32, 64, 2)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10)),
+    )
 
 
-TASKS: dict[str, Callable[[], Task]] = {
-    "digits, accuracy %": lambda: digits(0.0),
-    "digits, 30 % random labels": lambda: digits(0.3),
-    "digits, 60 % random labels": lambda: digits(0.6),
-    "regression, noise 0.1: excess error": lambda: regression(0.1),
-    "regression, noise 1": lambda: regression(1.0),
-    "regression, noise 2": lambda: regression(2.0),
-    "Markov chain, GPT: test loss": markov,
-    "recurrent, accuracy %": recurrent,
-}
+def deep(tanh: bool) -> nn.Module:
+    """A residual MLP of 32 blocks of 64 units, with a nonlinearity before the head or without."""
+    net = depth.Residual(32, 64)
+    if tanh:
+        net.head = nn.Sequential(nn.Tanh(), net.head)  # type: ignore[assignment]
+    return net
 
 
-def learn(task: Task, row: str, rate: float, seed: int) -> tuple[float, float]:
-    """What the judge says after training, and the seconds of training."""
-    torch.manual_seed(seed)
-    net = task.make()
-    optimizer: Any = torch.optim.Adam(net.parameters(), rate)
-    if ROWS[row]:
-        optimizer = ROWS[row](optimizer, net, **(task.given or {}))
-    start = time.process_time()
-    for _ in range(task.batches):
-        i = torch.randint(0, len(task.inputs), (task.size,))
-        x, y = task.inputs[i], task.targets[i]
-        if ROWS[row]:
-            optimizer.step(lambda x=x, y=y: task.loss(net(x), y))
-        else:
-            optimizer.zero_grad()
-            task.loss(net(x), y).backward()
-            optimizer.step()
-    seconds = time.process_time() - start
-    with torch.no_grad():
-        return task.judge(net), seconds
-
-
-def measure(seeds: int) -> list[dict[str, Any]]:
-    """Every row of every task."""
-    results: list[dict[str, Any]] = []
-    for name, make in track(TASKS.items(), "tasks", transient=True):
-        torch.manual_seed(0)
-        task, base = make(), 0.0
-        for row in ROWS:
-            runs = {r: [learn(task, row, r, seed) for seed in range(seeds)] for r in RATES[row]}
-            means = {rate: fmean(found for found, _ in runs[rate]) for rate in runs}
-            best = (max if task.up else min)(means, key=lambda rate: means[rate])
-            seconds = fmean(spent for _, spent in runs[best])
-            base = base or seconds
-            figures = [found for found, _ in runs[best]]
-            results.append(
-                {"task": name, "row": row, "lr": best, "mean": means[best], "seeds": figures}
-                | {"at each rate": [*means.values()], "time": seconds / base}
-            )
-    return results
-
-
-def main() -> None:
-    """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--write", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    results = measure(options.seeds)
-    shown = Table("", *(f"{row} (time)" for row in ROWS))
-    for name in TASKS:
-        found = {r["row"]: r for r in results if r["task"] == name}
-        shown.add_row(name, *(f"{r['mean']:.4g} ({r['time']:.1f})" for r in found.values()))
-    Console(width=120).print(shown)
-    if options.write:
-        command = "python -m recipes.stability.noise " + " ".join(sys.argv[1:])
-        record = {"command": command, **machine(), "rates": RATES, "results": results}
-        options.write.write_text(json.dumps(record, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def tanh_mlp() -> nn.Module:
+    """Three layers of tanh units for 28x28."""
+    hidden = [layer for _ in range(2) for layer in (nn.Linear(128, 128), nn.Tanh())]
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.Tanh(), *hidden, nn.Linear(128, 10))

@@ -1,4 +1,4 @@
-"""The first images of CIFAR-10 and MNIST, as tensors."""
+"""The first images of CIFAR-10, MNIST and FashionMNIST, as tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from recipes.image_classification import files
-from recipes.image_classification.data import CIFAR10, MNIST, Channels, normalised
+from recipes.image_classification.data import (
+    CIFAR10,
+    MNIST,
+    Channels,
+    FashionMNIST,
+    normalised,
+)
 from recipes.image_classification.files import Pixels
 
 
@@ -30,11 +36,13 @@ def mnist(data_dir: str | None, train: int, test: int) -> Images:
         train: Number of training images.
         test: Number of test images.
     """
-    read = MNIST(data_dir).read
-    return Images(
-        _first(read("train"), train, MNIST.mean, MNIST.deviation),
-        _first(read("test"), test, MNIST.mean, MNIST.deviation),
-    )
+    return _grey(MNIST, data_dir, train, test)
+
+
+@lru_cache(maxsize=1)
+def fashion_mnist(data_dir: str | None, train: int, test: int) -> Images:
+    """As `mnist`, of clothes."""
+    return _grey(FashionMNIST, data_dir, train, test)
 
 
 @lru_cache(maxsize=1)
@@ -58,6 +66,16 @@ def cifar10(data_dir: str | None, train: int, test: int) -> Images:
         return _first(pixels, count, CIFAR10.mean, CIFAR10.deviation)
 
     return Images(first("train", train), first("test", test))
+
+
+def _grey(
+    kind: type[MNIST] | type[FashionMNIST], data_dir: str | None, train: int, test: int
+) -> Images:
+    read = kind(data_dir).read
+    return Images(
+        _first(read("train"), train, kind.mean, kind.deviation),
+        _first(read("test"), test, kind.mean, kind.deviation),
+    )
 
 
 def _first(

@@ -1,0 +1,1 @@
+"""What backprop learns, `auto` learns: one table of many kinds of networks and data."""
