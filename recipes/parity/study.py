@@ -28,7 +28,8 @@ from recipes.parity.tasks import TASKS, Task
 
 BACKPROP, AUTO, TIMED, PLAIN = "backprop", "auto", "backprop, equal time", "pc"
 ROWS: dict[str, Any] = {BACKPROP: None, AUTO: PredictiveCoding, TIMED: None, PLAIN: PC}
-RATES, SGD_RATES = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.3)
+#: Of AdamW, of AdamW in 64 layers, of SGD.
+RATES, DEEP_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3)
 NOISY = [name for name in TASKS if "noise" in name or "random" in name or "Markov" in name]
 SEEDS = (0, 1)
 #: Batches by which a task's costs are compared; the first ones, with most looks, are left out.
@@ -42,9 +43,14 @@ def jobs() -> list[Job]:
         for task in TASKS
         for row in ROWS
         if row != PLAIN or task in NOISY
-        for rate in (SGD_RATES if "SGD" in task else RATES if row != PLAIN else (1e-3,))
+        for rate in (rates(task) if row != PLAIN else (1e-3,))
         for seed in SEEDS
     ]
+
+
+def rates(task: str) -> tuple[float, ...]:
+    """The learning rates that backprop and auto are tried at."""
+    return SGD_RATES if "SGD" in task else DEEP_RATES if "64 layers" in task else RATES
 
 
 @lru_cache(maxsize=1)

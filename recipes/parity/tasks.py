@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import repeat
 from math import exp
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +23,7 @@ from recipes.language_modeling.tokens import EOS
 from recipes.parity import networks
 from recipes.stability import depth
 from recipes.stability.data import Images, cifar10, fashion_mnist, mnist
+from recipes.stability.networks import NETWORKS, problem
 
 LETTERS, SEQUENCE = 27, 16  # of the Markov chain
 Pair = tuple[Tensor, Tensor]
@@ -242,6 +244,34 @@ def conditional(data_dir: str | None) -> Task:
     return Task(_Logits, stream, loss, judge, False, 420)
 
 
+class _ByHeart(nn.Module):
+    """A network with its one batch, which it learns by heart; the output is the loss."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.net, self._loss = problem(name, int(torch.initial_seed()))
+
+    def forward(self, _: Tensor) -> Tensor:
+        """The loss, []."""
+        return self._loss()
+
+
+def by_heart(name: str, data_dir: str | None) -> Task:
+    """One of the twelve architectures of the stability study learns one random batch."""
+
+    def stream(seed: int) -> Iterator[Pair]:
+        return repeat((torch.zeros(()), torch.zeros(())))
+
+    def judge(net: nn.Module) -> float:
+        return float(net(torch.zeros(())))
+
+    places = NETWORKS[name][2]
+    if places != "auto":
+        places = [place if place == "auto" else f"net.{place}" for place in places]
+    made, given = partial(_ByHeart, name), {"value_nodes": places}
+    return Task(made, stream, lambda loss, _: loss, judge, False, 50, given=given)
+
+
 def _folder(data_dir: str | None, name: str) -> str | None:
     return None if data_dir is None else str(Path(data_dir, name))
 
@@ -266,7 +296,7 @@ _FASHION = _some(fashion_mnist, "fashion_mnist", 60_000, 10_000)
 _FASHION_10 = _some(fashion_mnist, "fashion_mnist", 10_000, 10_000)
 _CIFAR_10 = _some(cifar10, "cifar10", 10_000, 4_000)
 
-ACCURACY, ERROR, PERPLEXITY = "accuracy %", "excess error", "perplexity"
+ACCURACY, ERROR, PERPLEXITY, LOSS = "accuracy %", "excess error", "perplexity", "loss"
 
 #: Name -> what its figure is, and how it is made of the folder of the data.
 TASKS: dict[str, tuple[str, Callable[[str | None], Task]]] = {
@@ -306,4 +336,5 @@ TASKS: dict[str, tuple[str, Callable[[str | None], Task]]] = {
     "characters, LSTM by modules": (PERPLEXITY, partial(characters, "lstm")),
     "characters, GPT": (PERPLEXITY, partial(characters, "gpt")),
     "conditional BERT": (PERPLEXITY, conditional),
+    **{f"by heart, {name}": (LOSS, partial(by_heart, name)) for name in NETWORKS},
 }
