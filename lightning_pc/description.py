@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pc.errors import ClosureError, require
+from lightning_pc.insight.products import Products
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse_unknown
 
@@ -51,6 +52,9 @@ class Description:
         depth: Depth of the module.
         T: Inference steps it would get.
         loss_parameters: Number of trainable weights of the loss's own stage.
+        step: Matrix multiplications of one inference step: all, and those in a row (SMMs).
+        update: Likewise of one update of all weights (Salvatori et al. 2024, Table 4).
+        backprop: Likewise, with backprop.
     """
 
     rows: list[NodeRow]
@@ -58,6 +62,9 @@ class Description:
     depth: int
     T: int
     loss_parameters: int
+    step: Products
+    update: Products
+    backprop: Products
 
     def __repr__(self) -> str:
         return f"Description(nodes={len(self.rows)}, depth={self.depth}, T={self.T})"
@@ -66,7 +73,8 @@ class Description:
         nodes = "value node" if len(self.rows) == 1 else "value nodes"
         table = Table(
             title=f"{len(self.rows)} {nodes}, depth {self.depth}, T = {self.T}",
-            caption=f"stage of the loss: {self.loss_parameters:,} weights",
+            caption=f"stage of the loss: {self.loss_parameters:,} weights\n"
+            f"matrix products of an update: {_told(self.update)}; backprop: {_told(self.backprop)}",
         )
         table.add_column("#", justify="right")
         table.add_column("value node", overflow="fold", min_width=16)
@@ -117,7 +125,7 @@ def describe(
     refuse_unknown("describe", settings)
     learner = Learner(model, replace(given, **settings))
     with torch.enable_grad():
-        batch, steps = learner.describe(_forward(model, batch_or_closure), _any_loss)
+        batch, T, step, backprop = learner.describe(_forward(model, batch_or_closure), _any_loss)
     sizes = [sum(p.numel() for p in batch.parameters(stage)) for stage in batch.graph.stages]
     rows = []
     for node, stage, size in zip(batch.nodes, batch.graph.stages, sizes, strict=False):
@@ -125,10 +133,16 @@ def describe(
         shape, energy = tuple(node.x.shape), node.energy.name
         rows.append(NodeRow(node.name, shape, energy, parents, node.depth, size))
     passed = [NodeRow(site.name, site.shape, why=site.why) for site in batch.sites if site.why]
-    description = Description(rows, passed, batch.graph.depth, steps, sizes[-1])
+    depth, schedule = batch.graph.depth, learner.schedule
+    update = step.times(1 if schedule.incremental else depth if schedule.wave else T)
+    description = Description(rows, passed, depth, T, sizes[-1], step, update, backprop)
     if print_table:
         Console().print(description)
     return description
+
+
+def _told(products: Products) -> str:
+    return f"{products.total:,}, {products.in_a_row:,} in a row"
 
 
 def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:

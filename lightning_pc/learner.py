@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
+from lightning_pc.insight.products import Products, products
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.model import Model
 from lightning_pc.precisions import Wave, precisions
@@ -34,7 +36,7 @@ from lightning_pc.stages.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.stages.evaluator import Evaluator
+from lightning_pc.stages.evaluator import Asked, Evaluator
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.recordings import Recordings
@@ -198,9 +200,8 @@ class Learner:
         # Calls that draw again move the generators that they drew from.
         drawn = {d.generator for call in waiting.batch.watch.calls for d in call.draws}
         after = [*map(Draws, drawn)]
-        kind = ThroughErrors if self.schedule.through else LocalErrors
         steady = not self.schedule.incremental
-        evaluator = kind(waiting.batch, self._held(), self.schedule.wave, steady)
+        evaluator = self._kind(waiting.batch, self._held(), self.schedule.wave, steady)
         try:
             with torch.autocast(waiting.batch.loss.device.type, enabled=False):
                 return self._infer(evaluator, waiting, seed, update)
@@ -219,19 +220,43 @@ class Learner:
 
     def describe(
         self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
-    ) -> tuple[Batch, int]:
-        """The batch that a forward gives and the T it would get; what it changed is put back."""
+    ) -> tuple[Batch, int, Products, Products]:
+        """The batch that a forward gives, the T it would get, what is multiplied.
+
+        What the forward changed is put back.
+
+        Returns:
+            The batch, T, the products of one inference step and those of backprop.
+        """
         start, put_back = RandomStates(), self._recordings.model.save(self._held() or set())
         try:
             self.begin(forward, loss_of)
             if (waiting := self._waiting) is None:
                 raise ClosureError("The forward returned no loss: there is no graph to describe.")
+            kinds = (self._kind, ThroughErrors)
+            step, backprop = (products(partial(self._one_step, waiting.batch, k)) for k in kinds)
             waiting.batch.watch.undo()
         finally:
             self._waiting = None
             put_back()
             start.restore()
-        return waiting.batch, waiting.T
+        return waiting.batch, waiting.T, step, backprop
+
+    @property
+    def _kind(self) -> type[Evaluator]:
+        return ThroughErrors if self.schedule.through else LocalErrors
+
+    def _one_step(self, batch: Batch, kind: type[Evaluator]) -> None:
+        """One inference step, in which all gradients of values are computed anew."""
+        t = len(batch.nodes) + 1  # an error stands at each
+        if kind is ThroughErrors:
+            t = 0
+            for node in batch.nodes:
+                node.e = torch.zeros_like(node.x)  # values need what predicts them
+        evaluator = kind(batch, self._held())
+        evaluator.finish()
+        with torch.autocast(batch.loss.device.type, enabled=False):
+            evaluator(Asked(t, moves=True, learns=False, last=False, root=1.0, scale=1.0))
 
     def _infer(
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]

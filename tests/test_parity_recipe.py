@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from recipes.parity import networks, study, tasks
-from recipes.parity.study import AUTO, BACKPROP, PLAIN, TIMED
+from recipes.parity.study import AUTO, BACKPROP, ONLY, TIMED
 
 SMALL = ["digits", "regression, noise 1", "Markov chain, GPT", "GRU in a loop of 8"]
 SMALL += ["reversing, GRUs with attention"]
@@ -33,7 +33,7 @@ def test_jobs():
     jobs = study.jobs()
     rows = {task: {job["row"] for job in jobs if job["task"] == task} for task in tasks.TASKS}
     for task, found in rows.items():
-        assert found == {BACKPROP, AUTO, TIMED} | ({PLAIN} if task in study.NOISY else set())
+        assert found == {BACKPROP, AUTO, TIMED} | {r for r, some in ONLY.items() if task in some}
     for row in (BACKPROP, AUTO, TIMED):  # the same tuning for each
         digits = [(j["lr"], j["seed"]) for j in jobs if (j["task"], j["row"]) == ("digits", row)]
         assert digits == [(rate, seed) for rate in study.RATES for seed in study.SEEDS]
@@ -42,7 +42,7 @@ def test_jobs():
 @pytest.mark.parametrize("task", SMALL)
 def test_rows(task):
     found = {}
-    for row in (BACKPROP, AUTO, TIMED):
+    for row in (BACKPROP, AUTO, TIMED, *(row for row, some in ONLY.items() if task in some)):
         job = {"size": 0, "task": task, "row": row, "lr": 1e-3, "seed": 0}
         found[row] = job | study.run(job)
     assert found[BACKPROP]["batches"] == found[AUTO]["batches"] == 2

@@ -1,0 +1,82 @@
+"""Counts matrix multiplications, and how many of them must wait for each other.
+
+The measure of Salvatori et al. 2024, Appendix C: what can be multiplied side by side counts once
+(simultaneous matrix multiplications). Products of a weight's own gradient are left out, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from typing_extensions import override
+
+from lightning_pc.stages.batch import memory_of
+
+
+class Products(NamedTuple):
+    """Numbers of matrix multiplications, convolutions among them.
+
+    Attributes:
+        total: All.
+        in_a_row: On the longest way on which one needs the result of another (SMMs).
+    """
+
+    total: int
+    in_a_row: int
+
+    def times(self, steps: int) -> Products:
+        """Of so many steps, one after the other."""
+        return Products(steps * self.total, steps * self.in_a_row)
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows how many products each tensor has behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+        self._behind: dict[int, int] = {}  # memory -> products in a row
+        self._alive: list[Tensor] = []  # or another tensor might get the memory
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        read, made = (
+            [v for v in pytree.tree_leaves(tree) if isinstance(v, Tensor)]
+            for tree in ((args, kwargs), result)
+        )
+        count = 0
+        if func._overloadpacket in flop_registry:
+            # Of a convolution's backward: to its input and to its weight, which run side by side.
+            masks = [v for v in args if isinstance(v, list) and v and isinstance(v[0], bool)]
+            backward = func._overloadpacket is torch.ops.aten.convolution_backward
+            count = sum(masks[-1][:2]) if backward else 1
+        self.total += count
+        behind = max((self._behind.get(memory_of(t), 0) for t in read), default=0)
+        for tensor in made:
+            at = memory_of(tensor)
+            self._behind[at] = max(self._behind.get(at, 0), behind + bool(count))
+        self._alive += made
+        return result
+
+    @property
+    def in_a_row(self) -> int:
+        """The most that any tensor has behind it."""
+        return max(self._behind.values(), default=0)
+
+
+def products(run: Callable[[], object]) -> Products:
+    """What ``run`` multiplies, its backward passes included."""
+    # Recurrent nets step by step, not in one call.
+    plain = torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False)
+    with plain[0], plain[1], _Counting() as counting:
+        run()
+    return Products(counting.total, counting.in_a_row)
