@@ -41,7 +41,7 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
     for number, block in enumerate(blocks("python")):
         exec(compile(block, f"README.md, example {number}", "exec"), space)
     printed = capsys.readouterr().out
-    assert "8 2 ['net.1', 'net.3']" in printed
+    assert "2 2 ['net.1', 'net.3']" in printed
     table = [line.split() for line in blocks("text")[0].splitlines() if "│" in line]
     for row in table:
         assert any(line.split() == row for line in printed.splitlines()), row

@@ -3,8 +3,8 @@
     python -m recipes.parity.study --data_dir data
 
 Each has the best of three learning rates, by what is measured, and equal batches. A third row gives
-backprop as many more batches as `auto` takes processor time. Where targets are noisy a fourth row,
-pc at one learning rate, shows what happens otherwise.
+backprop as many more batches as `auto` takes processor time. Where targets are noisy two further
+rows, at one learning rate, show what happens otherwise: pc, and pc with sampled values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -22,15 +22,28 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from lightning_pc.langevin import Langevin
 from lightning_pc.optim import PC, PredictiveCoding
 from recipes.common.queue import Figures, Job, Row, Study, main
 from recipes.parity.tasks import TASKS, Task
 
-BACKPROP, AUTO, TIMED, PLAIN = "backprop", "auto", "backprop, equal time", "pc"
-ROWS: dict[str, Any] = {BACKPROP: None, AUTO: PredictiveCoding, TIMED: None, PLAIN: PC}
+BACKPROP, AUTO, TIMED = "backprop", "auto", "backprop, equal time"
+PLAIN, SAMPLED = "pc", "pc, Langevin"
+ROWS: dict[str, Any] = {
+    BACKPROP: None,
+    AUTO: PredictiveCoding,
+    TIMED: None,
+    PLAIN: PC,
+    # beta makes half of the squared error, a negative log-likelihood, of the whole.
+    SAMPLED: partial(PC, T=50, beta=0.5, inference=partial(Langevin, lr=0.05)),
+}
 #: Of AdamW, of AdamW in 64 layers, of SGD.
 RATES, DEEP_RATES, SGD_RATES = (3e-4, 1e-3, 3e-3), (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.3)
-NOISY = [name for name in TASKS if "noise" in name or "random" in name or "Markov" in name]
+#: Of the rows beside backprop and auto, at one learning rate, the tasks.
+ONLY = {
+    PLAIN: [name for name in TASKS if "noise" in name or "random" in name or "Markov" in name],
+    SAMPLED: [name for name in TASKS if "noise" in name],
+}
 SEEDS = (0, 1)
 #: Batches by which a task's costs are compared; the first ones, with most looks, are left out.
 WARM, TURNS = 40, 30
@@ -42,8 +55,8 @@ def jobs() -> list[Job]:
         {"size": 0, "task": task, "row": row, "lr": rate, "seed": seed}
         for task in TASKS
         for row in ROWS
-        if row != PLAIN or task in NOISY
-        for rate in (rates(task) if row != PLAIN else (1e-3,))
+        if task in ONLY.get(row, TASKS)
+        for rate in (rates(task) if row not in ONLY else (1e-3,))
         for seed in SEEDS
     ]
 
