@@ -6,7 +6,8 @@ The measure of Salvatori et al. 2024, Appendix C: what can be multiplied side by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -75,8 +76,19 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def products(run: Callable[[], object]) -> Products:
     """What ``run`` multiplies, its backward passes included."""
-    # Recurrent nets step by step, not in one call.
-    plain = torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False)
-    with plain[0], plain[1], _Counting() as counting:
+    with _step_by_step(), _Counting() as counting:
         run()
     return Products(counting.total, counting.in_a_row)
+
+
+@contextmanager
+def _step_by_step() -> Iterator[None]:
+    """Recurrent nets run step by step, not in one call."""
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
