@@ -31,6 +31,9 @@ class Langevin(Optimizer):
         ConfigError: ``lr`` is no positive number.
     """
 
+    #: F rises on the way, which is no fault.
+    samples = True
+
     def __init__(self, values: Iterable[Tensor], lr: float = 0.02) -> None:
         if not (is_number(lr) and lr > 0):
             raise ConfigError(f"Langevin: lr={shown(lr)}: expected a positive rate.")

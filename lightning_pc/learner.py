@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_pc.choose import mover_of
 from lightning_pc.errors import ClosureError, DivergenceError
-from lightning_pc.inference.conjugate import Conjugate
-from lightning_pc.inference.curvature import START, AutoGamma
-from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
+from lightning_pc.inference.curvature import AutoGamma
+from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.products import Products, products
 from lightning_pc.insight.report import StepReport, make_report
+from lightning_pc.insight.trend import Trend
 from lightning_pc.nodes.model import Model
 from lightning_pc.precisions import Wave, precisions
 from lightning_pc.recording.draws import Draws, RandomStates
@@ -36,8 +36,7 @@ from lightning_pc.stages.checks import (
     shortcut,
     unreached,
 )
-from lightning_pc.stages.evaluator import Asked, Evaluator
-from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.evaluator import Evaluator
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.recordings import Recordings
 from lightning_pc.stages.through import ThroughErrors
@@ -100,7 +99,8 @@ class Learner:
         """What a resumed run needs beside model and optimizer: numbers and a name, often none."""
         if self.auto is None:
             return {}
-        return {"precisions": self._precisions.name, **self.auto.state_dict()}
+        trend = {f"loss_{name}": number for name, number in asdict(self.alerts.trend).items()}
+        return {"precisions": self._precisions.name, **trend, **self.auto.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`; with a gamma that is given nothing is taken."""
@@ -108,17 +108,8 @@ class Learner:
             self.auto.load_state_dict(state)
             if state.get("precisions", self._precisions.name) != self._precisions.name:
                 self.auto.anew = True  # the curvature was that of another F
-
-    @property
-    def choice(self) -> str:
-        """What ``auto`` has chosen, in a line; "" before a batch, and where all was given."""
-        auto, report = self.auto, self.report
-        if auto is None or report is None or report.algorithm != "auto" or not auto.weighs:
-            return ""
-        return (
-            f"auto takes ePC with T = {report.steps}, gamma = {auto.gamma:.2g} and "
-            f"beta = {abs(auto.beta):.2g} of changing sign, at {len(report.nodes)} value nodes."
-        )
+            trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
+            self.alerts.trend = Trend(**trend)
 
     def check(self) -> None:
         """Refuses models and placements that can never work, before any batch.
@@ -233,8 +224,8 @@ class Learner:
             self.begin(forward, loss_of)
             if (waiting := self._waiting) is None:
                 raise ClosureError("The forward returned no loss: there is no graph to describe.")
-            kinds = (self._kind, ThroughErrors)
-            step, backprop = (products(partial(self._one_step, waiting.batch, k)) for k in kinds)
+            kinds, held = (self._kind, ThroughErrors), self._held()
+            step, backprop = (products(waiting.batch, kind, held) for kind in kinds)
             waiting.batch.watch.undo()
         finally:
             self._waiting = None
@@ -245,18 +236,6 @@ class Learner:
     @property
     def _kind(self) -> type[Evaluator]:
         return ThroughErrors if self.schedule.through else LocalErrors
-
-    def _one_step(self, batch: Batch, kind: type[Evaluator]) -> None:
-        """One inference step, in which all gradients of values are computed anew."""
-        t = len(batch.nodes) + 1  # an error stands at each
-        if kind is ThroughErrors:
-            t = 0
-            for node in batch.nodes:
-                node.e = torch.zeros_like(node.x)  # values need what predicts them
-        evaluator = kind(batch, self._held())
-        evaluator.finish()
-        with torch.autocast(batch.loss.device.type, enabled=False):
-            evaluator(Asked(t, moves=True, learns=False, last=False, root=1.0, scale=1.0))
 
     def _infer(
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
@@ -283,7 +262,7 @@ class Learner:
             inference = Inference(
                 evaluator,
                 self.schedule,
-                self._kept or self._mover(batch.graph),
+                self._kept or mover_of(self.settings, batch.graph),
                 self._precisions,
                 self.auto,
                 self.alerts.look_due,
@@ -306,17 +285,6 @@ class Learner:
             self._recordings.kept = batch.sites
             self._age, self._kept = self._age + T, inference.mover
         return phases[0].trace.losses[0]
-
-    def _mover(self, graph: Graph) -> Mover:
-        settings = self.settings
-        if settings.inference is not None:
-            return OptimizerMover(settings.inference)
-        gamma, decay = settings.fixed_gamma or START, settings.chosen_decay
-        if settings.mover == "passing on" and graph.even:
-            return PassingOn(gamma, decay, self.schedule.aim)
-        if settings.mover != "plain":
-            return Conjugate(gamma, decay)
-        return Descent(gamma, decay, float(settings.momentum or 0.0))
 
     def _held(self) -> set[nn.Parameter] | None:
         """The parameters that the optimizer moves; None where it is not known."""

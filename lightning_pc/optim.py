@@ -72,9 +72,9 @@ class PredictiveCoding(Optimizer):
         self.optimizer = optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        learner = self._learner
-        whole = {"optimizer": self.optimizer, "model": learner.model, "settings": self.settings}
-        return with_state(whole, learner)
+        model = self._learner.model
+        whole = {"optimizer": self.optimizer, "model": model, "settings": self.settings}
+        return with_state(whole, self._learner)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         rest, ours = without_state(state)
@@ -107,9 +107,8 @@ class PredictiveCoding(Optimizer):
         """
         door = type(self).__name__
         if not callable(closure):
-            kind = type(closure).__name__
-            told = f"{door}.step needs a closure that returns the loss, got {kind}. {_CLOSURE}"
-            raise ClosureError(told)
+            got = f"needs a closure that returns the loss, got {type(closure).__name__}"
+            raise ClosureError(f"{door}.step {got}. {_CLOSURE}")
         _refuse_accumulation()
         with torch.enable_grad():
             try:
@@ -124,6 +123,7 @@ class PredictiveCoding(Optimizer):
                     self._learner.alerts.say("backward", told + _CLOSURE)
                 return None
             first = loss.detach()
+            del loss  # and what autograd holds of it
             self.zero_grad()
 
             def update() -> None:
@@ -282,15 +282,14 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
     require(Optimizer, optimizer, f"Expected a torch optimizer of the parameters of {of}")
     held = [p for group in optimizer.param_groups for p in group["params"]]
     others = [tuple(p.shape) for p in held if not isinstance(p, nn.Parameter)]
+    no_closure = misfit(optimizer.step, None)
     refused = {
         f"{name} would do predictive coding twice: give the plain optimizer that it wraps.": (
             isinstance(optimizer, PredictiveCoding)
         ),
         "LBFGS evaluates its closure several times a step, each a whole inference: use SGD, Adam "
         "or another optimizer of one gradient a step.": isinstance(optimizer, LBFGS),
-        f"{name}.step takes no closure: define step(self, closure=None), as torch does.": (
-            misfit(optimizer.step, None)
-        ),
+        f"{name}.step takes no closure: define step(self, closure=None).": no_closure,
         f"{name} holds a tensor of shape {others[:1] and others[0]} that is no "
         "nn.Parameter: predictive coding trains the parameters of a module.": others,
         f"The optimizer ({name}) holds no parameter of {of}, which would learn nothing: make it "

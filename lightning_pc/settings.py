@@ -63,9 +63,10 @@ class Settings:
         beta: Factor of the loss in the F that values descend; parameters learn from F / beta
             (Scellier & Bengio 2017). 1 is plain predictive coding, a negative one pushes values
             away from the target, and of a pair such as (0.3, -0.3) parameters learn from the mean
-            of both phases (pc, epc; 2 T evaluations). ``"auto"`` (auto, epc, iepc) keeps beta times
-            the loss's curvature in error coordinates at 0.05, so that weights cannot gain by
-            explaining noise. None is ``"auto"`` for auto, else 1.
+            of both phases (pc, epc; 2 T evaluations). ``"auto"`` (auto, epc, iepc) is 0.05, or
+            0.05 / curvature where the loss's curvature in error coordinates is above 1, and changes
+            its sign from batch to batch, so that weights cannot gain by explaining noise. None is
+            ``"auto"`` for auto, else 1.
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a
             callable that makes it from their list, such as
             ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
@@ -99,9 +100,9 @@ class Settings:
         given = [argument for argument, is_given in idle.items() if is_given]
         told = {"gamma": gamma != "auto", "inference": inference, "reset": never}
         told["precisions"] = weights != Constant()
-        fixed = ", ".join(
-            f"{n}={shown(getattr(self, n))}" for n, is_told in told.items() if is_told
-        )
+        fixed = [f"{n}={shown(getattr(self, n))}" for n, is_told in told.items() if is_told]
+        moves = {"gamma_decay": decay, "momentum": momentum}
+        own = ", ".join(fixed + [f"{n}={shown(m)}" for n, m in moves.items() if m is not None])
         refused = {
             f"T={shown(T)}: expected a whole number of inference steps, >= 1, or None.": (
                 T is not None and not (is_number(T) and isinstance(T, int) and T >= 1)
@@ -151,9 +152,10 @@ class Settings:
             f"{beta=}: {name} moves the weights at every step, and the second phase would not "
             "start where the first did. Use 'pc' or 'epc', or one beta.": pair and way.incremental,
             f"{beta=}: both phases start from the forward pass, use reset='batch'.": pair and never,
-            f"{beta=}: T=1 leaves the values no step, use T >= 2.": pair and T == 1,
-            f"{fixed}: auto chooses how values move by itself. Say beside it which algorithm is "
-            "meant: algorithm='ipc', 'pc' or 'epc'.": name == "auto" and beta is None and fixed,
+            f"beta={shown(beta)}: T=1 leaves the values no step, use T >= 2.": T == 1
+            and (pair or (self.chosen_beta == "auto" and not way.incremental)),
+            f"{own}: auto chooses how values move by itself. Say beside it which algorithm is "
+            "meant: algorithm='ipc', 'pc' or 'epc'.": name == "auto" and beta is None and own,
             "beta='auto' goes by the looks of gamma='auto' in error coordinates, where energies "
             "count 1, at values made anew: use 'auto', 'epc' or 'iepc', leave gamma, inference, "
             "precisions and reset out, or give beta a number.": (

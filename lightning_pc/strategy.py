@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from lightning_pc.errors import ConfigError, DivergenceError, shown
 from lightning_pc.inference.schedules import SCHEDULES
+from lightning_pc.insight.explain import choice
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
 from lightning_pc.optim import once, refuse_optimizer, with_state, without_state
@@ -72,7 +73,7 @@ class PCStrategy(SingleDeviceStrategy):
             refuse_unknown("PCStrategy", settings)
             self.settings = Settings(algorithm=algorithm, **settings)
         self._learner: Learner | None = None
-        self._says_choice = True  # once
+        self._says_choice = True
 
     def __repr__(self) -> str:
         # Stands in the error of a Trainer that is of the package pytorch_lightning.
@@ -108,11 +109,13 @@ class PCStrategy(SingleDeviceStrategy):
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
+        self._says_choice = True  # once a fit
         refuse_set_up(self._module, trainer, self.settings.algorithm)
         super().setup(trainer)
         with at_the_door():  # Lightning lets no two optimizers through
             refuse_optimizer(next(iter(self.optimizers), None), self._module)
             self._learner = Learner(self._module, self.settings)
+            self._learner.alerts.follows_trend = not self._tries_rates
             self._learner.check()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -155,17 +158,21 @@ class PCStrategy(SingleDeviceStrategy):
         try:
             self._require_learner().infer(1.0 / accumulated, update)
         except DivergenceError:
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            if not any(isinstance(callback, _LRCallback) for callback in callbacks):
+            if not self._tries_rates:
                 raise
             trainer.should_stop = True  # the curve of a learning rate finder ends here
             self._module.zero_grad()
-        if self._says_choice and (choice := self._require_learner().choice):
-            rank_zero_info(choice)
-            self._says_choice = False
+        self._say_choice(self._require_learner())
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss
+
+    def _say_choice(self, learner: Learner) -> None:
+        chosen = learner.auto is not None and learner.auto.looks > 1  # beta is by the first look
+        if self._says_choice and chosen and learner.report is not None:
+            self._says_choice = False
+            if told := choice(learner.report):
+                rank_zero_info(told)
 
     def optimizer_step(
         self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
@@ -197,6 +204,12 @@ class PCStrategy(SingleDeviceStrategy):
         for name, schedule in SCHEDULES.items():
             if name not in ("auto", *strategy_registry):  # Lightning's own "auto" is another
                 strategy_registry.register(name, cls, f"{name}: {schedule.paper}", algorithm=name)
+
+    @property
+    def _tries_rates(self) -> bool:
+        """Whether a learning rate finder is at work."""
+        callbacks: list[pl.Callback] = self._module.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, _LRCallback) for callback in callbacks)
 
     @property
     def _module(self) -> pl.LightningModule:

@@ -101,6 +101,8 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
             **dict.fromkeys(("gamma", "curvature"), float),
             **dict.fromkeys(("evaluations", "looked_at", "looks", "failures", "soonest"), int),
             **dict.fromkeys(("alarmed", "anew", "fine"), bool),
+            **dict.fromkeys(("loss_mean", "loss_spread", "loss_first", "loss_least"), float),
+            **dict.fromkeys(("loss_batches", "loss_high"), int),
             "precisions": str,
         }
         assert kinds == expected

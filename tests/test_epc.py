@@ -462,3 +462,77 @@ def test_a_dead_branch_is_not_told_to_be_far(algorithm, recwarn):
         model[0].bias.fill_(-100.0)
     settle(algorithm, model, lambda: squared(model, x, y), T=4, gamma=5e-5)
     assert not [w for w in recwarn if "shrinks" in str(w.message)]
+
+
+class Tied(nn.Module):
+    """One weight in the first stage and in the loss's; a hook of the user's between."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.between = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.seen = []
+
+    def forward(self, x):
+        h = self.shared(x)
+        h = torch.tanh(h * 2.0)
+        h = self.between(h)
+        if h.requires_grad:
+            h.register_hook(lambda g: self.seen.append(g.abs().max().item()) or g * 1.0)
+        return self.shared(torch.tanh(h))
+
+
+@pytest.mark.filterwarnings("ignore:T=1 inference steps never reach")
+@pytest.mark.parametrize(("kind", "T"), [(IEPC, 3), (EPC, 1), (EPC, 3)])
+def test_hooks_meet_tensors_where_stages_share_a_weight(kind, T):
+    torch.manual_seed(0)
+    model, x = Tied().double(), torch.randn(4, 6).double()
+    optimizer = kind(torch.optim.SGD(model.parameters(), 0.1), model, T=T, gamma=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: F.mse_loss(model(x), 0 * x))
+    assert model.seen
+    assert model.shared.weight.grad.abs().max() > 0
+
+
+class Token:
+    """Lives as long as what autograd holds of a call."""
+
+    alive = 0
+
+    def __init__(self):
+        Token.alive += 1
+
+    def __del__(self):
+        Token.alive -= 1
+
+
+class Held(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.token = Token()
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 2
+
+
+class First(nn.Module):
+    """The user's Function in the first stage."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 4)])
+
+    def forward(self, x):
+        h = torch.tanh(Held.apply(self.layers[0](x)))
+        return self.layers[2](torch.tanh(self.layers[1](h)))
+
+
+def test_the_first_forward_is_let_go_before_the_weights_move():
+    model, (x, y), alive = First(), (torch.randn(8, 5), torch.randint(4, (8,))), []
+    sgd = torch.optim.SGD(model.parameters(), 0.1)
+    sgd.register_step_pre_hook(lambda *_: alive.append(Token.alive))
+    optimizer = EPC(sgd, model, T=2)
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert alive == [0, 0, 0]

@@ -6,10 +6,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.tuner import Tuner
+from lightning_problems import Module, data, loader, trainer
 from torch import nn
 
 from lightning_pc import explain
 from lightning_pc.insight.trend import MANY, ON_END, Trend
+from lightning_pc.langevin import Langevin
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 
 
@@ -108,6 +111,56 @@ def test_a_learning_rate_that_is_too_large(kind):
     assert len(told) == 1
     assert told[0].endswith("Lower the learning rate.")
     assert explained.endswith("Verdict: lower the learning rate.")
+
+
+def test_a_resumed_run_remembers_how_it_began():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    first, second = (PC(torch.optim.SGD(model.parameters(), 0.1), model) for _ in range(2))
+    for _ in range(25):
+        first.step(lambda: F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))))
+    second.load_state_dict(first.state_dict())
+    assert second._learner.alerts.trend == first._learner.alerts.trend
+
+
+def test_a_learning_rate_finder_raises_the_loss_on_purpose():
+    module = Module()
+    fit = trainer("pc", max_epochs=1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = Tuner(fit).lr_find(module, loader(data(300)), max_lr=30.0, num_training=150)
+    assert found.results["loss"][-1] > 2 * found.results["loss"][0]
+    assert not [w for w in told if "training loss" in str(w.message)]
+
+
+def test_samples_raise_the_energy_by_design():
+    told, explained = train(PC, batches=15, T=20, inference=Langevin)
+    assert not told
+    assert "It rose" not in explained
+    assert explained.endswith("Verdict: healthy.")
+
+
+@pytest.mark.parametrize("rounded", [True, False])
+def test_bfloat16_rounds_the_little_that_auto_moves(rounded):
+    """And no rise of F is seen in that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
+    optimizer = PredictiveCoding(torch.optim.Adam(model.parameters(), 1e-3), model)
+    x, y = torch.randn(64, 16), torch.randint(4, (64,))
+    for _ in range(60):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            optimizer.step(lambda: F.cross_entropy(model(x), y))
+        assert explain(optimizer).endswith("Verdict: healthy.")
+    assert not optimizer._learner.auto.fine
+
+
+def test_a_unit_that_is_off_is_reached_all_the_same():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    nn.init.constant_(model[0].bias, -100.0)
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+    with pytest.warns(UserWarning, match="energy zero"):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))))
+    assert "No error reached: '1'" in explain(optimizer)
+    assert explain(optimizer).endswith("Verdict: healthy.")
 
 
 def test_nodes_that_no_error_reaches():

@@ -128,7 +128,7 @@ class AutoGamma:
         the sign of beta is drawn for each batch.
         """
         self.evaluations += evaluations
-        self.beta = -self.beta
+        self.beta = -self.beta if self.weighs else self.beta
         self.alarmed = rose
         self.fine = self.fine or rose
 

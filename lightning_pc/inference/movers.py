@@ -38,6 +38,8 @@ class Mover(ABC):
     #: that gamma is not to blame. "" where it is.
     remedy: ClassVar[str] = ""
     momentum: float = 0.0
+    #: Values are samples, at which F is higher than at their start.
+    samples = False
 
     def __init__(self, gamma: float) -> None:
         self.start_gamma = gamma
@@ -164,6 +166,7 @@ class OptimizerMover(Mover):
             if held != {*map(id, values)} or misfit(made.step):
                 told = f"inference= made {type(made).__name__}: expected a torch optimizer of all"
                 raise ConfigError(f"{told} the values and no others, whose step needs no closure.")
+            self.samples = getattr(made, "samples", False)
             self.start_gamma = self.gamma = float(self._optimizer.param_groups[0].get("lr", "nan"))
         for node, value in zip(nodes, values, strict=True):
             value.grad = slope(node, scale)

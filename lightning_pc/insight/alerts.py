@@ -25,6 +25,7 @@ class Alerts:
 
     Attributes:
         trend: Of the training loss.
+        follows_trend: Not while learning rates are tried, which raises it on purpose.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Alerts:
         self._told: set[str] = set()
         self._batches = self._rising = 0  # all, and those on end in which F rose
         self._first = 0.0  # F at the very start
-        self.trend = Trend()
+        self.trend, self.follows_trend = Trend(), True
 
     @property
     def look_due(self) -> bool:
@@ -64,7 +65,8 @@ class Alerts:
         first, last, loss = torch.stack(ends).tolist()
         if self._varies:
             first = last = 0.0
-        self.trend.take_in(loss)
+        if self.follows_trend:
+            self.trend.take_in(loss)
         report.trend = replace(self.trend)
         self.say("risen", unlearns(report))
         if self._batches == 1:  # once: reading the energies waits for the device
@@ -72,11 +74,13 @@ class Alerts:
             self.say("silent", silenced(report, inference.evaluator.nodes, mover.start_gamma))
         # Values that push a loss up begin with F below zero, which weights that learn raise to it.
         size = abs(last) if report.pulls[0] > 0 else last
-        rose = self._counts and last > first and size > self._known * self._first
+        rounding, counts = report.rounding * abs(first), self._counts and not report.sampled
+        rose = counts and last - first > rounding and size > self._known * self._first
         self._rising = self._rising + 1 if rose else 0
         if self._rising >= self._patience and "rises" not in self._told:
             since = self._batches - self._rising + 1
             self.say("rises", rises(report, mover, inference.seen, self._auto is not None, since))
         if self._auto is not None:
-            self._auto.after(report.steps, last > (first if report.pulls[0] > 0 else max(first, 0)))
+            start = first if report.pulls[0] > 0 else max(first, 0.0)
+            self._auto.after(report.steps, last - start > rounding)
             self.say("unseen", unseen(self._auto.failures, self._auto.gamma))

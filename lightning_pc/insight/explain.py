@@ -110,6 +110,16 @@ def unseen(failures: int, gamma: float) -> str:
     return told if failures >= 3 else ""
 
 
+def choice(report: StepReport) -> str:
+    """What ``auto`` took, in a line; "" of another algorithm."""
+    nodes = "value node" if len(report.nodes) == 1 else "value nodes"
+    told = (
+        f"auto takes ePC with T = {report.steps}, gamma = {report.gamma:.2g} and "
+        f"beta = {abs(report.pulls[0]):.2g} of changing sign, at {len(report.nodes)} {nodes}."
+    )
+    return told if report.algorithm == "auto" else ""
+
+
 def unlearns(report: StepReport) -> str:
     """Says that the training loss rises, and what to do; "" where it does not."""
     if not report.trend.risen:
@@ -124,7 +134,8 @@ def unlearns(report: StepReport) -> str:
 
 def _explains(report: StepReport) -> bool:
     """Whether weights can gain by explaining noise: the loss weighs much, and inference infers."""
-    return report.algorithm != "zil" and abs(report.pulls[0]) > ROOM
+    explains = report.algorithm != "zil" and not report.sampled
+    return explains and abs(report.pulls[0]) > ROOM
 
 
 def _some(names: Sequence[str]) -> str:
@@ -167,10 +178,13 @@ def explain(report: Any) -> str:
         lines.append(f"{took}The loss weighs {report.pulls[0]:.3g} in F.")
     momentum = 0.0 if isinstance(report.momentum, str) else report.momentum
     # Values that push the loss up begin with F below zero, which weights that learn raise to it.
-    rose = same and last > (first if report.pulls[0] > 0 else max(first, 0.0))
+    start = first if report.pulls[0] > 0 else max(first, 0.0)
+    rose = same and not report.sampled and last - start > report.rounding * abs(first)
     if rose:
         grew = _growth(report.nodes, report.loss, report.energy, report.free_energy)
         cure = "Use momentum=0." if isinstance(report.momentum, str) else "Lower gamma."
+        if report.algorithm == "auto":
+            cure = "The next look at the curvature sets gamma right."
         if SCHEDULES[report.algorithm].incremental:
             cure = _cure(report.algorithm, report.curvature is not None, None, math.inf)
         lines.append(f"It rose: {grew}. {cure}")
@@ -193,7 +207,7 @@ def explain(report: Any) -> str:
         lines += [f"{what}: {_some(names)}."] if names else []
     lines += [told] if (told := str(report.trend)) else []
     verdicts = {
-        "nodes unreached": silent and report.steps > 1 and first,
+        "nodes unreached": silent and idle,  # a unit that is off is silent, too
         "weights explain noise": report.trend.risen and _explains(report),
         "lower the learning rate": report.trend.risen,
         "F rises within the batch": rose,

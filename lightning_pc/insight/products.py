@@ -6,18 +6,20 @@ The measure of Salvatori et al. 2024, Appendix C: what can be multiplied side by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-from lightning_pc.stages.batch import memory_of
+from lightning_pc.stages.batch import Batch, memory_of
+from lightning_pc.stages.evaluator import Asked, Evaluator
+from lightning_pc.stages.through import ThroughErrors
 
 
 class Products(NamedTuple):
@@ -74,10 +76,24 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return max(self._behind.values(), default=0)
 
 
-def products(run: Callable[[], object]) -> Products:
-    """What ``run`` multiplies, its backward passes included."""
-    with _step_by_step(), _Counting() as counting:
-        run()
+def products(batch: Batch, kind: type[Evaluator], held: set[nn.Parameter] | None) -> Products:
+    """What one inference step multiplies, if all gradients of values are computed anew.
+
+    Args:
+        batch: A batch that is not used again.
+        kind: Of its evaluator; `ThroughErrors` goes through the network as backprop does.
+        held: Parameters that the optimizer moves, None for all.
+    """
+    t = len(batch.nodes) + 1  # an error stands at each
+    if kind is ThroughErrors:
+        t = 0
+        for node in batch.nodes:
+            node.e = torch.zeros_like(node.x)  # values need what predicts them
+    evaluator = kind(batch, held)
+    evaluator.finish()
+    autocast = torch.autocast(batch.loss.device.type, enabled=False)
+    with autocast, _step_by_step(), _Counting() as counting:
+        evaluator(Asked(t, moves=True, learns=False, last=False, root=1.0, scale=1.0))
     return Products(counting.total, counting.in_a_row)
 
 

@@ -37,6 +37,8 @@ class StepReport:
             gamma is given. gamma * curvature must stay below 2 (1 + momentum), along conjugate
             gradients below 2.
         trend: Of the training loss, from batch to batch.
+        rounding: Relative, of what computes F.
+        sampled: Values were sampled, which raises F (`lightning_pc.langevin.Langevin`).
         pulls: Factor of the sum of the loss terms in F at each evaluation (beta and its weight).
         energies: Each node's energy in F (with its weight), summed over the batch, [t, n], on the
             device.
@@ -59,6 +61,8 @@ class StepReport:
     followed: dict[str, float] = field(default_factory=dict)
     learned: dict[str, int] = field(repr=False, default_factory=dict)
     trend: Trend = field(repr=False, default_factory=Trend)
+    rounding: float = field(repr=False, default=0.0)
+    sampled: bool = field(repr=False, default=False)
     pulls: tuple[float, ...] = field(repr=False, default=(1.0,))
 
     @cached_property
@@ -112,6 +116,8 @@ def make_report(phases: Sequence[Inference], learnable: Mapping[str, nn.Paramete
         curvature=None if auto is None else auto.curvature,
         energies=torch.stack([energy for trace in traces for energy in trace.energies]),
         pulls=tuple(pull for trace in traces for pull in trace.pulls),
+        rounding=max(node.rounding for node in batch.nodes),
+        sampled=mover.samples,
         followed={node.name: node.followed for node in batch.nodes if node.followed},
         learned={  # the last update is still to come
             name: inference.updates[p] + (p.grad is not None) for name, p in learnable.items()

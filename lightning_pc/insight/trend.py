@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-#: Batches of a mean, and how many on end it must stand too high. Of 400 simulated runs of 2,000
-#: batches with a loss that is noise alone none has "risen" so.
+#: Batches of a mean, and how many on end it must stand too high. Of 1,000 simulated runs whose
+#: loss is a constant and noise, 1 % have "risen" so within 400 batches, 3.5 % within 2,000. More do
+#: where batches on end are alike (data that are not shuffled).
 MANY, ON_END = 20, 10
 
 
 @dataclass
 class Trend:
-    """Follows the loss of the feed-forward pass, batch by batch.
+    """Follows the loss at t = 0, batch by batch.
 
     It has risen where its mean over the last 20 batches or so stands above that of the first 20, by
     2 % and by what a batch usually differs from the mean. Or where it stands above its least mean,

@@ -43,7 +43,7 @@ class LossCall:
     """One call of a loss function.
 
     Attributes:
-        edge: Of what it returned in autograd's graph.
+        edge: Of what it returned in autograd's graph; None once that is let go.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         batch: Size of dimension 0 of its target (or input, where there is none).
         divisor: What a mean was divided by; None for the other reductions.
@@ -51,7 +51,7 @@ class LossCall:
         slot: Of its output in the recording.
     """
 
-    edge: GradientEdge
+    edge: GradientEdge | None
     reduction: str
     batch: int
     divisor: float | None = None

@@ -80,7 +80,9 @@ class Passage(torch.autograd.Function):
     """Stands a value in for its prediction, to which gradients go on while the node is open.
 
     In error coordinates, x = mu + e, one backward pass so gives the gradients of all errors while
-    nodes are open, and those of each stage's own parameters while they are not.
+    nodes are open, and those of each stage's own parameters while they are not. Where no error
+    stands a weight that stages share may lead the pass on: to hooks and Functions of the user's,
+    which take zeros and not None.
     """
 
     @staticmethod
@@ -93,7 +95,10 @@ class Passage(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         """To the value, and to the prediction or not."""
         (gradient,) = gradients
-        return gradient, gradient.to(ctx.dtype) if ctx.node.open else None, None
+        if ctx.node.open:
+            return gradient, gradient.to(ctx.dtype), None
+        none = ctx.node.total is not None
+        return gradient, None if none else torch.zeros_like(gradient, dtype=ctx.dtype), None
 
 
 def leaves_of(tensor: Tensor) -> list[Tensor]:

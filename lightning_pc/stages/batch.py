@@ -24,7 +24,7 @@ class Batch:
         watch: The recording.
         graph: Of its form.
         nodes: The value nodes in call order.
-        loss: The loss, with what autograd holds of its own stage.
+        loss: The loss, with what autograd holds of its own stage (in error coordinates, of all).
         whole: That may be differentiated: autograd was cut nowhere but at the nodes.
     """
 
@@ -33,6 +33,12 @@ class Batch:
     nodes: list[Node]
     loss: Tensor
     whole: bool
+
+    def let_loss_go(self) -> None:
+        """Frees what autograd holds of the loss; inference has its own."""
+        self.loss = self.loss.detach()
+        for call in self.watch.losses:
+            call.edge = None
 
     @property
     def sites(self) -> list[Site]:
@@ -78,7 +84,7 @@ def counted_calls(batch: Batch) -> None:
     wanted = [c for c in calls if c.reduction == "sum" or len(losses) > 2]
     if not wanted:
         return
-    edges = [c.edge for c in wanted]
+    edges = [c.edge for c in wanted if c.edge is not None]
     gradients = torch.autograd.grad(batch.loss, edges, retain_graph=True, allow_unused=True)
     for call, gradient in zip(wanted, gradients, strict=True):
         call.gradient = gradient

@@ -101,6 +101,8 @@ class Evaluator:
         """What the first forward left of a piece has served, or no longer may."""
         if piece in self._fresh:
             self._fresh.remove(piece)
+            if piece.loss:
+                self.batch.let_loss_go()
             for number in piece.nodes:
                 site = self.batch.site(number)
                 site.edge = site.first = None

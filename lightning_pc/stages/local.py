@@ -89,7 +89,7 @@ class LocalErrors(Evaluator):
         meet: Callable[..., Tensor],
     ) -> Tensor | None:
         """Meets each node with its prediction; returns the loss where it counts."""
-        sites = [(number, self.batch.site(number)) for number in standing]
+        sites, loss = [(number, self.batch.site(number)) for number in standing], self.batch.loss
         left = [(number, site.first, site.edge) for number, site in sites]
         serves = piece in self._fresh and (self.batch.whole or not counts)
         for _, site in sites:
@@ -103,7 +103,7 @@ class LocalErrors(Evaluator):
         if serves:
             for prediction in left:
                 meet(*prediction)
-            return self.batch.loss if counts else None
+            return loss if counts else None
         env = self.batch.environment(piece)
         with torch.set_grad_enabled(differentiated):
             run(self.batch.watch.calls, piece.program, env, meet)

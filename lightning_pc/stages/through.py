@@ -44,7 +44,6 @@ class ThroughErrors(Evaluator):
         sites = [self.batch.site(number) for number in range(len(nodes))]
         serves = not asked.t and self.batch.whole and len(self._fresh) == len(graph.pieces)
         if serves and all(site.edge is not None for site in sites):
-            edges = [(site.edge, site.first.dtype) for site in sites if site.first is not None]
             loss = self.batch.loss
         else:
             with torch.enable_grad():
