@@ -1,7 +1,8 @@
 """Predictive coding for any unmodified ``nn.Module``.
 
-Importing the package registers ``Trainer(strategy="ipc")``, ``"pc"``, ``"zil"``, ``"epc"`` and
-``"iepc"``. Lightning is loaded only where it is used, so `lightning_pc.optim` goes without.
+Importing the package registers ``Trainer(strategy="pc_auto")``, ``"ipc"``, ``"pc"``, ``"zil"``,
+``"epc"`` and ``"iepc"``. Lightning is loaded only where it is used, so `lightning_pc.optim` goes
+without.
 """
 
 from __future__ import annotations

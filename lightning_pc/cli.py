@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
-import lightning_pc  # noqa: F401  (registers the strategies ipc, pc, zil, epc and iepc)
+import lightning_pc  # noqa: F401  (registers pc_auto, ipc, pc, zil, epc and iepc)
 
 
 def main(args: ArgsType = None) -> LightningCLI:

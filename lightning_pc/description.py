@@ -121,7 +121,8 @@ def describe(
     told = "describe(model, batch, how): expected"
     require(nn.Module, model, f"{told} the nn.Module to train")
     given = Settings() if how is None else getattr(how, "settings", how)
-    require(Settings, given, f"{told} a PCStrategy or an optimizer of lightning_pc.optim")
+    of = "a PCStrategy or an optimizer of lightning_pc.optim (or algorithm='ipc', by name)"
+    require(Settings, given, f"{told} {of}")
     refuse_unknown("describe", settings)
     learner = Learner(model, replace(given, **settings))
     with torch.enable_grad():

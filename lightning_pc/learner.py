@@ -100,14 +100,14 @@ class Learner:
         if self.auto is None:
             return {}
         trend = {f"loss_{name}": number for name, number in asdict(self.alerts.trend).items()}
-        return {"precisions": self._precisions.name, **trend, **self.auto.state_dict()}
+        return {"precisions": self._precisions.name} | trend | self.auto.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`; with a gamma that is given nothing is taken."""
         if self.auto is not None and state:
             self.auto.load_state_dict(state)
-            if state.get("precisions", self._precisions.name) != self._precisions.name:
-                self.auto.anew = True  # the curvature was that of another F
+            another = state.get("precisions", self._precisions.name) != self._precisions.name
+            self.auto.anew = self.auto.anew or another  # the curvature was that of another F
             trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
             self.alerts.trend = Trend(**trend)
 
@@ -144,7 +144,6 @@ class Learner:
         """
         # The last batch makes room; a skipped one leaves neither values nor report.
         self._waiting, self.report, self.values = None, None, {}
-
         with self._recordings.recording(self._held()) as watch:
             with watch.watching():
                 output = forward()
@@ -294,8 +293,8 @@ class Learner:
 
     def _terms(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> float:
         first = next((node.x.shape[0] for node in batch.nodes if node.x.dim()), 1)
-        terms, doubt = count_terms(
-            self.settings.loss_terms, batch.losses, given, batch_size, otherwise=first
-        )
-        self.alerts.say("loss_terms", doubt)
+        told, losses = self.settings.loss_terms, batch.losses
+        terms, doubt = count_terms(told, losses, given, batch_size, otherwise=first)
+        if not (self.auto and self.auto.weighs):  # whose beta the curvature sets right
+            self.alerts.say("loss_terms", doubt)
         return terms

@@ -48,7 +48,8 @@ class Settings:
             step that is tried. None is 0. But with an automatic gamma, constant precisions, a
             positive beta and values made anew for each batch it is ``"conjugate"`` for pc and ipc;
             along a chain a value of ipc takes a longer first step instead.
-        value_nodes: Where value nodes stand: ``"auto"`` (inputs of nonlinearities), ``"modules"``,
+        value_nodes: Where value nodes stand: ``"auto"`` (inputs of nonlinearities, outputs of
+            recurrent modules), ``"nonlinearities"``, ``"modules"``,
             ``"linear"``, ``"blocks"``, a module name or regular expression, or a list of these; in
             Python also a module type or a callable (name, module) -> bool.
         reset: ``"batch"`` makes values anew for each batch, ``"never"`` keeps them for full-batch
@@ -56,7 +57,7 @@ class Settings:
         loss_terms: Number of terms that the loss is a mean of, or in Python a callable (under the
             Trainer of the batch). Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: ``"categorical"`` (F_KL, Pinchetti et al. 2022) or
-            ``"gaussian"``; zil, epc and iepc are Gaussian throughout.
+            ``"gaussian"``; zil, auto, epc and iepc are Gaussian throughout.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"spiking"``
             (Qi et al. 2025), an object of lightning_pc.precisions, or in Python a callable
             (depth, t) -> weight.
@@ -145,10 +146,12 @@ class Settings:
             f"inference={shown(inference)}: expected a callable that makes an optimizer of the "
             "values, e.g. lambda values: torch.optim.Adam(values, 0.05).": inference is not None
             and (not callable(inference) or misfit(inference, [])),
-            f"inference= moves the values in its own way: {', '.join(given) or 'zil'} would have "
-            "no effect, leave it out.": inference is not None and (given or zil),
+            f"inference= moves the values in its own way: {', '.join(given)} would have no effect, "
+            "leave it out.": inference is not None and given,
+            "inference= moves the values in its own way, but zil is exact in one way alone: use "
+            "another algorithm.": inference is not None and zil,
             f"inference= does not tell how far an error has come, by which {name} learns: leave it "
-            "out, or use 'ipc' or 'epc'.": inference is not None and way.whole,
+            "out, or use 'pc', 'ipc' or 'epc'.": inference is not None and way.whole,
             f"{beta=}: {name} moves the weights at every step, and the second phase would not "
             "start where the first did. Use 'pc' or 'epc', or one beta.": pair and way.incremental,
             f"{beta=}: both phases start from the forward pass, use reset='batch'.": pair and never,

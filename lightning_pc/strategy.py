@@ -200,10 +200,12 @@ class PCStrategy(SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` and ``"iepc"``."""
-        for name, schedule in SCHEDULES.items():
-            if name not in ("auto", *strategy_registry):  # Lightning's own "auto" is another
-                strategy_registry.register(name, cls, f"{name}: {schedule.paper}", algorithm=name)
+        """Registers ``strategy="ipc"`` and the other names; of ``auto`` it is ``"pc_auto"``."""
+        for algorithm, schedule in SCHEDULES.items():
+            name = "pc_auto" if algorithm == "auto" else algorithm  # Lightning has its own "auto"
+            if name not in strategy_registry:
+                told = f"{name}: {schedule.paper}"
+                strategy_registry.register(name, cls, told, algorithm=algorithm)
 
     @property
     def _tries_rates(self) -> bool:

@@ -106,6 +106,17 @@ def test_beta_times_the_curvature_of_the_loss():
     assert f"weighs {optimizer.report.pulls[0]:.3g} in F" in explain(optimizer)
 
 
+def test_neither_tasks_in_turn_nor_epochs_meet_one_sign():
+    auto, signs = AutoGamma(0.7, 0.45, 1.0, weighs=True), []
+    for _ in range(1200):
+        signs.append(auto.beta / ROOM)
+        auto.after(2, False)
+    assert set(signs) == {1.0, -1.0}
+    for period in range(1, 13):
+        for start in range(period):
+            assert abs(sum(signs[start::period])) <= 8
+
+
 def test_beta_is_largest_where_the_loss_bends_little():
     auto = AutoGamma(0.7, 0.45, 1.0, weighs=True)
     auto.take_in(1.0 + 1e-3 * ROOM)
@@ -190,11 +201,19 @@ def test_both_doors(caplog):
         torch.testing.assert_close(module.net.state_dict()[name], value, rtol=0, atol=0)
     assert fit.strategy.report.algorithm == "auto"
     assert fit.strategy.report.pulls == optimizer.report.pulls
-    assert explain(optimizer).splitlines()[1].startswith("auto took ePC. The loss weighs -0.0")
+    assert explain(optimizer).splitlines()[1].startswith("auto took ePC. The loss weighs ")
     said = [r.getMessage() for r in caplog.records if "auto takes ePC" in r.getMessage()]
     assert len(said) == 1
     assert said[0].startswith("auto takes ePC with T = 2, gamma = 0.")
     assert said[0].endswith(" of changing sign, at 2 value nodes.")
+
+
+def test_its_name_for_the_trainer():
+    """ "auto" is Lightning's own."""
+    for name, ours in (("pc_auto", True), ("auto", False)):
+        strategy = L.Trainer(strategy=name, accelerator="cpu", logger=False).strategy
+        assert isinstance(strategy, PCStrategy) is ours
+    assert L.Trainer(strategy="pc_auto", logger=False).strategy.settings.algorithm == "auto"
 
 
 @pytest.mark.parametrize(
@@ -205,13 +224,31 @@ def test_both_doors(caplog):
         (EPC, {"gamma": 0.1}),
         (EPC, {"precisions": 2.0}),
         (EPC, {"reset": "never"}),
-        (PredictiveCoding, {"gamma": 0.1}),
     ],
 )
 def test_where_beta_cannot_be_automatic(kind, settings):
     model = linear()
     with pytest.raises(ConfigError, match="beta='auto' goes by the looks"):
         kind(still(model), model, beta="auto", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"gamma": 0.1}, r"gamma=0\.1: auto chooses how values move by itself.*algorithm='ipc'"),
+        ({"momentum": 0.5}, "momentum=0.5: auto chooses"),
+        ({"gamma_decay": 0.5}, "gamma_decay=0.5: auto chooses"),
+        ({"precisions": 2.0}, "precisions=2.0: auto chooses"),
+        ({"gamma": 0.1, "precisions": 2.0}, "gamma=0.1, precisions=2.0: auto"),
+        ({"T": 1}, "T=1 leaves the values no step"),
+        ({"reset": "never"}, "auto would go on learning"),
+        ({"inference": torch.optim.SGD}, "by which auto learns: leave it out, or use 'pc'"),
+    ],
+)
+def test_what_auto_chooses_itself(settings, told):
+    model = linear()
+    with pytest.raises(ConfigError, match=told):
+        PredictiveCoding(still(model), model, **settings)
 
 
 def test_the_algorithm_is_an_argument_of_the_base_alone():

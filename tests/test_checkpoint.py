@@ -99,7 +99,9 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
         kinds = {name: type(value) for name, value in ours.items()}
         expected = {
             **dict.fromkeys(("gamma", "curvature"), float),
-            **dict.fromkeys(("evaluations", "looked_at", "looks", "failures", "soonest"), int),
+            **dict.fromkeys(
+                ("batches", "evaluations", "looked_at", "looks", "failures", "soonest"), int
+            ),
             **dict.fromkeys(("alarmed", "anew", "fine"), bool),
             **dict.fromkeys(("loss_mean", "loss_spread", "loss_first", "loss_least"), float),
             **dict.fromkeys(("loss_batches", "loss_high"), int),

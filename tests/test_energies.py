@@ -167,7 +167,7 @@ def test_one_attention_in_all_its_guises(variant, algorithm):
         assert optimizer.report.peak_energy[node] > 0
         (value,) = optimizer.values.values()
         trained[guise] = model, value.detach().view(N, H, L, L).softmax(-1)
-        (row,) = describe(model, batches[0][0], print_table=False).rows
+        (row,) = describe(model, batches[0][0], algorithm="ipc", print_table=False).rows
         assert row.energy == "categorical"
     model, value = trained.pop("eager")
     assert far(model, start)[0] > 1e-2

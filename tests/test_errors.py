@@ -151,7 +151,7 @@ ARGUMENTS = [
     ({"inference": lambda values, rate: None}, "expected a callable that makes an optimizer"),
     ({"inference": adam, "gamma": 0.1}, "its own way: gamma would have no effect"),
     ({"inference": adam, "gamma_decay": 0.9, "momentum": 0.5}, "way: gamma_decay, momentum would"),
-    ({"algorithm": "zil", "inference": adam}, "its own way: zil would have no effect"),
+    ({"algorithm": "zil", "inference": adam}, "zil is exact in one way alone"),
     ({"beta": 0}, "beta=0: expected the loss's factor"),
     ({"beta": math.inf}, "beta=inf"),
     ({"beta": "1"}, "beta='1'"),

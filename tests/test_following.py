@@ -146,13 +146,13 @@ def residual_by_hand(net, x, y, T, gamma, lr):
 
 
 @pytest.mark.parametrize("gamma", [0.2, 0.5])
-def test_weights_of_a_residual_network_are_those_of_hand_written_gradients(gamma):
+def test_weights_of_a_residual_network_are_those_of_hand_written_gradients(gamma, monkeypatch):
     torch.manual_seed(2)
     net = Skipping(2, outputs=3).double()
     x, y = torch.randn(16, 6).double(), torch.randn(16, 3).double()
     expected = residual_by_hand(net, x, y, T=8, gamma=gamma, lr=0.03)
     optimizer = automatic(net, 0.03, gamma, T=8, loss_terms=16)
-    optimizer._learner._mover = lambda *_: Descent(gamma)
+    monkeypatch.setattr("lightning_pc.learner.mover_of", lambda *_: Descent(gamma))
     optimizer.step(lambda: 0.5 * (net(x) - y).square().sum() / 16)
     for ours, theirs in zip(net.parameters(), expected, strict=True):
         assert relative(ours, theirs) < 1e-12

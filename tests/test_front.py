@@ -6,6 +6,7 @@ from conftest import never_looks
 from problems import Thrice, classifier, sgd
 from torch import nn
 
+from lightning_pc.choose import mover_of
 from lightning_pc.inference.movers import PassingOn
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.node import Node
@@ -119,6 +120,6 @@ def test_only_where_errors_arrive_all_at_once(make, passes):
     net = make()
     optimizer = IPC(sgd(net), net)
     learner = optimizer._learner
-    batch, _ = learner.describe(classifier(net, x, y), lambda loss: loss)
-    mover = learner._mover(batch.graph)
+    batch, *_ = learner.describe(classifier(net, x, y), lambda loss: loss)
+    mover = mover_of(learner.settings, batch.graph)
     assert isinstance(mover, PassingOn) is passes

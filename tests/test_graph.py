@@ -93,7 +93,7 @@ GRAPHS = {  # name -> module, {node: (parents, depth, parameters)}, the loss's p
 @pytest.mark.parametrize("name", GRAPHS)
 def test_parents_depths_and_stages(name):
     make, nodes, own = GRAPHS[name]
-    table = describe(make(), torch.zeros(3, 6), print_table=False)
+    table = describe(make(), torch.zeros(3, 6), algorithm="ipc", print_table=False)
     assert {r.name: (list(r.parents), r.depth, r.parameters) for r in table.rows} == nodes
     assert table.loss_parameters == own
     assert table.depth == max(depth for _, depth, _ in nodes.values())

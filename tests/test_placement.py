@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_pc import describe
 from lightning_pc.errors import ConfigError, PlacementError
-from lightning_pc.optim import EPC, IPC, PC, ZIL
+from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 
 
 def rows(model, batch, value_nodes="auto", **kwargs):
@@ -368,6 +368,50 @@ def test_lstm_named():
 
 
 # What changes from batch to batch. ---------------------------------------------------------------
+
+
+class Cells(nn.Module):
+    """A cell in a loop, without a nonlinearity of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.cell, self.head = kind(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        state = None
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+class Layers(nn.Module):
+    """Two recurrent layers and a head."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.one, self.two = kind(3, 5, batch_first=True), kind(5, 5, batch_first=True)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.two(self.one(x)[0])[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_modules_need_no_naming(kind):
+    torch.manual_seed(0)
+    model = (Cells if issubclass(kind, nn.RNNCellBase) else Layers)(kind)
+    x, y = torch.randn(8, 4, 3), torch.randint(2, (8,))
+    found = names(model, lambda: ce(model, x, y))
+    assert found
+    assert all(name.startswith(("cell", "one", "two")) for name in found)
+    with pytest.raises(PlacementError, match="No value node stands"):
+        rows(model, lambda: ce(model, x, y), value_nodes="nonlinearities")
+    start, optimizer = (
+        twin(model),
+        PredictiveCoding(torch.optim.SGD(model.parameters(), 0.1), model),
+    )
+    optimizer.step(lambda: ce(model, x, y))
+    assert not any(map(torch.equal, model.parameters(), start.parameters()))
 
 
 def test_unfreezing_in_mid_run_is_noticed():

@@ -109,7 +109,7 @@ def test_healthy(kind, rate):
 def test_a_learning_rate_that_is_too_large(kind):
     told, explained = train(kind, later=0.3)
     assert len(told) == 1
-    assert told[0].endswith("Lower the learning rate.")
+    assert told[0].endswith("Lower the learning rate, unless the task has become harder.")
     assert explained.endswith("Verdict: lower the learning rate.")
 
 

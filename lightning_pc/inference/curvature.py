@@ -37,8 +37,8 @@ REACH = 0.05
 START, LARGEST = 0.1, 0.5
 #: The size of an automatic beta, times the loss's curvature in error coordinates where that is
 #: above 1. At equilibrium PC descends 0.5 r' S^-1 r of a residual r, where the eigenvalues of S lie
-#: between 1 and 1 + this: what weights gain by growing to explain noise is of that size. From batch
-#: to batch the sign changes, so that to first order they gain nothing.
+#: between 1 and 1 + this: what weights gain by growing to explain noise is of that size. The sign
+#: changes, so that to first order they gain nothing.
 ROOM = 0.05
 
 
@@ -62,6 +62,7 @@ class AutoGamma:
         gamma: The rate in use.
         beta: The loss's weight in F, where that is automatic.
         curvature: As of the last look; None before the first.
+        batches: Of training so far.
         evaluations: Evaluations of training so far.
         looked_at: ``evaluations`` at the last look.
         looks: Number of looks.
@@ -78,6 +79,7 @@ class AutoGamma:
     gamma: float = START
     beta: float = ROOM
     curvature: float | None = None
+    batches: int = 0
     evaluations: int = 0
     looked_at: int = 0
     looks: int = 0
@@ -124,11 +126,14 @@ class AutoGamma:
     def after(self, evaluations: int, rose: bool) -> None:
         """Takes in a batch that is done: its evaluations, and whether inference raised F.
 
-        The loss pulls at the values and pushes them in turn, as in Scellier & Bengio 2017, where
-        the sign of beta is drawn for each batch.
+        The loss pulls at the values in one batch and pushes them in another. Scellier & Bengio 2017
+        draw the sign of beta. Here it follows multiples of the golden ratio, so that it is balanced
+        along every period: neither tasks in turn nor the batches of an epoch meet one sign alone.
         """
         self.evaluations += evaluations
-        self.beta = -self.beta if self.weighs else self.beta
+        self.batches += 1
+        if self.weighs:
+            self.beta = abs(self.beta) * (-1) ** int((math.sqrt(5) - 1) * self.batches)
         self.alarmed = rose
         self.fine = self.fine or rose
 

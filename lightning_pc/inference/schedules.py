@@ -157,7 +157,7 @@ class Auto(EPC):
     From there one step of the values finds the errors' direction, at any depth.
     """
 
-    name = "auto"
+    name, paper = "auto", f"{EPC.paper}, with the betas of Scellier & Bengio 2017"
     beta: float | Literal["auto"] = "auto"
     whole = True
 

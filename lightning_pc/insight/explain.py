@@ -125,7 +125,7 @@ def unlearns(report: StepReport) -> str:
     if not report.trend.risen:
         return ""
     if not _explains(report):
-        return f"{report.trend} Lower the learning rate."
+        return f"{report.trend} Lower the learning rate, unless the task has become harder."
     return (
         f"{report.trend} Where targets hold noise, weights grow to explain it: use "
         "algorithm='auto'. If the loss rises there as well, lower the learning rate."
@@ -188,14 +188,16 @@ def explain(report: Any) -> str:
         if SCHEDULES[report.algorithm].incremental:
             cure = _cure(report.algorithm, report.curvature is not None, None, math.inf)
         lines.append(f"It rose: {grew}. {cure}")
+    if report.sampled:
+        lines.append("Values were sampled, which raises F by about half of the number of entries.")
     if report.curvature is not None:
         lines.append(_product(report.gamma, report.curvature, momentum))
     shares = report.energy_by_depth
     if same and len(shares) > 1:  # at the last step weights that vary leave one node's energy
         low, top = min(shares), max(shares)
         lines.append(
-            f"{shares[low]:.1%} of the energy is next to the loss (depth {low}), "
-            f"{shares[top]:.2g} of it at the top (depth {top})."
+            f"{shares[low]:.2g} of the energy is next to the loss (depth {low}), "
+            f"{shares[top]:.2g} of it at the top, next to the input (depth {top})."
         )
     silent = [name for name, peak in report.peak_energy.items() if peak == 0]
     idle = [name for name, times in report.learned.items() if not times]

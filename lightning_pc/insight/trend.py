@@ -24,7 +24,7 @@ class Trend:
         batches: So far.
         mean: Over the last 20 batches or so, each older one counting less.
         spread: Mean distance of a batch from the mean.
-        first: The mean after 20 batches, nan before.
+        first: The mean after 20 batches, infinite before.
         least: The least mean since.
         high: Batches on end in which the mean stands too high.
     """
@@ -32,7 +32,7 @@ class Trend:
     batches: int = 0
     mean: float = 0.0
     spread: float = 0.0
-    first: float = math.nan
+    first: float = math.inf
     least: float = math.inf
     high: int = 0
 
@@ -59,7 +59,7 @@ class Trend:
 
     def __str__(self) -> str:
         """In words, "" before there is a mean."""
-        if math.isnan(self.first):
+        if math.isinf(self.first):
             return ""
         return (
             f"The training loss is {self.mean:.3g} over the last {MANY} batches; it was "

@@ -16,6 +16,8 @@ from lightning_pc.errors import ConfigError, PlacementError, misfit, shown
 Entry = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 ValueNodes = Entry | Sequence[Entry]
 
+#: Their nonlinearities are inside, in one call.
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _LINEAR = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
 
 
@@ -67,7 +69,7 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
 
 #: Preset name -> the modules at whose outputs it puts nodes.
 PRESETS: dict[str, Callable[[nn.Module], Iterable[nn.Module]]] = {
-    "auto": lambda model: (),
+    "auto": lambda model: [m for m in model.modules() if isinstance(m, _RECURRENT)],
     "nonlinearities": lambda model: (),
     "modules": _leaves,
     "linear": _linear_maps,

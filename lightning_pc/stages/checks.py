@@ -20,9 +20,11 @@ def checked_loss(loss: object, must: str) -> Tensor:
             "end it with 'return loss'. To skip a batch, return before the forward."
         )
     if not isinstance(loss, Tensor):
-        raise ClosureError(f"Expected a loss tensor, got {type(loss).__name__}.")
+        told = f"Expected a loss tensor, got {type(loss).__name__}"
+        raise ClosureError(f"{told}: return the loss alone, such as outputs.loss.")
     if loss.numel() != 1:
-        raise ClosureError(f"Expected a scalar loss, got one of shape {tuple(loss.shape)}.")
+        shape = tuple(loss.shape)
+        raise ClosureError(f"Expected a scalar loss, got one of shape {shape}: take its mean.")
     if not loss.requires_grad:
         raise ClosureError(
             "The loss depends on no trainable parameter: it was computed under no_grad, detached, "
@@ -73,7 +75,8 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
         raise PlacementError(
             f"No value node stands in {type(model).__name__}, so this would be plain "
             f"backprop. Places: {met}. value_nodes='modules' takes the outputs of all modules with "
-            "parameters (recurrent ones too), a list of names some. One layer alone has no place."
+            "parameters, a list of names some. Where one layer alone learns there is nothing to "
+            "infer: train it with backprop, or unfreeze another."
         )
 
 
