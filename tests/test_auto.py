@@ -13,7 +13,7 @@ from torch import nn
 from lightning_pc import PCStrategy, explain
 from lightning_pc.errors import ConfigError
 from lightning_pc.inference.curvature import ROOM, AutoGamma
-from lightning_pc.optim import EPC, IPC, PC, PredictiveCoding
+from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 from recipes.parity import study
 
 
@@ -115,6 +115,32 @@ def test_neither_tasks_in_turn_nor_epochs_meet_one_sign():
     for period in range(1, 13):
         for start in range(period):
             assert abs(sum(signs[start::period])) <= 8
+
+
+def weights_after_noise_in_every_second_batch(wrap, after=lambda optimizer, n: None):
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4)]
+    model, target = nn.Sequential(*layers), torch.randn(8, 4) / 3
+    optimizer = wrap(torch.optim.Adam(model.parameters(), 1e-3), model)
+    for n in range(500):
+        x = torch.randn(64, 8)
+        y = torch.tanh(x @ target) + 5 * (n % 2) * torch.randn(64, 4)
+        optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+        after(optimizer, n)
+    return sum(float(p.detach().square().sum()) for p in model.parameters())
+
+
+def in_turn(optimizer, n):
+    auto = optimizer._learner.auto
+    auto.beta = abs(auto.beta) * (-1) ** n
+
+
+def test_noise_that_comes_in_turn_is_not_explained():
+    """All of it would meet one sign, if that changed in turn."""
+    plain = weights_after_noise_in_every_second_batch(ZIL)
+    ours = weights_after_noise_in_every_second_batch(PredictiveCoding)
+    assert ours == pytest.approx(plain, rel=0.03)
+    assert weights_after_noise_in_every_second_batch(PredictiveCoding, in_turn) > 1.1 * plain
 
 
 def test_beta_is_largest_where_the_loss_bends_little():
