@@ -1,5 +1,6 @@
 """A training loss that rises is told of; one that falls, or is noise alone, is not."""
 
+import itertools
 import random
 import warnings
 
@@ -14,6 +15,7 @@ from lightning_pc import explain
 from lightning_pc.insight.trend import MANY, ON_END, Trend
 from lightning_pc.langevin import Langevin
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
+from recipes.parity.tasks import TASKS
 
 
 def of(losses):
@@ -111,6 +113,34 @@ def test_a_learning_rate_that_is_too_large(kind):
     assert len(told) == 1
     assert told[0].endswith("Lower the learning rate, unless the task has become harder.")
     assert explained.endswith("Verdict: lower the learning rate.")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [
+        ("Markov chain, GPT", IPC),
+        ("Markov chain, GPT", PC),
+        ("digits, 60 % random labels", PC),
+        ("Markov chain, GPT", PredictiveCoding),
+        ("digits, 60 % random labels", PredictiveCoding),
+    ],
+)
+def test_noisy_text_and_labels(task, kind):
+    """Nothing un-learns in silence, and the default does not."""
+    torch.manual_seed(0)
+    made = TASKS[task][1](None)
+    torch.manual_seed(0)
+    net, losses = made.make().train(), []
+    optimizer = kind(torch.optim.AdamW(net.parameters(), 1e-3), net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for x, y in itertools.islice(made.stream(0), 150):
+            losses.append(float(optimizer.step(lambda x=x, y=y: made.loss(net(x), y))))
+    risen = [w for w in told if "training loss" in str(w.message)]
+    assert bool(risen) is (kind is not PredictiveCoding)
+    if not risen:
+        assert sum(losses[-20:]) < 0.98 * sum(losses[:20])
 
 
 def test_a_resumed_run_remembers_how_it_began():
