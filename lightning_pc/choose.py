@@ -1,13 +1,19 @@
-"""Which mover moves the values, by the settings and the graph."""
+"""Which mover moves the values, and which stages run as one, by the settings and the graph."""
 
 from __future__ import annotations
 
+from lightning_pc.errors import ConfigError
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.curvature import START
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
 from lightning_pc.inference.schedules import schedule
 from lightning_pc.settings import Settings
+from lightning_pc.stages.alike import Look, alike
+from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.graph import Graph
+
+#: ``parallel="auto"`` takes at least so many stages side by side, of at most so many weights each.
+FEWEST, LARGEST = 4, 2**14
 
 
 def mover_of(settings: Settings, graph: Graph) -> Mover:
@@ -20,3 +26,23 @@ def mover_of(settings: Settings, graph: Graph) -> Mover:
     if settings.mover != "plain":
         return Conjugate(gamma, decay)
     return Descent(gamma, decay, float(settings.momentum or 0.0))
+
+
+def side_by_side(settings: Settings, batch: Batch) -> list[list[Look]]:
+    """Groups of pieces of a batch that run as one.
+
+    Raises:
+        ConfigError: There are none, but ``parallel=True`` asks for them.
+    """
+    if not settings.parallel or settings.one_by_one:
+        return []
+    groups = alike(batch)
+    if settings.parallel == "auto":
+        return [g for g in groups if len(g) >= FEWEST and g[0].weights <= LARGEST]
+    if not groups:
+        raise ConfigError(
+            "parallel=True: no two neighbouring stages are alike. They must make the same calls, "
+            "on values and weights of equal shapes, with one value node each; without writes in "
+            "place, hooks, weights that others share or autograd.Functions. See describe()."
+        )
+    return groups

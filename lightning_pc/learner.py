@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.choose import mover_of
+from lightning_pc.choose import mover_of, side_by_side
 from lightning_pc.errors import ClosureError, DivergenceError
 from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.movers import Mover
@@ -24,21 +24,18 @@ from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.insight.trend import Trend
 from lightning_pc.nodes.model import Model
 from lightning_pc.precisions import Wave, precisions
-from lightning_pc.recording.draws import Draws, RandomStates
+from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
+from lightning_pc.stages.alike import Look
 from lightning_pc.stages.batch import Batch, counted_calls
 from lightning_pc.stages.chain import require_chain
-from lightning_pc.stages.checks import (
-    check_held,
-    check_nodes,
-    checked_loss,
-    shortcut,
-    unreached,
-)
+from lightning_pc.stages.checks import check_held, check_nodes, checked_loss, shortcut, unreached
 from lightning_pc.stages.evaluator import Evaluator
+from lightning_pc.stages.in_place import PlainSGD
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.recordings import Recordings
+from lightning_pc.stages.side_by_side import SideBySide
 from lightning_pc.stages.through import ThroughErrors
 
 Output = TypeVar("Output")
@@ -51,6 +48,7 @@ class _Waiting:
     batch: Batch
     T: int
     count: Callable[[], float]
+    alike: list[list[Look]]
 
 
 class Learner:
@@ -73,6 +71,7 @@ class Learner:
     ) -> None:
         self.model, self.settings, self.optimizer = model, settings, optimizer
         self.schedule: Schedule = schedule(settings.algorithm)
+        self._kind: type[Evaluator] = ThroughErrors if self.schedule.through else LocalErrors
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
         self.auto: AutoGamma | None = None
@@ -156,9 +155,8 @@ class Learner:
     def _prepare(
         self, batch: Batch, given: Any, batch_size: Callable[[], float | None]
     ) -> _Waiting:
-        held = self._held()
         check_nodes(batch, self.model)
-        if held is not None:
+        if (held := self._held()) is not None:
             check_held(batch, held)
         if self.schedule.wave:
             require_chain(batch)
@@ -168,15 +166,19 @@ class Learner:
         if self._precisions.wave and not self.schedule.wave:
             self.alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
-        return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size))
+        groups = side_by_side(self.settings, batch)
+        return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size), groups)
 
-    def infer(self, seed: float, update: Callable[[], None]) -> Tensor | None:
+    def infer(
+        self, seed: float, update: Callable[[], None], sgd: PlainSGD | None = None
+    ) -> Tensor | None:
         """Infers and learns: adds the parameter gradients of the last step to ``.grad``.
 
         Args:
             seed: Factor of the loss in parameter gradients (1 / accumulated batches).
             update: One optimizer step on the gradients so far, for every update but the last,
                 which is the caller's.
+            sgd: The optimizer, where ``update`` does no more than its step.
 
         Returns:
             The loss of the forward, None where the batch is skipped.
@@ -187,11 +189,9 @@ class Learner:
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             return None
-        # Calls that draw again move the generators that they drew from.
-        drawn = {d.generator for call in waiting.batch.watch.calls for d in call.draws}
-        after = [*map(Draws, drawn)]
-        steady = not self.schedule.incremental
-        evaluator = self._kind(waiting.batch, self._held(), self.schedule.wave, steady)
+        drawn = waiting.batch.drawn()
+        given = waiting.batch, self._held(), self.schedule.wave, not self.schedule.incremental
+        evaluator = SideBySide(*given, waiting.alike, sgd) if waiting.alike else self._kind(*given)
         try:
             with torch.autocast(waiting.batch.loss.device.type, enabled=False):
                 return self._infer(evaluator, waiting, seed, update)
@@ -203,7 +203,7 @@ class Learner:
             raise
         finally:
             evaluator.finish()
-            for generator in after:
+            for generator in drawn:
                 generator.again()
             for node in evaluator.nodes:
                 node.forget()
@@ -232,10 +232,6 @@ class Learner:
             start.restore()
         return waiting.batch, waiting.T, step, backprop
 
-    @property
-    def _kind(self) -> type[Evaluator]:
-        return ThroughErrors if self.schedule.through else LocalErrors
-
     def _infer(
         self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
@@ -245,18 +241,18 @@ class Learner:
         held = evaluator.held or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self._recordings.keep_in_mind(batch)
-        if isinstance(evaluator, LocalErrors) and not kept:
+        if not kept:
             evaluator.let_go(T)
         self.values = {node.name: node.x for node in batch.nodes if node.x.numel()}
         if self.schedule.incremental:
             for parameter in evaluator.moving.values():
                 parameter.grad = None
-        begun = [node.coordinates.detach().clone() for node in batch.nodes] if betas[1:] else []
+        begun = [n.coordinates.detach().clone() for n in evaluator.nodes] if betas[1:] else []
         phases: list[Inference] = []
         for beta in betas:
             if phases:
                 evaluator.moved(batch.nodes)
-                for node, start in zip(batch.nodes, begun, strict=True):
+                for node, start in zip(evaluator.nodes, begun, strict=True):
                     node.restart(start)
             inference = Inference(
                 evaluator,

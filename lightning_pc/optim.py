@@ -16,6 +16,7 @@ from lightning_pc.errors import ClosureError, ConfigError, PCError, misfit, requ
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse, refuse_unknown
+from lightning_pc.stages.in_place import PlainSGD
 
 #: Where an optimizer's state dict holds the learner's.
 STATE = "lightning_pc"
@@ -131,7 +132,7 @@ class PredictiveCoding(Optimizer):
                 torch.clear_autocast_cache()  # or the next forward sees old weights' bf16 copies
 
             with _fabric_agrees():
-                self._learner.infer(1.0, update)
+                self._learner.infer(1.0, update, PlainSGD.of(self.optimizer))
             update()
             self._left = [(ref(gradient), gradient._version) for gradient in self._gradients()]
         return first
@@ -169,8 +170,7 @@ class PredictiveCoding(Optimizer):
         return getattr(self.optimizer, name)
 
     def __repr__(self) -> str:
-        own = self.algorithm != type(self).algorithm
-        named = f", algorithm={self.algorithm!r}" if own else ""
+        named = f", algorithm={self.algorithm!r}" * (self.algorithm != type(self).algorithm)
         return f"{type(self).__name__}({self.optimizer!r}{named}{self.settings.changes})"
 
 

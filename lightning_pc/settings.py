@@ -68,6 +68,11 @@ class Settings:
             0.05 / curvature where the loss's curvature in error coordinates is above 1, and changes
             its sign from batch to batch, so that weights cannot gain by explaining noise. None is
             ``"auto"`` for auto, else 1.
+        parallel: Layers side by side: neighbouring stages that are alike run as one, with their
+            values and weights stacked. True does so wherever it can, False never, ``"auto"`` where
+            at least 4 stages of at most 16,384 weights each are alike. The numbers are the same but
+            for rounding. For pc, and ipc with a given gamma. In plain PyTorch, where the optimizer
+            is SGD without momentum, linear layers then learn in place, without stored gradients.
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a
             callable that makes it from their list, such as
             ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
@@ -89,6 +94,7 @@ class Settings:
     precisions: float | str | Precisions | Callable[[int, int], float] = "constant"
     beta: float | tuple[float, ...] | Literal["auto"] | None = None
     inference: Callable[[list[Tensor]], Optimizer] | None = None
+    parallel: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         vars(self).update({name: plain(name, given) for name, given in vars(self).items()})
@@ -159,6 +165,9 @@ class Settings:
             and (pair or (self.chosen_beta == "auto" and not way.incremental)),
             f"{own}: auto chooses how values move by itself. Say beside it which algorithm is "
             "meant: algorithm='ipc', 'pc' or 'epc'.": name == "auto" and beta is None and own,
+            f"parallel={shown(self.parallel)}: expected True, False or 'auto'.": (
+                self.parallel not in (True, False, "auto")
+            ),
             "beta='auto' goes by the looks of gamma='auto' in error coordinates, where energies "
             "count 1, at values made anew: use 'auto', 'epc' or 'iepc', leave gamma, inference, "
             "precisions and reset out, or give beta a number.": (
@@ -166,6 +175,7 @@ class Settings:
             ),
         }
         refuse(refused)
+        refuse({f"parallel=True: {self.one_by_one}": self.parallel is True and self.one_by_one})
         softmax_energy(self.softmax_energy, -1)
 
     @property
@@ -204,6 +214,20 @@ class Settings:
         steady = self.reset == "batch" and not precisions(self.precisions).varies
         own = not told and steady and min(self.betas) > 0
         return schedule(self.algorithm).mover if own else "plain"
+
+    @cached_property
+    def one_by_one(self) -> str:
+        """Why stages cannot run side by side, "" where they may."""
+        way, why = schedule(self.algorithm), ""
+        if way.through:
+            why = f"{self.algorithm} sends gradients from stage to stage. Use 'ipc' or 'pc'."
+        elif way.wave or precisions(self.precisions).wave:
+            why = "one stage runs at a time. Use 'ipc' or 'pc' with constant precisions."
+        elif self.inference is not None:
+            why = "inference= may treat each value by itself. Use gamma and momentum."
+        elif self.mover == "passing on":
+            why = "values of ipc follow one another where gamma is automatic. Give gamma a number."
+        return why
 
     @cached_property
     def chosen_decay(self) -> float:

@@ -195,7 +195,8 @@ def largest_curvature(
         torch.empty_like(x).uniform_(-1, 1, generator=generator).masked_fill_(~x.isfinite(), 0)
         for x in starts
     ]
-    length = reach * _size([node.x for node in nodes]) * sum(x.numel() for x in starts) ** 0.5
+    size = _size([x for node in nodes for _, x in node.parts(node.x)])
+    length = reach * size * sum(x.numel() for x in starts) ** 0.5
     nothing = torch.zeros(())
     base = [nothing if (at := _gradient(node, scale)) is None else at for node in nodes]
     if fine:
@@ -230,8 +231,9 @@ def largest_curvature(
             node.coordinates.copy_(x)
             node.gradient, node.total = gradient, total
     curvature += apart
-    shares = torch.stack([torch.linalg.vector_norm(v).float() for v in direction])
-    return curvature, nodes[int(shares.argmax())]
+    parts = [part for n, v in zip(nodes, direction, strict=True) for part in n.parts(v)]
+    shares = torch.stack([torch.linalg.vector_norm(v).float() for _, v in parts])
+    return curvature, parts[int(shares.argmax())][0]
 
 
 def _length(direction: Sequence[Tensor]) -> float:

@@ -124,7 +124,7 @@ class Inference:
 
     def _weigh(self, t: int) -> None:
         """Sets the weights of the energies, and that of the sum of the loss terms."""
-        nodes, age = self.evaluator.nodes, self.age or 0
+        nodes, age = self.evaluator.batch.nodes, self.age or 0
         if t and not self.precisions.varies:
             return
         end, depths = age + self._value_steps, {0, *[node.depth for node in nodes]}
@@ -141,7 +141,8 @@ class Inference:
         asked = self._asked(t, moves, learns)
         loss = self.evaluator(asked)
         if moves:
-            self.evaluator.moved(n for n in self.evaluator.nodes if n.arrival <= asked.t + 1)
+            nodes = self.evaluator.batch.nodes
+            self.evaluator.moved(node for node in nodes if node.arrival <= asked.t + 1)
         return loss
 
     def _begin(self) -> None:
@@ -169,23 +170,23 @@ class Inference:
         nodes, reach = self.evaluator.nodes, self.auto.reach if self.auto else REACH
         reached = self.T if self.age is None else len(nodes)  # of kept values later calls reach all
         everything = replace(asked, t=asked.t + reached)
-        weights = [node.weight for node in nodes]
-        for node in nodes:
+        each = self.evaluator.batch.nodes
+        weights = [node.weight for node in each]
+        for node in each:
             if self.precisions.varies and not asked.t:
                 node.weight = self.precisions.lasting(node.depth, self._value_steps)
-        self.evaluator.moved(nodes)
+        self.evaluator.moved(each)
         try:
             evaluate = partial(self.evaluator, everything)
             apart = self.auto is not None and self.auto.weighs
             return largest_curvature(nodes, evaluate, 1.0 / asked.scale, seed, fine, reach, apart)
         finally:
-            for node, weight in zip(nodes, weights, strict=True):
+            for node, weight in zip(each, weights, strict=True):
                 node.weight = weight
 
     def _step(self) -> None:
-        stepped = [p for p in self.evaluator.moving.values() if p.grad is not None]
+        stepped = self.evaluator.step(self.update)
         self.updates.update(stepped)
-        self.update()
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
         for parameter in self.evaluator.moving.values():

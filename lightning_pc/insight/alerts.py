@@ -71,7 +71,7 @@ class Alerts:
         self.say("risen", unlearns(report))
         if self._batches == 1:  # once: reading the energies waits for the device
             self._first = abs(first)
-            self.say("silent", silenced(report, inference.evaluator.nodes, mover.start_gamma))
+            self.say("silent", silenced(report, inference.evaluator.batch.nodes, mover.start_gamma))
         # Values that push a loss up begin with F below zero, which weights that learn raise to it.
         size = abs(last) if report.pulls[0] > 0 else last
         rounding, counts = report.rounding * abs(first), self._counts and not report.sampled

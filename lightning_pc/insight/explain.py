@@ -24,7 +24,7 @@ from lightning_pc.nodes.node import Node
 def divergence(inference: Inference) -> DivergenceError:
     """Names the first loss or energy that was not finite, and why."""
     trace, mover, start = inference.trace, inference.mover, inference.age or 0
-    names = [node.name for node in inference.evaluator.nodes]
+    names = [node.name for node in inference.evaluator.batch.nodes]
     automatic, algorithm = inference.auto is not None, inference.schedule.name
     losses, energies = torch.stack(trace.losses).cpu(), torch.stack(trace.energies).cpu()
     free = torch.stack(trace.free).cpu()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.relax import Inference
 from lightning_pc.insight.trend import Trend
+from lightning_pc.nodes.node import NodeRows
 
 
 @dataclass(eq=False)
@@ -44,6 +45,7 @@ class StepReport:
             device.
         followed: Node name -> share of its prediction's moves by which its value moved along, in
             (0, 1]; values that stayed are left out. Only in ipc with gamma="auto".
+        side_by_side: Node names of each group of stages that ran as one (``parallel=``).
         learned: Parameter name -> number of updates it took part in.
     """
 
@@ -59,6 +61,7 @@ class StepReport:
     energies: Tensor
     momentum: float | Literal["conjugate"] = 0.0
     followed: dict[str, float] = field(default_factory=dict)
+    side_by_side: list[list[str]] = field(default_factory=list)
     learned: dict[str, int] = field(repr=False, default_factory=dict)
     trend: Trend = field(repr=False, default_factory=Trend)
     rounding: float = field(repr=False, default=0.0)
@@ -119,6 +122,11 @@ def make_report(phases: Sequence[Inference], learnable: Mapping[str, nn.Paramete
         rounding=max(node.rounding for node in batch.nodes),
         sampled=mover.samples,
         followed={node.name: node.followed for node in batch.nodes if node.followed},
+        side_by_side=[
+            [member.name for member in node.members]
+            for node in inference.evaluator.nodes
+            if isinstance(node, NodeRows)
+        ],
         learned={  # the last update is still to come
             name: inference.updates[p] + (p.grad is not None) for name, p in learnable.items()
         },

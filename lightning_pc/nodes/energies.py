@@ -7,6 +7,7 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,6 +53,29 @@ class Energy(ABC):
             weight: The energy's weight in F, >= 0.
         """
 
+    def evaluate_rows(
+        self, x: Tensor, mu: Tensor, scale: float, weights: Sequence[float]
+    ) -> Slopes:
+        """That of ``n`` nodes at once.
+
+        Args:
+            x: Their values, [n, B, *].
+            mu: Their predictions, [n, B, *].
+            scale: As of `evaluate`.
+            weights: Of each node's energy in F, n of them.
+
+        Returns:
+            Gradients [n, B, *], energies [n].
+        """
+        rows = zip(x, mu, weights, strict=True)
+        each = [self.evaluate(one, guess, scale, weight) for one, guess, weight in rows]
+        own = None if each[0].dx is None else torch.stack([slopes.own() for slopes in each])
+        return Slopes(
+            torch.stack([slopes.dmu for slopes in each]),
+            own,
+            torch.stack([slopes.total for slopes in each]),
+        )
+
 
 class Gaussian(Energy):
     """``0.5 * ||x - mu||^2``: Eq. 5 of Salvatori et al. 2024 with the usual factor 1/2."""
@@ -65,6 +89,17 @@ class Gaussian(Energy):
         flat = error.flatten()
         total = torch.dot(flat, flat).mul_(0.5 * weight)
         return Slopes(error.mul_(-scale * weight), None, total)
+
+    @override
+    def evaluate_rows(
+        self, x: Tensor, mu: Tensor, scale: float, weights: Sequence[float]
+    ) -> Slopes:
+        if len({*weights}) > 1:
+            return super().evaluate_rows(x, mu, scale, weights)
+        error, weight = self._error(x, mu), weights[0]
+        flat = error.flatten(1)
+        totals = torch.linalg.vecdot(flat, flat).mul_(0.5 * weight)
+        return Slopes(error.mul_(-scale * weight), None, totals)
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return x - mu

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_pc.nodes.energies import Energy, Slopes
 
@@ -66,6 +67,10 @@ class Node:
         """What inference moves, [B, *]: the value, or its error."""
         return self.x if self.e is None else self.e
 
+    def parts(self, rows: Tensor) -> list[tuple[Node, Tensor]]:
+        """Each node with its part of a tensor as large as ``x``."""
+        return [(self, rows)]
+
     def evaluate(self, mu: Tensor, scale: float) -> Slopes:
         """The energy and its gradients at a prediction, which the value follows first.
 
@@ -121,3 +126,78 @@ class Node:
     def forget(self) -> None:
         """Drops what belongs to one evaluation."""
         self.gradient = self.total = None
+
+
+@dataclass(eq=False)
+class NodeRows(Node):
+    """Nodes that move as one: ``x``, ``gradient`` and ``velocity`` are [n, B, *], ``total`` [n].
+
+    Attributes:
+        members: The n nodes, whose values are the rows of ``x``.
+    """
+
+    members: list[Node] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, members: list[Node], rows: Tensor) -> NodeRows:
+        """Moves the values of ``members`` into ``rows``."""
+        for member, row in zip(members, rows.unbind(), strict=True):
+            member.x.data = row.copy_(member.x.detach())
+        first = members[0]
+        made = cls(first.name, rows, first.energy, members=members, rounding=first.rounding)
+        made.depth, made.arrival = first.depth, min(member.arrival for member in members)
+        if any(member.velocity is not None for member in members):
+            none = torch.zeros_like(first.x, requires_grad=False)
+            each = [none if m.velocity is None else m.velocity for m in members]
+            made.velocity = torch.stack(each)
+        return made
+
+    def evaluate_some(self, part: slice, mu: Tensor, scale: float, moves: bool) -> Tensor:
+        """Some members' energies at their predictions [n, B, *]; gradients where it ``moves``.
+
+        Returns:
+            dE/dmu in the scale of parameter gradients, [n, B, *].
+        """
+        x, each = self.x[part], [member.weight for member in self.members[part]]
+        slopes = self.energy.evaluate_rows(x, mu.detach().to(x.dtype), scale, each)
+        whole = len(each) == len(self.members)
+        if self.total is None:
+            self.total = slopes.total if whole else slopes.total.new_zeros(len(self.members))
+        self.total[part] = slopes.total
+        if moves and whole and self.gradient is None:
+            self.gradient = slopes.own()
+        elif moves:
+            self.slope()[part].add_(slopes.own())
+        return slopes.dmu
+
+    def slope(self) -> Tensor:
+        """``gradient``, zero where no error has arrived."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.x)
+        return self.gradient
+
+    def gather(self) -> None:
+        """Takes in what evaluations of single members have left in these."""
+        for i, member in enumerate(self.members):
+            if member.total is not None:
+                if self.total is None:
+                    self.total = member.total.new_zeros(len(self.members))
+                self.total[i], member.total = member.total, None
+            if member.x.grad is not None:
+                self.slope()[i].add_(member.x.grad)
+                member.x.grad = None
+
+    @override
+    def parts(self, rows: Tensor) -> list[tuple[Node, Tensor]]:
+        return [*zip(self.members, rows.unbind(), strict=True)]
+
+    def part(self) -> None:
+        """Leaves the members what kept values go on with."""
+        for member, row in self.parts(self.velocity) if self.velocity is not None else ():
+            member.velocity = row
+
+    @override
+    def forget(self) -> None:
+        super().forget()
+        for member in self.members:
+            member.forget()

@@ -23,6 +23,12 @@ Environment = dict[int, Tensor]
 class Ref(int):
     """Stands among a call's arguments for the tensor that it reads there: index into `reads`."""
 
+    def __eq__(self, other: object) -> bool:
+        """Arguments are compared: a tensor is no number."""
+        return type(other) is Ref and int(self) == int(other)
+
+    __hash__ = int.__hash__
+
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size))
 
@@ -92,6 +98,11 @@ class Call:
         self.reads, self.context = reads, context
         self.fills: tuple[int, ...] = ()
 
+    def apply(self, tensors: Sequence[Tensor]) -> Any:
+        """Calls the function on what it reads."""
+        args = _without_refs(self.args, tensors)
+        return self.function(*args, **_without_refs(self.kwargs, tensors))
+
     def run(self, env: Environment) -> None:
         """Runs again on the tensors in ``env``, which gains the results."""
         tensors = [env[slot] for slot in self.reads]
@@ -99,9 +110,7 @@ class Call:
             tensors[index] = tensors[index].clone()
         for draw in self.draws:
             draw.again()
-        args = _without_refs(self.args, tensors)
-        output = self.function(*args, **_without_refs(self.kwargs, tensors))
-        fills = self.fills
+        output, fills = self.apply(tensors), self.fills
         if len(fills) == 1 and isinstance(output, Tensor):
             env[fills[0]] = output
         elif fills:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.calls import Environment
+from lightning_pc.recording.draws import Draws
 from lightning_pc.recording.losses import LossCall
 from lightning_pc.recording.sites import Site
 from lightning_pc.recording.watch import Watch
@@ -62,6 +63,10 @@ class Batch:
     def site(self, number: int) -> Site:
         """Where a node stands."""
         return self.watch.sites[self.graph.sites[number]]
+
+    def drawn(self) -> list[Draws]:
+        """The generators that calls draw from, as they stand: calls that draw again move them."""
+        return [*map(Draws, {draw.generator for call in self.watch.calls for draw in call.draws})]
 
     def environment(self, piece: Piece) -> Environment:
         """What a piece reads: parameters, constants, and values."""

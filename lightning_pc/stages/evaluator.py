@@ -6,7 +6,7 @@ An evaluator runs the pieces of a recording. It leaves dF/dx and the energies in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,7 +60,8 @@ class Evaluator:
     steady: bool = False
 
     def __post_init__(self) -> None:
-        self.nodes, self.graph = self.batch.nodes, self.batch.graph
+        self.graph = self.batch.graph
+        self.nodes = self.batch.nodes
         self.loss = self.batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
         self._zero = self.loss.new_zeros((), dtype=dtype)
@@ -84,12 +85,21 @@ class Evaluator:
                 if any(weights.get(slot) in moved for slot in piece.given):
                     self._spend(piece)
 
+    def let_go(self, T: int) -> None:
+        """Lets go of values that are neither moved nor read by step ``T``, where there are any."""
+
+    def step(self, update: Callable[[], None]) -> list[nn.Parameter]:
+        """Has the optimizer take a step; returns the parameters that take part."""
+        stepped = [p for p in self.moving.values() if p.grad is not None]
+        update()
+        return stepped
+
     def moved(self, nodes: Iterable[Node]) -> None:
         """Takes in that these values are about to move."""
         if self._fresh:
             moving = set(nodes)
             for piece in [*self._fresh]:
-                if any(self.nodes[number] in moving for number in piece.values.values()):
+                if any(self.batch.nodes[number] in moving for number in piece.values.values()):
                     self._spend(piece)
 
     def finish(self) -> None:

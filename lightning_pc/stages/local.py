@@ -24,29 +24,33 @@ class LocalErrors(Evaluator):
     predictions that read no value, as long as weights stand and no gradient is asked for.
     """
 
+    @override
     def let_go(self, T: int) -> None:
-        """Lets go of values that no piece reads or predicts at which an error stands by ``T``."""
         kept = set[int]()
         for piece in self.graph.pieces:
-            if piece.loss or any(self.nodes[n].arrival <= T for n in piece.nodes):
+            if piece.loss or any(self.batch.nodes[n].arrival <= T for n in piece.nodes):
                 kept.update(piece.nodes, piece.values.values())
-        for number in {*range(len(self.nodes))} - kept:
-            self.nodes[number].x = self.nodes[number].x.new_empty(0)
+        nodes = self.batch.nodes
+        for number in {*range(len(nodes))} - kept:
+            nodes[number].x = nodes[number].x.new_empty(0)
 
     @override
     def __call__(self, asked: Asked) -> Tensor:
-        nodes = self.nodes
-        # In call order: a value that follows has moved before it is read.
-        for piece in self.graph.pieces:
-            standing = [n for n in piece.nodes if nodes[n].arrival <= asked.t and nodes[n].weight]
-            if standing or (piece.loss and asked.root):
-                self._run(piece, standing, asked)
-        for node in nodes:
+        self._run_all(asked)
+        for node in self.batch.nodes:
             node.gradient, node.x.grad = node.x.grad, None
         return self.loss
 
-    def _run(self, piece: Piece, standing: list[int], asked: Asked) -> None:
-        nodes = self.nodes
+    def _run_all(self, asked: Asked) -> None:
+        # In call order: a value that follows has moved before it is read.
+        for piece in self.graph.pieces:
+            self._run(piece, asked)
+
+    def _run(self, piece: Piece, asked: Asked) -> None:
+        nodes = self.batch.nodes
+        standing = [n for n in piece.nodes if nodes[n].arrival <= asked.t and nodes[n].weight]
+        if not standing and not (piece.loss and asked.root):
+            return
         counts = piece.loss and bool(asked.root)
         values = [n for n in piece.parents if nodes[n].arrival <= asked.t + 1]
         inputs: list[Tensor] = [nodes[n].x for n in values] if asked.moves else []

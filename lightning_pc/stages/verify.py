@@ -32,8 +32,7 @@ def check(batch: Batch) -> None:
         RecordingError: Naming the module.
     """
     graph = batch.graph
-    drawn = {draw.generator for call in batch.watch.calls for draw in call.draws}
-    states = [*map(Draws, {torch.default_generator, *drawn})]
+    states = [Draws(torch.default_generator), *batch.drawn()]
     for number, stage in enumerate(graph.stages[:-1]):
         site = batch.site(number)
         _check_leaves(batch, site.leaves, stage, site.name)
