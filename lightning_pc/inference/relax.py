@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_pc.inference.curvature import REACH, AutoGamma, largest_curvature
 from lightning_pc.inference.movers import Mover
@@ -71,7 +71,7 @@ class Inference:
     Attributes:
         trace: What it went through.
         seen: What ``look_due`` saw: the largest curvature and the node where it is largest.
-        updates: Of each parameter, the updates within the batch that it took part in.
+        updates: By id of each parameter, the updates within the batch that it took part in.
     """
 
     evaluator: Evaluator
@@ -89,7 +89,7 @@ class Inference:
     update: Callable[[], None]
     trace: Trace = field(default_factory=Trace)
     seen: tuple[float, Node] | None = None
-    updates: Counter[nn.Parameter] = field(default_factory=Counter)
+    updates: Counter[int] = field(default_factory=Counter)
     _pull: float = 1.0
 
     def relax(self) -> bool:
@@ -186,7 +186,7 @@ class Inference:
 
     def _step(self) -> None:
         stepped = self.evaluator.step(self.update)
-        self.updates.update(stepped)
+        self.updates.update(map(id, stepped))
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
         for parameter in self.evaluator.moving.values():

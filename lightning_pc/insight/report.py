@@ -128,6 +128,6 @@ def make_report(phases: Sequence[Inference], learnable: Mapping[str, nn.Paramete
             if isinstance(node, NodeRows)
         ],
         learned={  # the last update is still to come
-            name: inference.updates[p] + (p.grad is not None) for name, p in learnable.items()
+            name: inference.updates[id(p)] + (p.grad is not None) for name, p in learnable.items()
         },
     )

@@ -39,6 +39,24 @@ class PlainSGD:
         each = [self._groups.get(p) for p in parameters]
         return each[0] if all(group is each[0] for group in each) else None
 
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Takes a step of those that have gradients, and returns them."""
+        stepped = [p for p in parameters if p.grad is not None]
+        for p in stepped:
+            keep, rate = _factors(self._groups[p])
+            assert p.grad is not None
+            if keep != 1.0:
+                p.mul_(keep)
+            p.add_(p.grad, alpha=rate)
+        return stepped
+
+
+def _factors(settings: dict[str, Any]) -> tuple[float, float]:
+    """Of a weight and of its gradient."""
+    rate, decay = float(settings["lr"]), float(settings["weight_decay"])
+    return 1.0 - rate * decay, rate if settings["maximize"] else -rate
+
 
 def _watched(of: Optimizer) -> bool:
     hooks = (
@@ -73,11 +91,12 @@ class Change:
         """Takes the optimizer's step."""
         assert self.errors is not None
         assert self.read is not None
-        rate, decay = float(self.settings["lr"]), float(self.settings["weight_decay"])
-        keep, rate = 1.0 - rate * decay, rate if self.settings["maximize"] else -rate
+        keep, rate = _factors(self.settings)
         self.weight.baddbmm_(self.errors.mT, self.read, beta=keep, alpha=rate)
         if self.bias is not None:
-            self.bias.mul_(keep).add_(self.errors.sum(1), alpha=rate)
+            if keep != 1.0:
+                self.bias.mul_(keep)
+            self.bias.add_(self.errors.sum(1), alpha=rate)
 
 
 class LinearRows(torch.autograd.Function):

@@ -175,10 +175,12 @@ class SideBySide(LocalErrors):
 
     @override
     def step(self, update: Callable[[], None]) -> list[nn.Parameter]:
-        stepped = super().step(update)
-        for weights in self._weights:
-            if self.sgd is None:
+        if self.sgd is None:
+            stepped = super().step(update)
+            for weights in self._weights:
                 weights.follow()
+            return stepped
+        stepped = self.sgd.step(self.moving.values())
         for change, parameters in self._changes:
             change.make()
             stepped += parameters
@@ -209,18 +211,17 @@ class SideBySide(LocalErrors):
                 self._run(piece, asked)
         for group in self.groups:
             members = group.nodes.members
-            ready = [  # an error stands at its prediction, which has to be made anew
-                node.arrival <= asked.t and bool(node.weight) and look.piece not in self._fresh
-                for node, look in zip(members, group.looks, strict=True)
-            ]
+            ready = [node.arrival <= asked.t and bool(node.weight) for node in members]
             end = 0
             for is_ready, neighbours in groupby(ready):
                 start, end = end, end + len([*neighbours])
-                if is_ready and end > start + 1:
+                pieces = [look.piece for look in group.looks[start:end]] if is_ready else []
+                if len(pieces) == 1:
+                    self._run(pieces[0], asked)
+                elif pieces:
+                    for piece in pieces:
+                        self._spend(piece)
                     self._run_rows(group, slice(start, end), asked)
-                else:
-                    for look in group.looks[start:end]:
-                        self._run(look.piece, asked)
             group.nodes.gather()
 
     def _run_rows(self, group: Group, part: slice, asked: Asked) -> None:

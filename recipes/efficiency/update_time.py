@@ -176,10 +176,8 @@ def draw(cells: list[dict[str, Any]], path: Path) -> None:
     for name, marker in {"iPC": "o", "iPC, side by side": "s", "iPC, by hand": "^"}.items():
         found = [c for c in cells if name in c]
         base = [c["microseconds"] for c in found]
-        axes.scatter(
-            base, [c[name] * b for c, b in zip(found, base, strict=True)], 16, None, marker
-        )
-        axes.collections[-1].set_label(name)
+        times = [c[name] * b for c, b in zip(found, base, strict=True)]
+        axes.scatter(base, times, s=16, marker=marker, label=name)
     ends = [min(c["microseconds"] for c in cells), max(c["microseconds"] for c in cells)]
     axes.plot(ends, ends, color="gray", linewidth=0.8, label="as long as backprop")
     axes.set(xscale="log", yscale="log", xlabel="backprop, microseconds an update")
