@@ -13,7 +13,7 @@ from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.graph import Graph
 
 #: ``parallel="auto"`` takes at least so many stages side by side, of at most so many weights each.
-FEWEST, LARGEST = 4, 2**14
+FEWEST, LARGEST = 6, 2**15
 
 
 def mover_of(settings: Settings, graph: Graph) -> Mover:

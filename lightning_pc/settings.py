@@ -70,7 +70,7 @@ class Settings:
             ``"auto"`` for auto, else 1.
         parallel: Layers side by side: neighbouring stages that are alike run as one, with their
             values and weights stacked. True does so wherever it can, False never, ``"auto"`` where
-            at least 4 stages of at most 16,384 weights each are alike. The numbers are the same but
+            at least 6 stages of at most 32,768 weights each are alike. The numbers are the same but
             for rounding. For pc, and ipc with a given gamma. In plain PyTorch, where the optimizer
             is SGD without momentum, linear layers then learn in place, without stored gradients.
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a

@@ -391,7 +391,7 @@ def linears(model):
 @pytest.mark.parametrize("seed", range(50))
 def test_weights_never_go_stale(seed):
     draw = random.Random(seed)
-    width, layers = draw.choice([3, 6]), draw.choice([3, 5])
+    width, layers = draw.choice([3, 6]), draw.choice([6, 8])
     kind = draw.choice(["sgd", "momentum", "adam"])
     changes = [draw.choice([nothing, *CHANGES]) for _ in range(6)]
     trained = []
@@ -405,7 +405,7 @@ def test_weights_never_go_stale(seed):
                 "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.5),
                 "adam": lambda p: torch.optim.AdamW(p, 1e-3),
             }[kind](model.parameters())
-            pc = IPC(optimizer, model, gamma=0.3, T=8, parallel="auto" if parallel else False)
+            pc = IPC(optimizer, model, gamma=0.3, T=11, parallel="auto" if parallel else False)
             for _ in range(2):
                 pc.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
             changes[t](model, chosen)
@@ -418,7 +418,7 @@ def test_weights_never_go_stale(seed):
 def test_a_hook_on_a_parameter_runs_as_often():
     counts = []
     for parallel in (False, "auto"):
-        model, seen = made(deep), []
+        model, seen = made(lambda: deep(layers=8)), []
         model[4].weight.register_hook(seen.append)
         model[6].bias.register_post_accumulate_grad_hook(seen.append)
         train(model, IPC, sgd, 3, parallel=parallel, gamma=0.3)
@@ -437,12 +437,12 @@ def side_of(model, **settings):
 
 
 def test_the_default_takes_many_small_stages():
-    assert side_of(made(lambda: deep(layers=5))) == [["3", "5", "7", "9", "11"]]
-    assert side_of(made(lambda: deep(layers=3))) == []
-    assert side_of(made(lambda: deep(width=130, layers=5))) == []
-    assert [len(g) for g in side_of(made(lambda: deep(width=130)), parallel=True)] == [5]
-    assert side_of(made(lambda: deep(layers=5)), parallel=False) == []
-    assert side_of(made(lambda: deep(layers=5)), gamma="auto") == []
+    assert side_of(made(lambda: deep(layers=6))) == [["3", "5", "7", "9", "11", "13"]]
+    assert side_of(made(lambda: deep(layers=5))) == []
+    assert side_of(made(lambda: deep(width=190, layers=6))) == []
+    assert [len(g) for g in side_of(made(lambda: deep(width=190)), parallel=True)] == [5]
+    assert side_of(made(lambda: deep(layers=6)), parallel=False) == []
+    assert side_of(made(lambda: deep(layers=6)), gamma="auto") == []
 
 
 @pytest.mark.parametrize(

@@ -160,17 +160,19 @@ class SideBySide(LocalErrors):
         return group
 
     def _find_linear(self, group: Group) -> None:
-        calls = [self.batch.watch.calls[index] for index, *_ in group.looks[0].piece.program]
-        read = Counter(slot for call in calls for slot in call.reads)
         if self.sgd is None or self.steady:
             return
+        watch = self.batch.watch
+        calls = [watch.calls[index] for index, *_ in group.looks[0].piece.program]
+        read = Counter(slot for call in calls for slot in call.reads)
+        pieces = Counter(watch.parameters[s] for p in self.graph.pieces for s in p.parameters)
         for call in calls:
             slots = call.reads[1:]
             own = all(slot in group.weights and read[slot] == 1 for slot in slots)
             if is_linear(call) and call.context is None and own:
                 parameters = [p for slot in slots for p in group.weights[slot].parameters]
                 settings = self.sgd.settings(parameters)
-                if settings is not None:
+                if settings is not None and all(pieces[p] == 1 for p in parameters):
                     group.linear[slots] = settings
 
     @override
