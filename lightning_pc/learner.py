@@ -266,6 +266,7 @@ class Learner:
                 seed / len(betas),
                 terms,
                 T,
+                self.settings.until,
                 self._age if kept else None,
                 update,
             )
@@ -278,7 +279,7 @@ class Learner:
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
             self._recordings.kept = batch.sites
-            self._age, self._kept = self._age + T, inference.mover
+            self._age, self._kept = self._age + inference.T, inference.mover
         return phases[0].trace.losses[0]
 
     def _held(self) -> set[nn.Parameter] | None:

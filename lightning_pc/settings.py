@@ -33,6 +33,9 @@ class Settings:
             nodes everywhere).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
             precisions: depth + 1; epc, iepc: 8; auto: 2.
+        until: T is the most. Once errors have reached all nodes, and F has changed by no more than
+            this share of itself at each of two steps on end, the next step is the last. So no count
+            says when weights learn. None for T steps.
         gamma: Inference rate, positive. A number is exact: plain descent at that rate. ``"auto"``
             takes it from the curvature of F in the values, which is looked at every 300
             evaluations; zil: 1. With ``"auto"`` values of ipc also follow what their predictions
@@ -83,6 +86,7 @@ class Settings:
 
     algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto"
     T: int | None = None
+    until: float | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float | None = None
     momentum: float | Literal["conjugate"] | None = None
@@ -109,12 +113,19 @@ class Settings:
         told["precisions"] = weights != Constant()
         fixed = [f"{n}={shown(getattr(self, n))}" for n, is_told in told.items() if is_told]
         moves = {"gamma_decay": decay, "momentum": momentum}
+        ends = weights.wave or weights.varies or zil or way.whole
         own = ", ".join(fixed + [f"{n}={shown(m)}" for n, m in moves.items() if m is not None])
         refused = {
             f"T={shown(T)}: expected a whole number of inference steps, >= 1, or None.": (
                 T is not None and not (is_number(T) and isinstance(T, int) and T >= 1)
             ),
             f"{T=}: zil takes depth + 1 evaluations, leave it at None.": zil and T is not None,
+            f"until={shown(self.until)}: expected a share of F, such as 0.001, or None.": (
+                self.until is not None and not (is_number(self.until) and self.until > 0)
+            ),
+            f"until={shown(self.until)}: F does not settle where stages count once, precisions "
+            "vary or, as in iepc and auto, errors stay small on purpose. Use 'ipc', 'pc' or 'epc' "
+            "with constant precisions, or give T.": self.until is not None and ends,
             f"gamma={shown(gamma)}: expected a positive inference rate or 'auto'.": (
                 gamma != "auto" and not (is_number(gamma) and gamma > 0)
             ),

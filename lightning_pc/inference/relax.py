@@ -64,7 +64,9 @@ class Inference:
         beta: Factor of the loss in F, not 0; weights learn from F / beta.
         seed: Factor of the loss in parameter gradients.
         terms: M, the number of terms that the loss is a mean of.
-        T: Inference steps.
+        T: Inference steps, the most where ``until`` is given.
+        until: The next step is the last where F has changed by no more than this share of itself at
+            each of two steps on end; None for T steps.
         age: Inference steps that kept values have behind them; None where values are made anew.
         update: One optimizer step on the gradients so far, but for the last of the batch.
 
@@ -85,6 +87,7 @@ class Inference:
     seed: float
     terms: float
     T: int
+    until: float | None
     age: int | None
     update: Callable[[], None]
     trace: Trace = field(default_factory=Trace)
@@ -98,10 +101,10 @@ class Inference:
         Returns:
             False where the loss or an energy is not finite; no weight has moved on it.
         """
-        nodes, schedule, T = self.evaluator.nodes, self.schedule, self.T
-        for t in range(T):
+        nodes, schedule, t = self.evaluator.nodes, self.schedule, 0
+        while t < self.T:
             self._weigh(t)
-            moves, learns = schedule.moves(t, T), schedule.learns(t, T)
+            moves, learns = schedule.moves(t, self.T), schedule.learns(t, self.T)
             loss = self._evaluate(t, moves, learns)
             free = self.trace.take_in(loss, self.evaluator.energies(), self._pull, self.terms)
             if (learns or not t) and not math.isfinite(free):  # waits for a device
@@ -111,11 +114,22 @@ class Inference:
                     self._begin()
                 self.mover.observe(free)
                 self.mover.move(nodes, self.terms * self.beta / self.seed)
-            if schedule.updates(t, T) and t < T - 1:
+            if schedule.updates(t, self.T) and t < self.T - 1:
                 self._step()
             for node in nodes:
                 node.forget()
+            t += 1
+            if self.until is not None and t < self.T - 1 and self._settled(t):
+                self.T = t + 1
         return True
+
+    def _settled(self, t: int) -> bool:
+        """Whether F hardly changes any more, though errors have reached all nodes."""
+        arrivals = [node.arrival for node in self.evaluator.batch.nodes]
+        if t < 3 or (self.age or 0) + t <= max(arrivals, default=0):
+            return False
+        free = torch.stack(self.trace.free[-3:])
+        return bool(free.diff().abs().max() <= (self.until or 0.0) * free[-1].abs())
 
     @property
     def _value_steps(self) -> int:
