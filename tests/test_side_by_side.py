@@ -104,7 +104,36 @@ def dropped():
     return nn.Sequential(*layers, nn.GELU(), nn.Linear(7, 4))
 
 
+class Towers(nn.Module):
+    """Two chains of equal layers from one value; then others of the same width."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 7), nn.Linear(7, 4)
+        for name in "abc":
+            setattr(self, name, nn.ModuleList(nn.Linear(7, 7) for _ in range(4)))
+
+    def forward(self, x):
+        h = left = right = self.stem(x)
+        for a, b in zip(self.a, self.b, strict=True):
+            left, right = a(torch.tanh(left)), b(torch.sigmoid(right))
+        h = left + right
+        for c in self.c:
+            h = c(F.silu(h))
+        return self.head(F.gelu(h))
+
+
+def two_kinds():
+    layers = [nn.Linear(6, 7)]
+    for f in (nn.Tanh, nn.SiLU):
+        for _ in range(4):
+            layers += [f(), nn.Linear(7, 7)]
+    return nn.Sequential(*layers, nn.GELU(), nn.Linear(7, 4))
+
+
 MODULES = {
+    "two kinds": (two_kinds, "auto"),
+    "towers": (Towers, "auto"),
     "tanh": (deep, "auto"),
     "gelu": (lambda: deep(f="gelu"), "auto"),
     "no bias": (lambda: nn.Sequential(*without_bias()), "auto"),

@@ -126,6 +126,8 @@ class SideBySide(LocalErrors):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        nodes = self.batch.nodes
+        self._moved = {nodes[n] for looks in self.alike for look in looks for n in look.piece.nodes}
         self.groups = [self._group(looks) for looks in self.alike]
         of = {member: group.nodes for group in self.groups for member in group.nodes.members}
         self.nodes = [*dict.fromkeys(of.get(node, node) for node in self.batch.nodes)]
@@ -145,7 +147,8 @@ class SideBySide(LocalErrors):
             if slot in first.values:
                 each = zip(looks, likes, strict=True)
                 read = group.read[slot] = [nodes[look.piece.values[like]] for look, like in each]
-                if read[1:] == predicted[:-1]:
+                if read[1:] == predicted[:-1] and read[0] not in self._moved:
+                    self._moved.add(read[0])
                     read[0].x.data = rows[0].copy_(read[0].x.detach())
                     group.chained[slot] = rows[:-1]
             elif watch.given[likes[0]] is watch.given[likes[1]]:
@@ -224,6 +227,7 @@ class SideBySide(LocalErrors):
                     for piece in pieces:
                         self._spend(piece)
                     self._run_rows(group, slice(start, end), asked)
+        for group in self.groups:  # which may read each other's values
             group.nodes.gather()
 
     def _run_rows(self, group: Group, part: slice, asked: Asked) -> None:
