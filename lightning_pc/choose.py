@@ -11,9 +11,11 @@ from lightning_pc.settings import Settings
 from lightning_pc.stages.alike import Look, alike
 from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.graph import Graph
+from lightning_pc.stages.rows import works
 
-#: ``parallel="auto"`` takes at least so many stages side by side, of at most so many weights each.
-FEWEST, LARGEST = 6, 2**15
+#: ``parallel="auto"`` takes at least so many stages side by side, of at most so many weights and
+#: value entries each.
+FEWEST, WEIGHTS, ENTRIES = 6, 2**15, 2**13
 
 
 def mover_of(settings: Settings, graph: Graph) -> Mover:
@@ -28,7 +30,7 @@ def mover_of(settings: Settings, graph: Graph) -> Mover:
     return Descent(gamma, decay, float(settings.momentum or 0.0))
 
 
-def side_by_side(settings: Settings, batch: Batch) -> list[list[Look]]:
+def side_by_side(settings: Settings, batch: Batch, T: int) -> list[list[Look]]:
     """Groups of pieces of a batch that run as one.
 
     Raises:
@@ -36,13 +38,20 @@ def side_by_side(settings: Settings, batch: Batch) -> list[list[Look]]:
     """
     if not settings.parallel or settings.one_by_one:
         return []
-    groups = alike(batch)
+    last = T if settings.reset == "batch" else len(batch.nodes)
+    groups = alike(batch, last)
     if settings.parallel == "auto":
-        return [g for g in groups if len(g) >= FEWEST and g[0].weights <= LARGEST]
-    if not groups:
+        groups = [g for g in groups if len(g) >= FEWEST and _small(batch, g[0])]
+    groups = [group for group in groups if works(batch, group)]
+    if settings.parallel is True and not groups:
         raise ConfigError(
-            "parallel=True: no two neighbouring stages are alike. They must make the same calls, "
+            "parallel=True: no two neighbouring stages run as one. They must make the same calls, "
             "on values and weights of equal shapes, with one value node each; without writes in "
             "place, hooks, weights that others share or autograd.Functions. See describe()."
         )
     return groups
+
+
+def _small(batch: Batch, look: Look) -> bool:
+    value = batch.nodes[look.piece.nodes[0]].x
+    return look.weights <= WEIGHTS and value.numel() <= ENTRIES

@@ -166,7 +166,7 @@ class Learner:
         if self._precisions.wave and not self.schedule.wave:
             self.alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
-        groups = side_by_side(self.settings, batch)
+        groups = side_by_side(self.settings, batch, T)
         return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size), groups)
 
     def infer(
@@ -191,7 +191,9 @@ class Learner:
             return None
         drawn = waiting.batch.drawn()
         given = waiting.batch, self._held(), self.schedule.wave, not self.schedule.incremental
-        evaluator = SideBySide(*given, waiting.alike, sgd) if waiting.alike else self._kind(*given)
+        evaluator = self._kind(*given)
+        if waiting.alike:
+            evaluator = SideBySide(*given, waiting.alike, self.optimizer, sgd)
         try:
             with torch.autocast(waiting.batch.loss.device.type, enabled=False):
                 return self._infer(evaluator, waiting, seed, update)

@@ -33,9 +33,6 @@ class Settings:
             nodes everywhere).
         T: Inference steps per batch, at least 1. Default: max(8, depth + 1); zil and spiking
             precisions: depth + 1; epc, iepc: 8; auto: 2.
-        until: T is the most. Once errors have reached all nodes, and F has changed by no more than
-            this share of itself at each of two steps on end, the next step is the last. So no count
-            says when weights learn. None for T steps.
         gamma: Inference rate, positive. A number is exact: plain descent at that rate. ``"auto"``
             takes it from the curvature of F in the values, which is looked at every 300
             evaluations; zil: 1. With ``"auto"`` values of ipc also follow what their predictions
@@ -73,9 +70,13 @@ class Settings:
             ``"auto"`` for auto, else 1.
         parallel: Layers side by side: neighbouring stages that are alike run as one, with their
             values and weights stacked. True does so wherever it can, False never, ``"auto"`` where
-            at least 6 stages of at most 32,768 weights each are alike. The numbers are the same but
-            for rounding. For pc, and ipc with a given gamma. In plain PyTorch, where the optimizer
-            is SGD without momentum, linear layers then learn in place, without stored gradients.
+            at least 6 stages of at most 32,768 weights and 8,192 value entries each are alike. The
+            numbers are the same but for rounding. For pc, and ipc with a given gamma. Meanwhile the
+            weights of such stages are there twice. In plain PyTorch, where the optimizer is SGD
+            without momentum and hooks, linear layers then learn without stored gradients.
+        until: T is the most. Once errors have reached all nodes, and F has changed by no more than
+            this share of itself at each of two steps on end, the next step is the last. So no count
+            says when weights learn. None for T steps.
         inference: In place of gamma and momentum, any optimizer of torch's for the values: a
             callable that makes it from their list, such as
             ``lambda values: torch.optim.Adam(values, 0.05)``; in YAML a class_path.
@@ -86,7 +87,6 @@ class Settings:
 
     algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto"
     T: int | None = None
-    until: float | None = None
     gamma: float | Literal["auto"] = "auto"
     gamma_decay: float | None = None
     momentum: float | Literal["conjugate"] | None = None
@@ -99,6 +99,7 @@ class Settings:
     beta: float | tuple[float, ...] | Literal["auto"] | None = None
     inference: Callable[[list[Tensor]], Optimizer] | None = None
     parallel: bool | Literal["auto"] = "auto"
+    until: float | None = None
 
     def __post_init__(self) -> None:
         vars(self).update({name: plain(name, given) for name, given in vars(self).items()})

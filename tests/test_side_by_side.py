@@ -6,6 +6,7 @@ import copy
 import random
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -503,7 +504,7 @@ def test_a_wrong_argument(given):
 def test_true_says_where_no_stages_are_alike():
     model = made(lambda: MLP([6, 5, 7, 4]))
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ConfigError, match="no two neighbouring stages are alike"):
+    with pytest.raises(ConfigError, match="no two neighbouring stages run as one"):
         side_of(model, parallel=True)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
 
@@ -523,3 +524,216 @@ def test_the_trainer(algorithm, flags):
         trained.append(module)
         assert bool(strategy.report.side_by_side) is parallel
     assert far(trained[1], trained[0])[0] < CLOSE
+
+
+# Forms that met a fault once --------------------------------------------------------------------
+
+
+class Fed(nn.Module):
+    """Each layer reads the input, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 7), nn.Linear(7, 4)
+        self.w = nn.ModuleList(nn.Linear(7, 7) for _ in range(6))
+        self.u = nn.ModuleList(nn.Linear(6, 7) for _ in range(6))
+
+    def forward(self, x):
+        h = self.stem(x)
+        for w, u in zip(self.w, self.u, strict=True):
+            h = w(torch.tanh(h)) + u(x)
+        return self.head(torch.tanh(h))
+
+
+class Skips(nn.Module):
+    """The way up reads the values of the way down."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.middle, self.head = nn.Linear(6, 7), nn.Linear(7, 7), nn.Linear(7, 4)
+        self.down = nn.ModuleList(nn.Linear(7, 7) for _ in range(4))
+        self.up = nn.ModuleList(nn.Linear(14, 7) for _ in range(4))
+
+    def forward(self, x):
+        h, seen = self.stem(x), []
+        for layer in self.down:
+            h = torch.tanh(h)
+            seen.append(h)
+            h = layer(h)
+        h = self.middle(F.gelu(h))
+        for layer in self.up:
+            h = layer(torch.cat([torch.sigmoid(h), seen.pop()], -1))
+        return self.head(F.silu(h))
+
+
+class Normed(nn.Module):
+    """One weight, divided by its norm, which is computed without gradients at each use."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.head = nn.Parameter(torch.randn(6, 6)), nn.Linear(6, 4)
+
+    def forward(self, x):
+        for _ in range(7):
+            with torch.no_grad():
+                norm = self.w.norm()
+            x = F.linear(torch.tanh(x), self.w / norm)
+        return self.head(torch.tanh(x))
+
+
+class Indexed(nn.Module):
+    """What stands between activation and layer is ``how(layer, h)``."""
+
+    def __init__(self, how, **buffers):
+        super().__init__()
+        self.stem, self.head, self.how = nn.Linear(6, 7), nn.Linear(7, 4), how
+        self.layers = nn.ModuleList(nn.Linear(7, 7) for _ in range(7))
+        for name, value in buffers.items():
+            for number, layer in enumerate(self.layers):
+                made = value(number)
+                if isinstance(made, torch.Tensor):
+                    layer.register_buffer(name, made)
+                else:
+                    setattr(layer, name, made)
+
+    def forward(self, x):
+        h = self.stem(x)
+        for layer in self.layers:
+            h = self.how(layer, torch.tanh(h))
+        return self.head(torch.tanh(h))
+
+
+def permuted(number):
+    return np.random.default_rng(number).permutation(7)
+
+
+def mask(number):
+    return torch.tensor([True] * 7)
+
+
+FORMS = {
+    "fed": Fed,
+    "skips": Skips,
+    "normed": Normed,
+    "arrays": lambda: Indexed(lambda layer, h: layer(h[:, layer.p]), p=permuted),
+    "masks": lambda: Indexed(lambda layer, h: layer(h[:, layer.m]), m=mask),
+    "data": lambda: Indexed(lambda layer, h: F.linear(h, layer.weight.data) + layer(h)),
+    "mean of some": lambda: Indexed(lambda layer, h: layer(h) + h[h > 0].mean()),
+    "a vector": lambda: Indexed(
+        lambda layer, h: layer(h) + F.linear(h, layer.weight[0]).unsqueeze(-1)
+    ),
+    "one bias": lambda: Indexed(lambda layer, h: F.linear(h, layer.weight, layer.bias[:1])),
+    "sparse": lambda: Indexed(lambda layer, h: torch.eye(5).double().to_sparse() @ layer(h)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("row", ["ipc, SGD", "ipc, AdamW", "pc, defaults"])
+def test_forms_that_met_a_fault(form, row):
+    door, optimizer, settings = ROWS[row]
+    settings = {name: value for name, value in settings.items() if name != "T"}
+    one, side = made(FORMS[form]), made(FORMS[form])
+    train(one, door, optimizer, 4, parallel=False, **settings)
+    train(side, door, optimizer, 4, parallel="auto", **settings)
+    assert far(side, one, entry=0.01)[0] < CLOSE
+
+
+@pytest.mark.parametrize("how", [{"reset": "never", "T": 4}, {"T": 4}])
+@pytest.mark.parametrize("door", [PC, IPC])
+@pytest.mark.filterwarnings("ignore:T=4 inference steps never reach")
+def test_an_automatic_gamma_is_the_same(door, how):
+    found = []
+    x, y = batches(1)[0]
+    for parallel in (False, "auto"):
+        model = made(lambda: deep(layers=9))
+        with torch.no_grad():
+            for p in model.parameters():
+                p *= 1.8
+        pc = door(sgd(model.parameters()), model, parallel=parallel, **how)
+        for _ in range(2):
+            pc.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
+        moved = far(model, made(lambda: deep(layers=9), 1))[0]
+        found.append((pc.report.gamma, pc.report.curvature, moved))
+    assert found[1] == pytest.approx(found[0], rel=1e-9)
+
+
+def test_a_weight_that_is_not_contiguous_and_a_fused_optimizer():
+    trained = []
+    for parallel in (False, "auto"):
+        model = made(lambda: deep(layers=8))
+        for layer in linears(model):
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+        train(model, IPC, OPTIMIZERS["fused"], 4, parallel=parallel, gamma=0.3)
+        trained.append(model)
+    assert far(trained[1], trained[0], entry=0.01)[0] < CLOSE
+
+
+def clips(parameters):
+    parameters = [*parameters]
+    optimizer = torch.optim.SGD(parameters, 0.02)
+    step = optimizer.step
+
+    def clipped(closure=None):
+        nn.utils.clip_grad_norm_(parameters, 0.01)
+        return step(closure)
+
+    optimizer.step = clipped
+    return optimizer
+
+
+class Keeps(torch.optim.Optimizer):
+    """Holds on to a parameter's memory."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.memories = [p.data for p in self.param_groups[0]["params"]]
+
+    def step(self, closure=None):
+        for p, memory in zip(self.param_groups[0]["params"], self.memories, strict=True):
+            if p.grad is not None:
+                memory.sub_(p.grad, alpha=0.02)
+
+
+@pytest.mark.parametrize("optimizer", [clips, Keeps])
+def test_an_optimizer_with_ways_of_its_own(optimizer):
+    one, side = made(deep), made(deep)
+    train(one, IPC, optimizer, 4, parallel=False, gamma=0.3)
+    assert train(side, IPC, optimizer, 4, parallel=True, gamma=0.3).report.side_by_side
+    assert far(side, one)[0] < CLOSE
+
+
+def test_a_scheduler_of_the_rate_leaves_steps_in_place(monkeypatch):
+    def optimizer(parameters):
+        made = torch.optim.SGD(parameters, 0.01)
+        torch.optim.lr_scheduler.StepLR(made, 1)
+        return made
+
+    stored = count_gradients(monkeypatch)
+    train(made(deep), IPC, optimizer, parallel=True, gamma=0.3, T=20)
+    assert stored[0] < 200
+
+
+def test_kept_values_leave_nothing_behind():
+    model = made(lambda: deep(layers=8))
+    how = {"reset": "never", "momentum": "conjugate", "gamma": 0.2, "T": 2}
+    pc = PC(sgd(model.parameters()), model, **how)
+    x, y = batches(1)[0]
+    for _ in range(8):
+        pc.step(lambda: F.cross_entropy(model(x), y))
+    assert pc.report.side_by_side
+    assert len(pc._learner._kept._moving) <= 4
+
+
+def test_one_that_differs_parts_a_group():
+    names = [len(group) for group in side_of(made(lambda: deep(layers=8)), parallel=True)]
+    assert names == [8]
+    model = made(lambda: deep(layers=8))
+    model[8].requires_grad_(False)
+    assert [len(group) for group in side_of(model, parallel=True)] == [3, 4]
+
+
+def test_stages_that_t_never_reaches_are_left_out():
+    model = made(lambda: deep(layers=9))
+    with pytest.warns(UserWarning, match="never reach"):
+        names = side_of(model, parallel=True, T=5)
+    assert [len(group) for group in names] == [5]

@@ -64,7 +64,7 @@ class Conjugate(Descent):
     @override
     @torch.no_grad()
     def move(self, nodes: Sequence[Node], scale: float) -> None:
-        self._moving.update(node for node in nodes if node.gradient is not None)
+        self._moving = {n for n in nodes if n in self._moving or n.gradient is not None}
         slopes = torch.cat([_flat_gradient(node) for node in nodes])
         if self._uphill is None or self._slopes is None:
             self._slopes, self._uphill = slopes, slopes.clone()

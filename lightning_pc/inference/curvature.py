@@ -191,10 +191,11 @@ def largest_curvature(
     starts = [node.coordinates.detach().clone() for node in nodes]
     before = [(node.gradient, node.total) for node in nodes]
     generator = torch.Generator(starts[0].device).manual_seed(seed)
-    direction = [
-        torch.empty_like(x).uniform_(-1, 1, generator=generator).masked_fill_(~x.isfinite(), 0)
-        for x in starts
-    ]
+    direction = [torch.empty_like(x) for x in starts]
+    for node, v, x in zip(nodes, direction, starts, strict=True):
+        for _, part in node.parts(v):
+            part.uniform_(-1, 1, generator=generator)
+        v.masked_fill_(~x.isfinite(), 0)
     size = _size([x for node in nodes for _, x in node.parts(node.x)])
     length = reach * size * sum(x.numel() for x in starts) ** 0.5
     nothing = torch.zeros(())

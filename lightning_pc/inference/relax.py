@@ -182,9 +182,9 @@ class Inference:
     def _look(self, asked: Asked, seed: int, fine: bool) -> tuple[float, Node]:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes, reach = self.evaluator.nodes, self.auto.reach if self.auto else REACH
-        reached = self.T if self.age is None else len(nodes)  # of kept values later calls reach all
-        everything = replace(asked, t=asked.t + reached)
         each = self.evaluator.batch.nodes
+        reached = self.T if self.age is None else len(each)  # of kept values later calls reach all
+        everything = replace(asked, t=asked.t + reached)
         weights = [node.weight for node in each]
         for node in each:
             if self.precisions.varies and not asked.t:

@@ -45,7 +45,8 @@ class StepReport:
             device.
         followed: Node name -> share of its prediction's moves by which its value moved along, in
             (0, 1]; values that stayed are left out. Only in ipc with gamma="auto".
-        side_by_side: Node names of each group of stages that ran as one (``parallel=``).
+        side_by_side: Node names of each group of stages that run as one (``parallel=``), as soon as
+            errors stand at them.
         learned: Parameter name -> number of updates it took part in.
     """
 

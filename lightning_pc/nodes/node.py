@@ -191,8 +191,8 @@ class NodeRows(Node):
     def parts(self, rows: Tensor) -> list[tuple[Node, Tensor]]:
         return [*zip(self.members, rows.unbind(), strict=True)]
 
-    def part(self) -> None:
-        """Leaves the members what kept values go on with."""
+    def leave(self) -> None:
+        """Leaves its velocity to the members, for values that are kept."""
         for member, row in self.parts(self.velocity) if self.velocity is not None else ():
             member.velocity = row
 

@@ -35,25 +35,41 @@ class Look:
         """Numbers slots as they appear."""
         return self.slots.setdefault(slot, len(self.slots))
 
-    def like(self, first: Look, slot: int) -> int:
-        """What it reads where another, which is alike, reads ``slot``."""
+    def own_slot(self, first: Look, slot: int) -> int:
+        """The slot that it reads where another, which is alike, reads ``slot``."""
         return [*self.slots][first.slots[slot]]
 
 
-def alike(batch: Batch) -> list[list[Look]]:
-    """Groups of pieces that are alike, in call order, each of two at least."""
+def alike(batch: Batch, last: int) -> list[list[Look]]:
+    """Groups of pieces that are alike and predict nodes in a row, each of two at least.
+
+    Args:
+        batch: The batch.
+        last: Errors that arrive at a later inference step do not count.
+    """
     memories = Counter(map(memory_of, batch.watch.given.values()))
     groups: list[list[Look]] = []
+    open_groups: list[list[Look]] = []  # the last group of each kind
     for piece in batch.graph.pieces:
-        look = None if piece.loss or not piece.values else _look(batch, piece, memories)
+        plain = not piece.loss and piece.values and len(piece.nodes) == 1
+        plain = plain and batch.nodes[piece.nodes[0]].arrival <= last
+        look = _look(batch, piece, memories) if plain else None
         if look is None:
             continue
-        group = next((g for g in groups if g[0].kinds == look.kinds), None)
-        if group is None:
-            groups.append([look])
-        else:
+        group = next((g for g in open_groups if _same(g[0], look)), None)
+        if group is not None and group[-1].piece.nodes[0] + 1 == piece.nodes[0]:
             group.append(look)
-    return [group for group in groups if len(group) > 1 and _fits(batch, group)]
+            continue
+        open_groups = [g for g in open_groups if g is not group] + [[look]]
+        groups.append(open_groups[-1])
+    return [group for group in groups if len(group) > 1 and _apart(batch, group)]
+
+
+def _same(one: Look, other: Look) -> bool:
+    try:
+        return bool(one.kinds == other.kinds)
+    except (RuntimeError, TypeError, ValueError):  # arguments that do not compare, such as arrays
+        return False
 
 
 def _look(batch: Batch, piece: Piece, memories: Counter[int]) -> Look | None:
@@ -77,6 +93,8 @@ def _look(batch: Batch, piece: Piece, memories: Counter[int]) -> Look | None:
             look.kinds.append((number, "value", x.shape, x.dtype))
         elif slot in piece.given:
             tensor = watch.given[slot]
+            if tensor.layout is not torch.strided:
+                return None
             if slot in watch.parameters:
                 look.weights += tensor.numel()
                 if not _movable(tensor, memories):
@@ -90,16 +108,14 @@ def _movable(tensor: Tensor, memories: Counter[int]) -> bool:
     """Whether nobody would miss it if its memory were elsewhere for a while."""
     hooks = tensor._backward_hooks or tensor._post_accumulate_grad_hooks
     plain = type(tensor) is nn.Parameter and tensor.layout is torch.strided
-    return plain and not hooks and memories[memory_of(tensor)] == 1
+    return plain and tensor.is_contiguous() and not hooks and memories[memory_of(tensor)] == 1
 
 
-def _fits(batch: Batch, group: list[Look]) -> bool:
-    """Whether they predict nodes in a row, and read each thing of their own or all the same."""
-    given, nodes = batch.watch.given, [number for look in group for number in look.piece.nodes]
-    if nodes != [*range(nodes[0], nodes[0] + len(group))]:
-        return False
+def _apart(batch: Batch, group: list[Look]) -> bool:
+    """Whether each thing that they read is one of their own, or the same of all."""
+    given = batch.watch.given
     for slot in group[0].piece.given:
-        each = {id(given[look.like(group[0], slot)]) for look in group}
+        each = {id(given[look.own_slot(group[0], slot)]) for look in group}
         if len(each) not in (1, len(group)):
             return False
     return True

@@ -7,7 +7,7 @@ each form, by number, and serves every batch whose recording looks the same.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from lightning_pc.recording.calls import Program
@@ -68,6 +68,7 @@ class Graph:
         losses: Indices of the loss calls on which the loss depends.
         reached: First slot of a parameter -> first inference step at which an error reaches it: the
             smallest arrival of a stage that holds it; the loss's own stage has 0.
+        tried: Numbers of nodes whose pieces were run together -> whether that gives the same.
     """
 
     expected: Expected
@@ -78,6 +79,7 @@ class Graph:
     whole: Program
     losses: list[int]
     reached: dict[int, int]
+    tried: dict[tuple[int, ...], bool] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:

@@ -28,7 +28,7 @@ class PlainSGD:
     @classmethod
     def of(cls, optimizer: Optimizer | None) -> PlainSGD | None:
         """That of an optimizer; None where it does more, or somebody watches its steps."""
-        if type(optimizer) is not SGD or _watched(optimizer):
+        if type(optimizer) is not SGD or _watched(optimizer) or replaced(optimizer):
             return None
         return (
             None if any(group["momentum"] for group in optimizer.param_groups) else cls(optimizer)
@@ -56,6 +56,20 @@ def _factors(settings: dict[str, Any]) -> tuple[float, float]:
     """Of a weight and of its gradient."""
     rate, decay = float(settings["lr"]), float(settings["weight_decay"])
     return 1.0 - rate * decay, rate if settings["maximize"] else -rate
+
+
+def known(optimizer: Optimizer | None) -> bool:
+    """Whether it moves parameters where they are, as torch's own optimizers do."""
+    if optimizer is None or replaced(optimizer):
+        return False
+    captured = any(group.get("capturable") for group in optimizer.param_groups)
+    return type(optimizer).__module__.startswith("torch.optim.") and not captured
+
+
+def replaced(of: Optimizer) -> bool:
+    """Whether its ``step`` is not its class's, but for the counter of learning rate schedulers."""
+    own = vars(of).get("step")
+    return own is not None and getattr(own, "__wrapped__", None) is not type(of).step
 
 
 def _watched(of: Optimizer) -> bool:
@@ -88,9 +102,9 @@ class Change:
 
     @torch.no_grad()
     def make(self) -> None:
-        """Takes the optimizer's step."""
-        assert self.errors is not None
-        assert self.read is not None
+        """Takes the optimizer's step, where there is a gradient."""
+        if self.errors is None or self.read is None:
+            return
         keep, rate = _factors(self.settings)
         self.weight.baddbmm_(self.errors.mT, self.read, beta=keep, alpha=rate)
         if self.bias is not None:
@@ -105,16 +119,17 @@ class LinearRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, change: Change) -> Tensor:
         """[n, M, I] -> [n, M, O]."""
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x.clone())  # values move before the weights do
         ctx.change = change
         return linear(x, change.weight, change.bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
         """The gradient goes to what was read alone."""
         (errors,), change = gradients, ctx.change
         (change.read,), change.errors = ctx.saved_tensors, errors
-        return errors @ change.weight, None, None
+        below = errors @ change.weight if ctx.needs_input_grad[0] else None
+        return below, None, None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,22 +1,28 @@
 """Calls of pieces that are alike, made once for all of them.
 
 What each of n pieces has of its own stands in a row of one tensor, [n, *]. Functions that are known
-to work on such rows take them as they are. Others go through `torch.vmap`.
+to work on such rows take them as they are. Others go through `torch.vmap`, and what that does not
+know, or draws, row by row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_pc.recording.calls import Call, Environment, Ref, tensors_in
+from lightning_pc.recording.calls import Call, Environment, Ref, run, tensors_in
 from lightning_pc.recording.sites import hand
 from lightning_pc.stages.alike import Look
+from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.in_place import Change, LinearRows, linear
+from lightning_pc.stages.verify import check_same
 
+_functorch: Any = torch._C._functorch
 #: Functions of one tensor, entry by entry.
 ENTRYWISE = frozenset(
     (
@@ -27,10 +33,13 @@ ENTRYWISE = frozenset(
 )
 
 
-def is_linear(call: Call) -> bool:
-    """Whether it is `F.linear`, of tensors in that order."""
+def is_linear(call: Call, weights: Sequence[Tensor]) -> bool:
+    """Whether it is `F.linear` with a weight [O, I] and perhaps a bias [O], in that order."""
     order = tuple(map(Ref, range(len(call.reads))))
-    return call.function is F.linear and call.args[: len(order)] == order and not call.kwargs
+    ordered = call.args[: len(order)] == order and not call.kwargs
+    if call.function is not F.linear or not ordered or weights[0].dim() != 2:
+        return False
+    return all(bias.shape == weights[0].shape[:1] for bias in weights[1:])
 
 
 def run_rows(
@@ -58,17 +67,14 @@ def run_rows(
         call = calls[index]
         if stop is not None:
             return env[stop[1]]
-        if own.isdisjoint(call.reads) and not call.draws:
-            call.run(env)
-        else:
-            likes = [calls[look.piece.program[place][0]] for look in looks[part]]
-            if call.context is None:
-                made = _made(call, likes, env, own, changes)
+        with nullcontext() if call.context is None else call.context.entered():
+            if own.isdisjoint(call.reads) and not call.draws:
+                call.run(env)
             else:
-                with call.context.entered():
-                    made = _made(call, likes, env, own, changes)
-            env.update(zip(call.fills, made, strict=True))
-            own.update(call.fills)
+                likes = [calls[look.piece.program[place][0]] for look in looks[part]]
+                made = _made(call, likes, env, own, changes)
+                env.update(zip(call.fills, made, strict=True))
+                own.update(call.fills)
         for slot in dropped:
             env.pop(slot, None)
     raise AssertionError("a piece without a prediction")
@@ -81,14 +87,10 @@ def _made(
     tensors, rows = [env[slot] for slot in call.reads], [slot in own for slot in call.reads]
     if call.function in ENTRYWISE and len(tensors) == 1:
         return [call.apply(tensors)]
-    if is_linear(call) and all(rows):
+    if all(rows) and is_linear(call, [rows_of[0] for rows_of in tensors[1:]]):
         return [_linear(changes.get(call.reads[1]), *tensors)]
-    if not call.draws:
-        together = torch.vmap(
-            lambda *each: tuple(tensors_in(call.apply(each))),
-            tuple([0 if row else None for row in rows]),
-        )
-        return list(together(*tensors))
+    if not call.draws and (results := _vmapped(call, tensors, rows)) is not None:
+        return results
     made = []
     for number, like in enumerate(likes):
         for draw in like.draws:
@@ -98,6 +100,20 @@ def _made(
     return [torch.stack(results) for results in zip(*made, strict=True)]
 
 
+def _vmapped(call: Call, tensors: list[Tensor], rows: list[bool]) -> list[Tensor] | None:
+    """What a call makes on all rows; None where torch cannot, or would go row by row itself."""
+    dims = tuple([0 if row else None for row in rows])
+    together = torch.vmap(lambda *each: tuple(tensors_in(call.apply(each))), dims)
+    before = _functorch._is_vmap_fallback_enabled()
+    _functorch._set_vmap_fallback_enabled(False)
+    try:
+        return list(together(*tensors))
+    except Exception:  # of one row alone it would be raised again
+        return None
+    finally:
+        _functorch._set_vmap_fallback_enabled(before)
+
+
 def _linear(change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     flat = x.reshape(x.shape[0], -1, x.shape[-1])
     if change is None:
@@ -105,3 +121,44 @@ def _linear(change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | Non
     else:
         y = LinearRows.apply(flat, change.token, change)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@torch.no_grad()
+def works(batch: Batch, looks: Sequence[Look]) -> bool:
+    """Whether pieces predict together what each predicts alone; tried once for each form."""
+    tried, numbers = batch.graph.tried, tuple(n for look in looks for n in look.piece.nodes)
+    if numbers not in tried:
+        drawn = batch.drawn()
+        try:
+            _try(batch, looks)
+            tried[numbers] = True
+        except Exception:  # alone they run, and that is what counts
+            tried[numbers] = False
+        for generator in drawn:
+            generator.again()
+    return tried[numbers]
+
+
+def _try(batch: Batch, looks: Sequence[Look]) -> None:
+    calls, own = batch.watch.calls, set[int]()
+    env: Environment = {}
+    alone = [batch.environment(look.piece) for look in looks]
+    for slot in alone[0]:
+        each = [
+            before[look.own_slot(looks[0], slot)] for look, before in zip(looks, alone, strict=True)
+        ]
+        shared = each[0] is each[1]
+        env[slot] = each[0] if shared else torch.stack(each)
+        own |= set() if shared else {slot}
+    found: list[Tensor] = []
+
+    def meet(_: int, mu: Tensor) -> Tensor:
+        found.append(mu)
+        return mu
+
+    for look, before in zip(looks, alone, strict=True):
+        run(calls, look.piece.program, before, meet)
+    together = run_rows(calls, looks, slice(0, len(looks)), env, own, {})
+    for look, row, mu in zip(looks, together.unbind(), found, strict=True):
+        node = batch.nodes[look.piece.nodes[0]]
+        check_same(row, mu, node.name, node.rounding)

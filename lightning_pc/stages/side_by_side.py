@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pc.nodes.node import Node, NodeRows
 from lightning_pc.recording.calls import Environment
 from lightning_pc.stages.alike import Look
 from lightning_pc.stages.evaluator import Asked
-from lightning_pc.stages.in_place import Change, PlainSGD
+from lightning_pc.stages.in_place import Change, PlainSGD, known
 from lightning_pc.stages.local import LocalErrors
 from lightning_pc.stages.rows import is_linear, run_rows
 
@@ -50,11 +51,12 @@ class Weights:
             parameter.data = row
 
     def follow(self) -> None:
-        """Takes in what an optimizer has put in the place of a row."""
+        """Takes in what is not in the rows: they do not stand there, or were replaced."""
         start, size = self.rows.data_ptr(), self.rows.stride(0) * self.rows.element_size()
         for number, parameter in enumerate(self.parameters):
             if parameter.data_ptr() != start + number * size:
-                parameter.data = self.rows[number].copy_(parameter.data)
+                row = self.rows[number].copy_(parameter.data)
+                parameter.data = row if self._memories else parameter.data
 
     def put_back(self) -> None:
         """The parameters are in their own memory again."""
@@ -118,10 +120,12 @@ class SideBySide(LocalErrors):
 
     Args:
         alike: Groups of these.
-        sgd: The optimizer, where its steps of linear layers may be made in place.
+        optimizer: Who moves the parameters.
+        sgd: The same, where its steps may be made in place.
     """
 
     alike: list[list[Look]] = field(default_factory=list)
+    optimizer: Optimizer | None = None
     sgd: PlainSGD | None = None
 
     def __post_init__(self) -> None:
@@ -134,8 +138,10 @@ class SideBySide(LocalErrors):
         self._grouped = {look.piece for group in self.groups for look in group.looks}
         self._weights = [w for group in self.groups for w in group.weights.values()]
         self._changes: list[tuple[Change, list[nn.Parameter]]] = []
-        for weights in () if self.steady else self._weights:
-            weights.stand()
+        # Others may hold on to the memory that a parameter had.
+        if not self.steady and known(self.optimizer):
+            for weights in self._weights:
+                weights.stand()
 
     def _group(self, looks: list[Look]) -> Group:
         watch, nodes, first = self.batch.watch, self.batch.nodes, looks[0].piece
@@ -143,7 +149,7 @@ class SideBySide(LocalErrors):
         rows = predicted[0].x.new_empty(len(looks) + 1, *predicted[0].x.shape, requires_grad=False)
         group = Group(looks, NodeRows.of(predicted, rows[1:]))
         for slot in (*first.values, *first.given):
-            likes = [look.like(looks[0], slot) for look in looks]
+            likes = [look.own_slot(looks[0], slot) for look in looks]
             if slot in first.values:
                 each = zip(looks, likes, strict=True)
                 read = group.read[slot] = [nodes[look.piece.values[like]] for look, like in each]
@@ -168,11 +174,15 @@ class SideBySide(LocalErrors):
         watch = self.batch.watch
         calls = [watch.calls[index] for index, *_ in group.looks[0].piece.program]
         read = Counter(slot for call in calls for slot in call.reads)
+        rows = {*group.read, *group.constants, *group.weights}
         pieces = Counter(watch.parameters[s] for p in self.graph.pieces for s in p.parameters)
         for call in calls:
-            slots = call.reads[1:]
+            slots, given = call.reads[1:], watch.given
             own = all(slot in group.weights and read[slot] == 1 for slot in slots)
-            if is_linear(call) and call.context is None and own:
+            own = own and bool(slots) and call.reads[0] in rows and call.context is None
+            if not rows.isdisjoint(call.reads):
+                rows.update(call.fills)
+            if own and is_linear(call, [given[slot] for slot in slots]):
                 parameters = [p for slot in slots for p in group.weights[slot].parameters]
                 settings = self.sgd.settings(parameters)
                 if settings is not None and all(pieces[p] == 1 for p in parameters):
@@ -198,7 +208,7 @@ class SideBySide(LocalErrors):
         for weights in self._weights:
             weights.put_back()
         for group in self.groups:
-            group.nodes.part()
+            group.nodes.leave()
 
     @override
     def energies(self) -> Tensor:
@@ -242,10 +252,10 @@ class SideBySide(LocalErrors):
             env[slot] = torch.stack([n.x.detach() for n in nodes[part]]) if x is None else x[part]
             if asked.moves:
                 values.append((env[slot].requires_grad_(), slot))
-        for slot, like in group.weights.items():
-            env[slot] = like.rows[part]
-            if slot not in changed and asked.learns and (asked.last or any(like.moving[part])):
-                weights.append((env[slot].requires_grad_(), like))
+        for slot, stacked in group.weights.items():
+            env[slot] = stacked.rows[part]
+            if slot not in changed and asked.learns and (asked.last or any(stacked.moving[part])):
+                weights.append((env[slot].requires_grad_(), stacked))
         inputs: list[Tensor] = [leaf for leaf, _ in (*values, *weights)]
         inputs += [change.token for change in changes.values()]
         shared = {id(tensor) for tensor in group.shared.values()}
@@ -262,9 +272,9 @@ class SideBySide(LocalErrors):
         for leaf, slot in values:
             if leaf.grad is not None:
                 group.pass_on(slot, part, leaf.grad)
-        for leaf, like in weights:
+        for leaf, stacked in weights:
             if leaf.grad is not None:
-                like.learn(part, leaf.grad, asked.last)
+                stacked.learn(part, leaf.grad, asked.last)
 
     def _changes_of(self, group: Group, part: slice) -> dict[tuple[int, ...], Change]:
         """Steps to be made in place."""

@@ -63,7 +63,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
     def meet(number: int, mu: Tensor) -> Tensor:
         node = batch.nodes[number]
         if watch.task.kept is None:  # kept values have moved
-            _check_same(mu, node.x, f"'{node.name}'", node.rounding)
+            check_same(mu, node.x, f"'{node.name}'", node.rounding)
         outputs.append(mu)
         return node.x
 
@@ -87,7 +87,7 @@ def _run_again(batch: Batch, piece: Piece) -> dict[int, int]:
     if piece.loss:
         eps = torch.finfo(batch.loss.dtype).eps
         rounding = max([eps, *(site.node.rounding for site in watch.sites if site.node)])
-        _check_same(env[batch.graph.loss], batch.loss, "the loss", rounding)
+        check_same(env[batch.graph.loss], batch.loss, "the loss", rounding)
         outputs.append(env[batch.graph.loss])
     if applied:
         _check_backward(batch, piece, outputs)
@@ -143,7 +143,12 @@ def _check_leaves(batch: Batch, leaves: list[Tensor] | None, stage: Stage, name:
             )
 
 
-def _check_same(again: Tensor, before: Tensor, what: str, rounding: float) -> None:
+def check_same(again: Tensor, before: Tensor, what: str, rounding: float) -> None:
+    """Whether what runs again gives the same.
+
+    Raises:
+        RecordingError: It does not.
+    """
     again, before = again.detach().to(before.dtype), before.detach()
     if torch.equal(again, before):
         return
