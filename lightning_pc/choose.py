@@ -46,8 +46,10 @@ def side_by_side(settings: Settings, batch: Batch, T: int) -> list[list[Look]]:
     if settings.parallel is True and not groups:
         raise ConfigError(
             "parallel=True: no two neighbouring stages run as one. They must make the same calls, "
-            "on values and weights of equal shapes, with one value node each; without writes in "
-            "place, hooks, weights that others share or autograd.Functions. See describe()."
+            "on as many values and weights of equal shapes, with one value node each; without "
+            "writes in place, hooks, weights that some share or autograd.Functions. Past nodes on "
+            "the branches of a residual stream each stage reads one value more than the last: put "
+            "the nodes on the stream (a module that adds the skip itself, value_nodes='blocks')."
         )
     return groups
 
