@@ -36,7 +36,8 @@ def side_by_side(settings: Settings, batch: Batch, T: int) -> list[list[Look]]:
     Raises:
         ConfigError: There are none, but ``parallel=True`` asks for them.
     """
-    if not settings.parallel or settings.one_by_one:
+    few = settings.parallel == "auto" and len(batch.nodes) < FEWEST
+    if not settings.parallel or few or settings.one_by_one:
         return []
     last = T if settings.reset == "batch" else len(batch.nodes)
     groups = alike(batch, last)
