@@ -33,13 +33,13 @@ ENTRYWISE = frozenset(
 )
 
 
-def is_linear(call: Call, weights: Sequence[Tensor]) -> bool:
+def is_linear(call: Call, shapes: Sequence[torch.Size]) -> bool:
     """Whether it is `F.linear` with a weight [O, I] and perhaps a bias [O], in that order."""
     order = tuple(map(Ref, range(len(call.reads))))
-    ordered = call.args[: len(order)] == order and not call.kwargs
-    if call.function is not F.linear or not ordered or weights[0].dim() != 2:
+    if call.function is not F.linear or call.args[: len(order)] != order or call.kwargs:
         return False
-    return all(bias.shape == weights[0].shape[:1] for bias in weights[1:])
+    weight, *bias = shapes
+    return len(weight) == 2 and all(shape == weight[:1] for shape in bias)
 
 
 def run_rows(
@@ -87,7 +87,7 @@ def _made(
     tensors, rows = [env[slot] for slot in call.reads], [slot in own for slot in call.reads]
     if call.function in ENTRYWISE and len(tensors) == 1:
         return [call.apply(tensors)]
-    if all(rows) and is_linear(call, [rows_of[0] for rows_of in tensors[1:]]):
+    if all(rows) and is_linear(call, [tensor.shape[1:] for tensor in tensors[1:]]):
         return [_linear(changes.get(call.reads[1]), *tensors)]
     if not call.draws and (results := _vmapped(call, tensors, rows)) is not None:
         return results

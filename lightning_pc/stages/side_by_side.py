@@ -182,7 +182,7 @@ class SideBySide(LocalErrors):
             own = own and bool(slots) and call.reads[0] in rows and call.context is None
             if not rows.isdisjoint(call.reads):
                 rows.update(call.fills)
-            if own and is_linear(call, [given[slot] for slot in slots]):
+            if own and is_linear(call, [given[slot].shape for slot in slots]):
                 parameters = [p for slot in slots for p in group.weights[slot].parameters]
                 settings = self.sgd.settings(parameters)
                 if settings is not None and all(pieces[p] == 1 for p in parameters):
