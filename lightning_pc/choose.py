@@ -11,7 +11,7 @@ from lightning_pc.settings import Settings
 from lightning_pc.stages.alike import Look, alike
 from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.graph import Graph
-from lightning_pc.stages.rows import works
+from lightning_pc.stages.rows import obstacle
 
 #: ``parallel="auto"`` takes at least so many stages side by side, of at most so many weights and
 #: value entries each.
@@ -43,14 +43,17 @@ def side_by_side(settings: Settings, batch: Batch, T: int) -> list[list[Look]]:
     groups = alike(batch, last)
     if settings.parallel == "auto":
         groups = [g for g in groups if len(g) >= FEWEST and _small(batch, g[0])]
-    groups = [group for group in groups if works(batch, group)]
+    why = [obstacle(batch, group) for group in groups]
+    groups = [group for group, met in zip(groups, why, strict=True) if not met]
     if settings.parallel is True and not groups:
+        tried = f" Tried together: {why[0]}" if why else ""
         raise ConfigError(
             "parallel=True: no two neighbouring stages run as one. They must make the same calls, "
             "on as many values and weights of equal shapes, with one value node each; without "
             "writes in place, hooks, weights that some share or autograd.Functions. Past nodes on "
             "the branches of a residual stream each stage reads one value more than the last: put "
             "the nodes on the stream (a module that adds the skip itself, value_nodes='blocks')."
+            + tried
         )
     return groups
 

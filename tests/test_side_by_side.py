@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import torch.optim.sgd as torch_sgd
 from lightning_problems import Module, data, loader
-from problems import MLP, far, twin
+from problems import MLP, Thrice, far, twin
 from torch import nn
 
 from lightning_pc import PCStrategy
@@ -81,19 +81,6 @@ class Convolutions(nn.Module):
         return self.head(F.silu(h).mean((2, 3)))
 
 
-class Repeated(nn.Module):
-    """One Linear five times: stages are alike and share their weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.shared, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
-
-    def forward(self, x):
-        for _ in range(5):
-            x = torch.tanh(self.shared(x))
-        return self.head(x)
-
-
 def deep(width=7, layers=5, f="tanh"):
     return MLP([6, *[width] * (layers + 1), 4], f)
 
@@ -140,7 +127,7 @@ MODULES = {
     "no bias": (lambda: nn.Sequential(*without_bias()), "auto"),
     "dropout": (dropped, "auto"),
     "convolutions": (Convolutions, "auto"),
-    "repeated": (Repeated, "auto"),
+    "repeated": (lambda: Thrice(5), "auto"),
     "blocks": (lambda: Stack([Block(6) for _ in range(4)]), "blocks"),
     "blocks, dropout": (lambda: Stack([Block(6, 0.2) for _ in range(4)]), "blocks"),
     "encoder": (Encoder, "blocks"),
@@ -507,6 +494,12 @@ def test_true_says_where_no_stages_are_alike():
     with pytest.raises(ConfigError, match="no two neighbouring stages run as one"):
         side_of(model, parallel=True)
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_true_says_what_the_trial_met():
+    model = made(FORMS["mean of some"])
+    with pytest.raises(ConfigError, match=r"run as one.* Tried together: RuntimeError: stack"):
+        side_of(model, parallel=True)
 
 
 @pytest.mark.parametrize("flags", [{}, {"gradient_clip_val": 0.1}])

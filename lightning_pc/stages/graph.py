@@ -68,7 +68,7 @@ class Graph:
         losses: Indices of the loss calls on which the loss depends.
         reached: First slot of a parameter -> first inference step at which an error reaches it: the
             smallest arrival of a stage that holds it; the loss's own stage has 0.
-        tried: Numbers of nodes whose pieces were run together -> whether that gives the same.
+        tried: Numbers of nodes whose pieces were run together -> why that gives something else, "".
     """
 
     expected: Expected
@@ -79,7 +79,7 @@ class Graph:
     whole: Program
     losses: list[int]
     reached: dict[int, int]
-    tried: dict[tuple[int, ...], bool] = field(default_factory=dict)
+    tried: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:

@@ -30,9 +30,8 @@ class PlainSGD:
         """That of an optimizer; None where it does more, or somebody watches its steps."""
         if type(optimizer) is not SGD or _watched(optimizer) or replaced(optimizer):
             return None
-        return (
-            None if any(group["momentum"] for group in optimizer.param_groups) else cls(optimizer)
-        )
+        momentum = any(group["momentum"] for group in optimizer.param_groups)
+        return None if momentum else cls(optimizer)
 
     def settings(self, parameters: Iterable[nn.Parameter]) -> dict[str, Any] | None:
         """The settings that parameters have in common, None where there are none."""
@@ -44,11 +43,8 @@ class PlainSGD:
         """Takes a step of those that have gradients, and returns them."""
         stepped = [p for p in parameters if p.grad is not None]
         for p in stepped:
-            keep, rate = _factors(self._groups[p])
             assert p.grad is not None
-            if keep != 1.0:
-                p.mul_(keep)
-            p.add_(p.grad, alpha=rate)
+            _descend(p, p.grad, self._groups[p])
         return stepped
 
 
@@ -56,6 +52,13 @@ def _factors(settings: dict[str, Any]) -> tuple[float, float]:
     """Of a weight and of its gradient."""
     rate, decay = float(settings["lr"]), float(settings["weight_decay"])
     return 1.0 - rate * decay, rate if settings["maximize"] else -rate
+
+
+def _descend(weight: Tensor, gradient: Tensor, settings: dict[str, Any]) -> None:
+    keep, rate = _factors(settings)
+    if keep != 1.0:
+        weight.mul_(keep)
+    weight.add_(gradient, alpha=rate)
 
 
 def known(optimizer: Optimizer | None) -> bool:
@@ -108,9 +111,7 @@ class Change:
         keep, rate = _factors(self.settings)
         self.weight.baddbmm_(self.errors.mT, self.read, beta=keep, alpha=rate)
         if self.bias is not None:
-            if keep != 1.0:
-                self.bias.mul_(keep)
-            self.bias.add_(self.errors.sum(1), alpha=rate)
+            _descend(self.bias, self.errors.sum(1), self.settings)
 
 
 class LinearRows(torch.autograd.Function):

@@ -108,6 +108,8 @@ def _vmapped(call: Call, tensors: list[Tensor], rows: list[bool]) -> list[Tensor
     _functorch._set_vmap_fallback_enabled(False)
     try:
         return list(together(*tensors))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # of one row alone it would be raised again
         return None
     finally:
@@ -124,16 +126,21 @@ def _linear(change: Change | None, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 @torch.no_grad()
-def works(batch: Batch, looks: Sequence[Look]) -> bool:
-    """Whether pieces predict together what each predicts alone; tried once for each form."""
+def obstacle(batch: Batch, looks: Sequence[Look]) -> str:
+    """Why pieces do not predict together what each predicts alone, "" where they do.
+
+    They are tried once for each form.
+    """
     tried, numbers = batch.graph.tried, tuple(n for look in looks for n in look.piece.nodes)
     if numbers not in tried:
         drawn = batch.drawn()
         try:
             _try(batch, looks)
-            tried[numbers] = True
-        except Exception:  # alone they run, and that is what counts
-            tried[numbers] = False
+            tried[numbers] = ""
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # alone they run; parallel=True tells it
+            tried[numbers] = f"{type(error).__name__}: {error}"
         for generator in drawn:
             generator.again()
     return tried[numbers]
