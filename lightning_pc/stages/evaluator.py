@@ -60,8 +60,7 @@ class Evaluator:
     steady: bool = False
 
     def __post_init__(self) -> None:
-        self.graph = self.batch.graph
-        self.nodes = self.batch.nodes
+        self.nodes, self.graph = self.batch.nodes, self.batch.graph
         self.loss = self.batch.loss.detach()
         dtype = torch.promote_types(self.loss.dtype, torch.float32)
         self._zero = self.loss.new_zeros((), dtype=dtype)

@@ -3,7 +3,7 @@
     python -m recipes.efficiency.side_by_side --write recipes/efficiency/side_by_side.json
 
 Processor time of one thread. Both learn a batch in turn, round after round; the median of the
-rounds' ratios is told. T is one more than there are nodes, so that errors reach all of them.
+rounds' ratios is told. T is two more than there are nodes, so that errors reach all of them.
 """
 
 from __future__ import annotations
