@@ -71,6 +71,25 @@ def test_what_has_risen(seed):
     assert of([1.0] * MANY + [1.1] * 300) is not None
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_rise_below_the_noise_of_a_batch(seed):
+    """All batches together tell it: 7 standard errors after 600."""
+    assert of(2.0 + w + 0.001 * n for n, w in enumerate(noise(600, seed, 0.6))) is not None
+
+
+def test_a_line_by_least_squares():
+    trend, losses = Trend(), noise(50, 0)
+    for loss in losses:
+        trend.take_in(loss)
+    numbers = torch.arange(50.0, dtype=torch.float64)
+    ones = torch.stack([torch.ones(50, dtype=torch.float64), numbers], 1)
+    y = torch.tensor(losses, dtype=torch.float64)
+    inverse = torch.linalg.inv(ones.T @ ones)
+    fit = inverse @ ones.T @ y
+    error = ((y - ones @ fit).square().sum() / 48 * inverse[1, 1]).sqrt()
+    assert trend._line() == pytest.approx((float(fit[1]), float(error)), rel=1e-9)
+
+
 def test_it_rises_on_end():
     assert of([1.0] * MANY + ([2.0] * 8 + [0.0] * 30) * 5) is None
 
