@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_pc.errors import require, shown
+from lightning_pc.errors import refuse, require, shown
 from lightning_pc.plots import plot_history
 from lightning_pc.precisions import is_number
 from lightning_pc.refusals import at_the_door
-from lightning_pc.settings import refuse
 from lightning_pc.strategy import PCStrategy
 
 #: Pictures that it can save.

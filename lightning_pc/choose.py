@@ -1,15 +1,18 @@
-"""Which mover moves the values, and which stages run as one, by the settings and the graph."""
+"""How values move and how stages run, by the settings and the graph."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lightning_pc.errors import ConfigError
 from lightning_pc.inference.conjugate import Conjugate
-from lightning_pc.inference.curvature import START
+from lightning_pc.inference.curvature import START, AutoGamma
 from lightning_pc.inference.movers import Descent, Mover, OptimizerMover, PassingOn
 from lightning_pc.inference.schedules import schedule
 from lightning_pc.settings import Settings
 from lightning_pc.stages.alike import Look, alike
 from lightning_pc.stages.batch import Batch
+from lightning_pc.stages.compiled import Compiler
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.rows import obstacle
 
@@ -28,6 +31,21 @@ def mover_of(settings: Settings, graph: Graph) -> Mover:
     if settings.mover != "plain":
         return Conjugate(gamma, decay)
     return Descent(gamma, decay, float(settings.momentum or 0.0))
+
+
+def auto_of(settings: Settings) -> AutoGamma | None:
+    """What chooses gamma, None where it is given."""
+    if settings.fixed_gamma is not None or settings.inference is not None:
+        return None
+    way = schedule(settings.algorithm)
+    return AutoGamma(way.aim, *way.band, weighs=settings.chosen_beta == "auto")
+
+
+def compiler_of(settings: Settings, tell: Callable[[str], None]) -> Compiler | None:
+    """What compiles inference steps, where it is asked for; takes what the user is told."""
+    if not settings.compile:
+        return None
+    return Compiler({} if settings.compile is True else settings.compile, tell)
 
 
 def side_by_side(settings: Settings, batch: Batch, T: int) -> list[list[Look]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 FLOAT16 = (
     "{} does not train in float16: prediction errors fall below its range, and a gradient scaler "
@@ -49,6 +49,13 @@ def shown(given: object) -> str:
     text = repr(given)
     short = isinstance(given, str) or (len(text) <= 80 and "\n" not in text)
     return text if short else f"<{type(given).__name__}>"
+
+
+def refuse(told: Mapping[str, object]) -> None:
+    """Raises the first message that holds, as a ConfigError: message -> whether it holds."""
+    for message, holds in told.items():
+        if holds:
+            raise ConfigError(message)
 
 
 def require(kind: type, given: object, expected: str) -> None:

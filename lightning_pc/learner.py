@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_pc.choose import mover_of, side_by_side
+from lightning_pc.choose import auto_of, compiler_of, mover_of, side_by_side
 from lightning_pc.errors import ClosureError, DivergenceError
-from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule, schedule
@@ -64,6 +64,7 @@ class Learner:
         report: What the last step did.
         values: Node name -> value of the last batch, [B, *]; none of those that T never reaches.
         auto, alerts: Chooses gamma, None where it is given; tells the user.
+        compiler: Compiles inference steps, None where they run as they are.
     """
 
     def __init__(
@@ -74,10 +75,7 @@ class Learner:
         self._kind: type[Evaluator] = ThroughErrors if self.schedule.through else LocalErrors
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
-        self.auto: AutoGamma | None = None
-        if settings.fixed_gamma is None and settings.inference is None:
-            weighs = settings.chosen_beta == "auto"
-            self.auto = AutoGamma(self.schedule.aim, *self.schedule.band, weighs=weighs)
+        self.auto = auto_of(settings)
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
         # One wave, and error coordinates, are exact for energies of x - mu alone.
         gaussian = self.schedule.wave or self.schedule.through
@@ -91,6 +89,7 @@ class Learner:
         )
         self._waiting: _Waiting | None = None
         self.alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
+        self.compiler = compiler_of(settings, partial(self.alerts.say, "compile"))
         self._age = 0  # inference steps that kept values have behind them
         self._kept: Mover | None = None  # who moves them
 
@@ -194,6 +193,8 @@ class Learner:
         evaluator = self._kind(*given)
         if waiting.alike:
             evaluator = SideBySide(*given, waiting.alike, self.optimizer, sgd)
+        if self.compiler is not None:
+            self.compiler.take(evaluator)
         try:
             with torch.autocast(waiting.batch.loss.device.type, enabled=False):
                 return self._infer(evaluator, waiting, seed, update)
@@ -276,7 +277,7 @@ class Learner:
             if not inference.relax():
                 raise divergence(inference)
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
-        self.report = make_report(phases, learnable)
+        self.report = make_report(phases, learnable, str(self.compiler or ""))
         self.alerts.after(inference, self.report)
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.

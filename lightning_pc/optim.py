@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_pc.errors import ClosureError, ConfigError, PCError, misfit, require
+from lightning_pc.errors import ClosureError, ConfigError, PCError, misfit, refuse, require
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
-from lightning_pc.settings import Settings, refuse, refuse_unknown
+from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.stages.in_place import PlainSGD
 
 #: Where an optimizer's state dict holds the learner's.

@@ -13,9 +13,8 @@ from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_pc.errors import FLOAT16, ConfigError, PCError
+from lightning_pc.errors import FLOAT16, ConfigError, PCError, refuse
 from lightning_pc.inference.schedules import SCHEDULES
-from lightning_pc.settings import refuse
 
 
 @contextmanager

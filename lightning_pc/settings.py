@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from inspect import signature
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, optim
 from torch.optim import Optimizer
 
-from lightning_pc.errors import ConfigError, misfit, shown
+from lightning_pc.errors import ConfigError, misfit, refuse, shown
 from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.schedules import Moves, schedule
 from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.placement import Entry
 from lightning_pc.precisions import Constant, Precisions, is_number, plain, precisions
+from lightning_pc.stages.compiled import check_options
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ class Settings:
             numbers are the same but for rounding. For pc, and ipc with a given gamma. Meanwhile the
             weights of such stages are there twice. In plain PyTorch, where the optimizer is SGD
             without momentum and hooks, linear layers then learn without stored gradients.
+        compile: Inference steps are compiled: True, or a dict of arguments of `torch.compile`. Each
+            kind of step (which errors stand, who moves) is compiled when it is met for the second
+            time. The numbers are the same but for rounding. Where a call draws (dropout) or has a
+            hook, or there is no compiler, steps run as they are, and a warning says so. For pc, and
+            ipc with a given gamma.
         until: T is the most. Once errors have reached all nodes, and F has changed by no more than
             this share of itself at each of two steps on end, the next step is the last. So no count
             says when weights learn. None for T steps.
@@ -99,6 +105,7 @@ class Settings:
     beta: float | tuple[float, ...] | Literal["auto"] | None = None
     inference: Callable[[list[Tensor]], Optimizer] | None = None
     parallel: bool | Literal["auto"] = "auto"
+    compile: bool | dict[str, Any] = False
     until: float | None = None
 
     def __post_init__(self) -> None:
@@ -187,7 +194,10 @@ class Settings:
             ),
         }
         refuse(refused)
+        apart = self.apart
         refuse({f"parallel=True: {self.one_by_one}": self.parallel is True and self.one_by_one})
+        refuse({f"compile={shown(self.compile)}: {apart}": self.compile and apart})
+        check_options(self.compile)
         softmax_energy(self.softmax_energy, -1)
 
     @property
@@ -228,18 +238,23 @@ class Settings:
         return schedule(self.algorithm).mover if own else "plain"
 
     @cached_property
-    def one_by_one(self) -> str:
-        """Why stages cannot run side by side, "" where they may."""
+    def apart(self) -> str:
+        """Why stages do not run at once, each by itself, "" where they do."""
         way, why = schedule(self.algorithm), ""
         if way.through:
             why = f"{self.algorithm} sends gradients from stage to stage. Use 'ipc' or 'pc'."
         elif way.wave or precisions(self.precisions).wave:
             why = "one stage runs at a time. Use 'ipc' or 'pc' with constant precisions."
-        elif self.inference is not None:
-            why = "inference= may treat each value by itself. Use gamma and momentum."
         elif self.mover == "passing on":
             why = "values of ipc follow one another where gamma is automatic. Give gamma a number."
         return why
+
+    @cached_property
+    def one_by_one(self) -> str:
+        """Why stages cannot run side by side, "" where they may."""
+        if self.inference is not None and not self.apart:
+            return "inference= may treat each value by itself. Use gamma and momentum."
+        return self.apart
 
     @cached_property
     def chosen_decay(self) -> float:
@@ -252,13 +267,6 @@ class Settings:
 
 #: Arguments of earlier versions and what to write instead.
 _GONE = {"nudging": "beta=0.3 (positive), beta=-0.3 (negative), beta=(0.3, -0.3) (centered)"}
-
-
-def refuse(told: Mapping[str, object]) -> None:
-    """Raises the first message that holds, as a ConfigError: message -> whether it holds."""
-    for message, holds in told.items():
-        if holds:
-            raise ConfigError(message)
 
 
 def refuse_unknown(door: str, given: Iterable[str], algorithm: bool = True) -> None:

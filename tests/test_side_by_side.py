@@ -3,171 +3,33 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torch.optim.sgd as torch_sgd
 from lightning_problems import Module, data, loader
-from problems import MLP, Thrice, far, twin
+from problems import MLP, far, twin
+from stacks import (
+    CLOSE,
+    MODULES,
+    OPTIMIZERS,
+    adamw,
+    batches,
+    count_gradients,
+    deep,
+    made,
+    sgd,
+    train,
+)
 from torch import nn
 
 from lightning_pc import PCStrategy
-from lightning_pc.errors import ConfigError, DivergenceError
+from lightning_pc.errors import ConfigError
 from lightning_pc.optim import IPC, PC, PredictiveCoding
 
-# Ten batches of float64, 50 steps of weights and more with ipc. A batched product adds up in
-# another order, 1e-16 of an entry. Adam divides small gradients by their own size, and conjugate
-# gradients divide by small changes, which behind rectifiers are not smooth.
-CLOSE = 1e-9
 pytestmark = pytest.mark.filterwarnings("ignore:T=5 inference steps never reach")
-
-
-class Block(nn.Module):
-    def __init__(self, width, dropout=0.0):
-        super().__init__()
-        self.norm, self.a = nn.LayerNorm(width), nn.Linear(width, 2 * width)
-        self.b, self.drop = nn.Linear(2 * width, width), nn.Dropout(dropout)
-
-    def forward(self, x):
-        return x + self.drop(self.b(F.gelu(self.a(self.norm(x)))))
-
-
-class Stack(nn.Module):
-    """Blocks behind a stem, with a head."""
-
-    def __init__(self, blocks, width=6, outputs=4):
-        super().__init__()
-        self.stem, self.blocks = nn.Linear(6, width), nn.ModuleList(blocks)
-        self.head = nn.Linear(width, outputs)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-class Encoder(nn.Module):
-    """torch's own transformer blocks over six tokens of one number."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.stem, self.head = nn.Linear(1, 8), nn.Linear(8, 4)
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 12, dropout, batch_first=True) for _ in range(4)
-        )
-
-    def forward(self, x):
-        x = self.stem(x.unsqueeze(-1))
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x.mean(1))
-
-
-class Convolutions(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layers = [nn.Conv2d(1, 4, 3, padding=1)]
-        for _ in range(4):
-            layers += [nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)]
-        self.layers, self.head = nn.Sequential(*layers), nn.Linear(4, 4)
-
-    def forward(self, x):
-        h = self.layers(x[:, :4].view(-1, 1, 2, 2))
-        return self.head(F.silu(h).mean((2, 3)))
-
-
-def deep(width=7, layers=5, f="tanh"):
-    return MLP([6, *[width] * (layers + 1), 4], f)
-
-
-def dropped():
-    layers = [nn.Linear(6, 7)]
-    for _ in range(4):
-        layers += [nn.Tanh(), nn.Dropout(0.3), nn.Linear(7, 7)]
-    return nn.Sequential(*layers, nn.GELU(), nn.Linear(7, 4))
-
-
-class Towers(nn.Module):
-    """Two chains of equal layers from one value; then others of the same width."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Linear(6, 7), nn.Linear(7, 4)
-        for name in "abc":
-            setattr(self, name, nn.ModuleList(nn.Linear(7, 7) for _ in range(4)))
-
-    def forward(self, x):
-        h = left = right = self.stem(x)
-        for a, b in zip(self.a, self.b, strict=True):
-            left, right = a(torch.tanh(left)), b(torch.sigmoid(right))
-        h = left + right
-        for c in self.c:
-            h = c(F.silu(h))
-        return self.head(F.gelu(h))
-
-
-def two_kinds():
-    layers = [nn.Linear(6, 7)]
-    for f in (nn.Tanh, nn.SiLU):
-        for _ in range(4):
-            layers += [f(), nn.Linear(7, 7)]
-    return nn.Sequential(*layers, nn.GELU(), nn.Linear(7, 4))
-
-
-MODULES = {
-    "two kinds": (two_kinds, "auto"),
-    "towers": (Towers, "auto"),
-    "tanh": (deep, "auto"),
-    "gelu": (lambda: deep(f="gelu"), "auto"),
-    "no bias": (lambda: nn.Sequential(*without_bias()), "auto"),
-    "dropout": (dropped, "auto"),
-    "convolutions": (Convolutions, "auto"),
-    "repeated": (lambda: Thrice(5), "auto"),
-    "blocks": (lambda: Stack([Block(6) for _ in range(4)]), "blocks"),
-    "blocks, dropout": (lambda: Stack([Block(6, 0.2) for _ in range(4)]), "blocks"),
-    "encoder": (Encoder, "blocks"),
-    "encoder, dropout": (lambda: Encoder(0.2), "blocks"),
-}
-
-
-def without_bias():
-    yield nn.Linear(6, 7)
-    for _ in range(5):
-        yield from (nn.SiLU(), nn.Linear(7, 7, bias=False))
-    yield from (nn.Tanh(), nn.Linear(7, 4))
-
-
-def batches(n, size=5):
-    torch.manual_seed(5)
-    return [(torch.randn(size, 6).double(), torch.randint(0, 4, (size,))) for _ in range(n)]
-
-
-def made(make, seed=0):
-    torch.manual_seed(seed)
-    return make().double().train()
-
-
-def train(model, door, optimizer, steps=10, **settings):
-    """Trains; returns the door."""
-    pc = door(optimizer(model.parameters()), model, **settings)
-    torch.manual_seed(3)
-    for x, y in batches(steps):
-        pc.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
-    return pc
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, 1e-3)
-
-
-def sgd(parameters):
-    return torch.optim.SGD(parameters, 0.02)
-
 
 ROWS = {
     "ipc, SGD": (IPC, sgd, {"gamma": 0.3}),
@@ -232,64 +94,11 @@ def test_steps_in_place_are_those_of_sgd(kind, monkeypatch):
     assert stored[0] < count_of(one, optimizer) / 2
 
 
-def count_gradients(monkeypatch):
-    """How many parameters torch's SGD was given gradients of."""
-    found, step = [0], torch_sgd.sgd
-
-    def counted(params, grads, *args, **kwargs):
-        found[0] += len(grads)
-        return step(params, grads, *args, **kwargs)
-
-    monkeypatch.setattr(torch_sgd, "sgd", counted)
-    return found
-
-
 def count_of(model, optimizer):
     with pytest.MonkeyPatch.context() as patch:
         found = count_gradients(patch)
         train(twin(model), IPC, optimizer, parallel=False, gamma=0.3, T=20)
     return found[0]
-
-
-def groups(parameters):
-    first, *others = parameters
-    fast = {"params": others[4:8], "lr": 0.03}
-    return torch.optim.SGD([{"params": [first, *others[:4], *others[8:]]}, fast], 0.01)
-
-
-def watched(parameters):
-    optimizer = torch.optim.SGD(parameters, 0.02)
-    optimizer.register_step_pre_hook(_halve)
-    return optimizer
-
-
-def _halve(optimizer, args, kwargs):
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                p.grad *= 0.5
-
-
-class Replaces(torch.optim.Optimizer):
-    """Puts other memory in a parameter's place."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {})
-
-    def step(self, closure=None):
-        for p in self.param_groups[0]["params"]:
-            if p.grad is not None:
-                p.data = p.data - 0.02 * p.grad
-
-
-OPTIMIZERS = {
-    "two rates": groups,
-    "hooks": watched,
-    "momentum": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
-    "replaces": Replaces,
-    "fused": lambda p: torch.optim.AdamW(p, 1e-3, fused=True),
-    "foreach": lambda p: torch.optim.Adam(p, 1e-3, foreach=True),
-}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -311,136 +120,6 @@ def test_an_optimizer_of_some_parameters():
     left = [*side.parameters()][5]
     assert torch.equal(left, [*start.parameters()][5])
     torch.testing.assert_close(left.grad, [*one.parameters()][5].grad)
-
-
-def memories(model):
-    return [(p.data_ptr(), p.stride(), p.untyped_storage().nbytes()) for p in model.parameters()]
-
-
-@pytest.mark.parametrize("door", [IPC, PC])
-def test_weights_are_in_their_own_memory_afterwards(door, tmp_path):
-    model = made(deep)
-    before, objects = memories(model), [*map(id, model.parameters())]
-    pc = train(model, door, sgd, 2, parallel=True, gamma=0.3)
-    assert pc.report.side_by_side
-    assert memories(model) == before
-    assert [*map(id, model.parameters())] == objects
-    torch.save(model[2].state_dict(), tmp_path / "layer.pt")
-    alone = nn.Linear(7, 7).double()
-    torch.save(alone.state_dict(), tmp_path / "alone.pt")
-    assert (tmp_path / "layer.pt").stat().st_size == (tmp_path / "alone.pt").stat().st_size
-
-
-def test_also_after_a_divergence():
-    model = made(deep)
-    before = memories(model)
-    pc = IPC(torch.optim.SGD(model.parameters(), 1e9), model, parallel=True, gamma=0.5, T=30)
-    x, y = batches(1)[0]
-
-    def on():
-        for _ in range(30):
-            pc.step(lambda: F.cross_entropy(model(x), y))
-
-    with pytest.raises(DivergenceError, match=r"At inference step t = \d+ .*'\d+'"):
-        on()
-    assert memories(model) == before
-
-
-# What users do to weights between steps --------------------------------------------------------
-
-
-def assign(model, draw):
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_state_dict(state, assign=True)
-
-
-def load(model, draw):
-    model.load_state_dict({n: v + 0.01 * draw.random() for n, v in model.state_dict().items()})
-
-
-def there_and_back(model, draw):
-    model.float().double()
-
-
-def replace(model, draw):
-    for p in model.parameters():
-        p.data = p.data.clone() + 0.01
-
-
-def freeze(model, draw):
-    for p in draw.choice(linears(model)).parameters():
-        p.requires_grad_(not p.requires_grad)
-
-
-def tie(model, draw):
-    like = [m for m in linears(model) if m.in_features == m.out_features]
-    a, b = draw.sample(like, 2)
-    a.weight = b.weight
-
-
-def share_memory(model, draw):
-    like = [m for m in linears(model) if m.in_features == m.out_features]
-    a, b = draw.sample(like, 2)
-    if a.weight is not b.weight:
-        a.weight.data = b.weight.data
-
-
-def hook(model, draw):
-    draw.choice(linears(model)).weight.register_hook(lambda gradient: 0.5 * gradient)
-
-
-def transpose(model, draw):
-    layer = draw.choice(linears(model))
-    layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
-def nothing(model, draw):
-    pass
-
-
-CHANGES = [assign, load, there_and_back, replace, freeze, tie, share_memory, hook, transpose]
-
-
-def linears(model):
-    return [module for module in model if isinstance(module, nn.Linear)]
-
-
-@pytest.mark.parametrize("seed", range(50))
-def test_weights_never_go_stale(seed):
-    draw = random.Random(seed)
-    width, layers = draw.choice([3, 6]), draw.choice([6, 8])
-    kind = draw.choice(["sgd", "momentum", "adam"])
-    changes = [draw.choice([nothing, *CHANGES]) for _ in range(6)]
-    trained = []
-    for parallel in (False, True):
-        chosen = random.Random(seed)
-        model = made(lambda: deep(width, layers), seed)
-        for t, (x, y) in enumerate(batches(6)):
-            # An optimizer is made anew, since some changes replace the parameters.
-            optimizer = {
-                "sgd": lambda p: torch.optim.SGD(p, 0.02, weight_decay=0.01),
-                "momentum": lambda p: torch.optim.SGD(p, 0.02, momentum=0.5),
-                "adam": lambda p: torch.optim.AdamW(p, 1e-3),
-            }[kind](model.parameters())
-            pc = IPC(optimizer, model, gamma=0.3, T=11, parallel="auto" if parallel else False)
-            for _ in range(2):
-                pc.step(lambda: F.cross_entropy(model(x), y))  # noqa: B023
-            changes[t](model, chosen)
-            if chosen.random() < 0.3:
-                model = copy.deepcopy(model)
-        trained.append(model)
-    assert far(trained[1], trained[0])[0] < CLOSE
-
-
-def test_a_hook_on_a_parameter_runs_as_often():
-    counts = []
-    for parallel in (False, "auto"):
-        model, seen = made(lambda: deep(layers=8)), []
-        model[4].weight.register_hook(seen.append)
-        model[6].bias.register_post_accumulate_grad_hook(seen.append)
-        train(model, IPC, sgd, 3, parallel=parallel, gamma=0.3)
-        counts.append(len(seen))
-    assert counts[0] == counts[1] > 0
 
 
 # Where, and where not ---------------------------------------------------------------------------
@@ -648,73 +327,6 @@ def test_an_automatic_gamma_is_the_same(door, how):
         moved = far(model, made(lambda: deep(layers=9), 1))[0]
         found.append((pc.report.gamma, pc.report.curvature, moved))
     assert found[1] == pytest.approx(found[0], rel=1e-9)
-
-
-def test_a_weight_that_is_not_contiguous_and_a_fused_optimizer():
-    trained = []
-    for parallel in (False, "auto"):
-        model = made(lambda: deep(layers=8))
-        for layer in linears(model):
-            layer.weight.data = layer.weight.data.t().contiguous().t()
-        train(model, IPC, OPTIMIZERS["fused"], 4, parallel=parallel, gamma=0.3)
-        trained.append(model)
-    assert far(trained[1], trained[0], entry=0.01)[0] < CLOSE
-
-
-def clips(parameters):
-    parameters = [*parameters]
-    optimizer = torch.optim.SGD(parameters, 0.02)
-    step = optimizer.step
-
-    def clipped(closure=None):
-        nn.utils.clip_grad_norm_(parameters, 0.01)
-        return step(closure)
-
-    optimizer.step = clipped
-    return optimizer
-
-
-class Keeps(torch.optim.Optimizer):
-    """Holds on to a parameter's memory."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {})
-        self.memories = [p.data for p in self.param_groups[0]["params"]]
-
-    def step(self, closure=None):
-        for p, memory in zip(self.param_groups[0]["params"], self.memories, strict=True):
-            if p.grad is not None:
-                memory.sub_(p.grad, alpha=0.02)
-
-
-@pytest.mark.parametrize("optimizer", [clips, Keeps])
-def test_an_optimizer_with_ways_of_its_own(optimizer):
-    one, side = made(deep), made(deep)
-    train(one, IPC, optimizer, 4, parallel=False, gamma=0.3)
-    assert train(side, IPC, optimizer, 4, parallel=True, gamma=0.3).report.side_by_side
-    assert far(side, one)[0] < CLOSE
-
-
-def test_a_scheduler_of_the_rate_leaves_steps_in_place(monkeypatch):
-    def optimizer(parameters):
-        made = torch.optim.SGD(parameters, 0.01)
-        torch.optim.lr_scheduler.StepLR(made, 1)
-        return made
-
-    stored = count_gradients(monkeypatch)
-    train(made(deep), IPC, optimizer, parallel=True, gamma=0.3, T=20)
-    assert stored[0] < 200
-
-
-def test_kept_values_leave_nothing_behind():
-    model = made(lambda: deep(layers=8))
-    how = {"reset": "never", "momentum": "conjugate", "gamma": 0.2, "T": 2}
-    pc = PC(sgd(model.parameters()), model, **how)
-    x, y = batches(1)[0]
-    for _ in range(8):
-        pc.step(lambda: F.cross_entropy(model(x), y))
-    assert pc.report.side_by_side
-    assert len(pc._learner._kept._moving) <= 4
 
 
 def test_one_that_differs_parts_a_group():

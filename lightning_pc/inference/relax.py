@@ -193,7 +193,8 @@ class Inference:
         try:
             evaluate = partial(self.evaluator, everything)
             apart = self.auto is not None and self.auto.weighs
-            return largest_curvature(nodes, evaluate, 1.0 / asked.scale, seed, fine, reach, apart)
+            scale = self.terms * self.beta / self.seed
+            return largest_curvature(nodes, evaluate, scale, seed, fine, reach, apart)
         finally:
             for node, weight in zip(each, weights, strict=True):
                 node.weight = weight

@@ -207,7 +207,7 @@ def explain(report: Any) -> str:
         ("Parameters that did not learn", idle),
     ):
         lines += [f"{what}: {_some(names)}."] if names else []
-    lines += [told] if (told := str(report.trend)) else []
+    lines += [told for told in (report.compiled, str(report.trend)) if told]
     verdicts = {
         "nodes unreached": silent and idle,  # a unit that is off is silent, too
         "weights explain noise": report.trend.risen and _explains(report),

@@ -47,6 +47,7 @@ class StepReport:
             (0, 1]; values that stayed are left out. Only in ipc with gamma="auto".
         side_by_side: Node names of each group of stages that run as one (``parallel=``), as soon as
             errors stand at them.
+        compiled: What is compiled (``compile=``), and how long that took; "" of nothing.
         learned: Parameter name -> number of updates it took part in.
     """
 
@@ -63,6 +64,7 @@ class StepReport:
     momentum: float | Literal["conjugate"] = 0.0
     followed: dict[str, float] = field(default_factory=dict)
     side_by_side: list[list[str]] = field(default_factory=list)
+    compiled: str = field(repr=False, default="")
     learned: dict[str, int] = field(repr=False, default_factory=dict)
     trend: Trend = field(repr=False, default_factory=Trend)
     rounding: float = field(repr=False, default=0.0)
@@ -102,7 +104,9 @@ class StepReport:
         return loss * torch.tensor(self.pulls, dtype=loss.dtype) + self.energy.sum(1)
 
 
-def make_report(phases: Sequence[Inference], learnable: Mapping[str, nn.Parameter]) -> StepReport:
+def make_report(
+    phases: Sequence[Inference], learnable: Mapping[str, nn.Parameter], compiled: str = ""
+) -> StepReport:
     """Of a batch that was inferred in ``phases``; the optimizer's parameters by name."""
     inference, traces = phases[-1], [phase.trace for phase in phases]
     batch, auto, mover = inference.evaluator.batch, inference.auto, inference.mover
@@ -128,6 +132,7 @@ def make_report(phases: Sequence[Inference], learnable: Mapping[str, nn.Paramete
             for node in inference.evaluator.nodes
             if isinstance(node, NodeRows)
         ],
+        compiled=compiled,
         learned={  # the last update is still to come
             name: inference.updates[id(p)] + (p.grad is not None) for name, p in learnable.items()
         },

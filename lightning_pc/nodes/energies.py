@@ -43,7 +43,7 @@ class Energy(ABC):
     masks: ClassVar[bool] = True
 
     @abstractmethod
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         """Energy and gradients of one inference step.
 
         Args:
@@ -54,7 +54,7 @@ class Energy(ABC):
         """
 
     def evaluate_rows(
-        self, x: Tensor, mu: Tensor, scale: float, weights: Sequence[float]
+        self, x: Tensor, mu: Tensor, scale: float | Tensor, weights: Sequence[float]
     ) -> Slopes:
         """That of ``n`` nodes at once.
 
@@ -84,7 +84,7 @@ class Gaussian(Energy):
     masks = False
 
     @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         error = self._error(x, mu)
         flat = error.flatten()
         total = torch.dot(flat, flat).mul_(0.5 * weight)
@@ -92,7 +92,7 @@ class Gaussian(Energy):
 
     @override
     def evaluate_rows(
-        self, x: Tensor, mu: Tensor, scale: float, weights: Sequence[float]
+        self, x: Tensor, mu: Tensor, scale: float | Tensor, weights: Sequence[float]
     ) -> Slopes:
         if len({*weights}) > 1:
             return super().evaluate_rows(x, mu, scale, weights)
@@ -132,7 +132,7 @@ class Categorical(Energy):
         self.dim = dim
 
     @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float, weight: float = 1.0) -> Slopes:
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         masked = mu <= torch.finfo(mu.dtype).min / 2
         log_p = torch.log_softmax(x, self.dim)
         log_q = torch.log_softmax(mu.to(x.dtype), self.dim)

@@ -71,7 +71,7 @@ class Node:
         """Each node with its part of a tensor as large as ``x``."""
         return [(self, rows)]
 
-    def evaluate(self, mu: Tensor, scale: float) -> Slopes:
+    def evaluate(self, mu: Tensor, scale: float | Tensor) -> Slopes:
         """The energy and its gradients at a prediction, which the value follows first.
 
         Args:
@@ -152,7 +152,7 @@ class NodeRows(Node):
             made.velocity = torch.stack(each)
         return made
 
-    def evaluate_some(self, part: slice, mu: Tensor, scale: float, moves: bool) -> Tensor:
+    def evaluate_some(self, part: slice, mu: Tensor, scale: float | Tensor, moves: bool) -> Tensor:
         """Some members' energies at their predictions [n, B, *]; gradients where it ``moves``.
 
         Returns:
@@ -195,9 +195,3 @@ class NodeRows(Node):
         """Leaves its velocity to the members, for values that are kept."""
         for member, row in self.parts(self.velocity) if self.velocity is not None else ():
             member.velocity = row
-
-    @override
-    def forget(self) -> None:
-        super().forget()
-        for member in self.members:
-            member.forget()

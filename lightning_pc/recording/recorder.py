@@ -100,9 +100,9 @@ class Recorder(Slots, TorchFunctionMode):
             return output
         if weights and all(any(r is t for t in tensors) for r in tensors_in(output)):
             return output
-        if draws and not traits.draws:
+        if draws:  # dropout of nothing does not
             draws = tuple(d for d in draws if not torch.equal(d.state, d.generator.get_state()))
-            traits.draws = bool(draws)
+            traits.draws = traits.draws or bool(draws)
         traits.writes = traits.writes or bool(rewritten)
         results = [output] if isinstance(output, Tensor) else tensors_in(output)
         if not rewritten and not [t for t in results if t.requires_grad or is_continuous(t)]:

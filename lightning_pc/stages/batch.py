@@ -77,7 +77,7 @@ class Batch:
 def memory_of(tensor: Tensor) -> int:
     """Tells tensors apart that have no memory in common."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse, nested
         return id(tensor)
 

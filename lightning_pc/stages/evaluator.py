@@ -32,7 +32,7 @@ class Asked:
         learns: Gradients of the parameters.
         last: The parameters that no optimizer of ours moves gain theirs as well.
         root: Factor of the loss in parameter gradients, 0 for a loss that does not count.
-        scale: Factor from an energy's gradient to the parameters'.
+        scale: Factor from an energy's gradient to the parameters', maybe a tensor [].
     """
 
     t: int
@@ -40,7 +40,7 @@ class Asked:
     learns: bool
     last: bool
     root: float
-    scale: float
+    scale: float | Tensor
 
 
 @dataclass(eq=False)

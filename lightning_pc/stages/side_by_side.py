@@ -9,7 +9,8 @@ its own memory again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -19,99 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pc.nodes.node import Node, NodeRows
+from lightning_pc.nodes.node import NodeRows
 from lightning_pc.recording.calls import Environment
 from lightning_pc.stages.alike import Look
 from lightning_pc.stages.evaluator import Asked
+from lightning_pc.stages.groups import Group, Weights
 from lightning_pc.stages.in_place import Change, PlainSGD, known
-from lightning_pc.stages.local import LocalErrors
+from lightning_pc.stages.local import Key, LocalErrors
 from lightning_pc.stages.rows import is_linear, run_rows
-
-
-class Weights:
-    """Like parameters of alike pieces, in the rows of one tensor.
-
-    Args:
-        parameters: One of each piece.
-        moving: Whether the optimizer moves it, of each.
-
-    Attributes:
-        rows: [n, *].
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], moving: list[bool]) -> None:
-        self.parameters, self.moving = parameters, moving
-        self.rows = torch.stack([p.detach() for p in parameters])
-        self._memories: list[Tensor] = []
-
-    def stand(self) -> None:
-        """The parameters are views of the rows, until `put_back`."""
-        self._memories = [p.data for p in self.parameters]
-        for parameter, row in zip(self.parameters, self.rows.unbind(), strict=True):
-            parameter.data = row
-
-    def follow(self) -> None:
-        """Takes in what is not in the rows: they do not stand there, or were replaced."""
-        start, size = self.rows.data_ptr(), self.rows.stride(0) * self.rows.element_size()
-        for number, parameter in enumerate(self.parameters):
-            if parameter.data_ptr() != start + number * size:
-                row = self.rows[number].copy_(parameter.data)
-                parameter.data = row if self._memories else parameter.data
-
-    def put_back(self) -> None:
-        """The parameters are in their own memory again."""
-        for parameter, memory in zip(self.parameters, self._memories, strict=False):
-            parameter.data = memory.copy_(parameter.data)
-        self._memories = []
-
-    def learn(self, part: slice, gradients: Tensor, last: bool) -> None:
-        """Adds gradients [n, *] of some to theirs; in the ``last`` evaluation to all."""
-        rows = zip(self.parameters[part], self.moving[part], gradients.unbind(), strict=True)
-        for parameter, moves, gradient in rows:
-            if moves or last:
-                _add(parameter, gradient)
-
-
-@dataclass(eq=False)
-class Group:
-    """Alike pieces of a batch, made ready to run as one. Slots are those of the first piece.
-
-    Attributes:
-        looks: Of the pieces, in call order.
-        nodes: What they predict.
-        read: Slot of a value -> the node of each piece.
-        chained: Slot of values that stand in a row already -> these, [n, B, *].
-        weights: Slot of a weight -> those of all.
-        constants: Slot -> what each piece has of its own, [n, *].
-        shared: Slot -> what is the same for all.
-        linear: Slots of a linear layer's weight and bias -> the optimizer's settings of both, where
-            its steps can be made in place.
-    """
-
-    looks: list[Look]
-    nodes: NodeRows
-    read: dict[int, list[Node]] = field(default_factory=dict)
-    chained: dict[int, Tensor] = field(default_factory=dict)
-    weights: dict[int, Weights] = field(default_factory=dict)
-    constants: dict[int, Tensor] = field(default_factory=dict)
-    shared: dict[int, Tensor] = field(default_factory=dict)
-    linear: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
-
-    def pass_on(self, slot: int, part: slice, gradients: Tensor) -> None:
-        """Adds the gradients of values that some of the pieces read, [n, B, *], to theirs."""
-        nodes, start = self.read[slot][part], part.start
-        if slot not in self.chained:
-            for node, gradient in zip(nodes, gradients.unbind(), strict=True):
-                _add(node.x, gradient)
-            return
-        if not start:
-            _add(nodes[0].x, gradients[0])
-            start, gradients = 1, gradients[1:]
-        self.nodes.slope()[start - 1 : part.stop - 1].add_(gradients)
-
-
-def _add(tensor: Tensor, gradient: Tensor) -> None:
-    tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
 
 
 @dataclass(eq=False)
@@ -137,7 +53,7 @@ class SideBySide(LocalErrors):
         self.nodes = [*dict.fromkeys(of.get(node, node) for node in self.batch.nodes)]
         self._grouped = {look.piece for group in self.groups for look in group.looks}
         self._weights = [w for group in self.groups for w in group.weights.values()]
-        self._changes: list[tuple[Change, list[nn.Parameter]]] = []
+        self._changes: dict[Key, Change] = {}  # by (group, start, stop, slots)
         # Others may hold on to the memory that a parameter had.
         if not self.steady and known(self.optimizer):
             for weights in self._weights:
@@ -196,10 +112,11 @@ class SideBySide(LocalErrors):
                 weights.follow()
             return stepped
         stepped = self.sgd.step(self.moving.values())
-        for change, parameters in self._changes:
+        for (group, *part, slots), change in self._changes.items():
             change.make()
-            stepped += parameters
-        self._changes = []
+            rows = [self.groups[group].weights[slot] for slot in slots]
+            stepped += [p for weights in rows for p in weights.parameters[slice(*part)]]
+        self._changes = {}
         return stepped
 
     @override
@@ -218,6 +135,43 @@ class SideBySide(LocalErrors):
             total = self._zero if node.total is None else node.total.to(self._zero.dtype)
             each.append(total.expand(members))
         return torch.cat(each)
+
+    @override
+    def layout(self) -> list[Any]:
+        groups = [([look.piece.nodes for look in g.looks], [*g.linear]) for g in self.groups]
+        return [*super().layout(), groups]
+
+    @override
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        changes, self._changes = self._changes, {}
+        with super().rehearsal():
+            yield
+        self._changes = changes
+
+    @override
+    def read(self) -> list[Tensor]:
+        rows = [node.x for node in self.nodes] + [weights.rows for weights in self._weights]
+        for group in self.groups:
+            rows += [*group.chained.values(), *group.constants.values()]
+        return [*super().read(), *rows]
+
+    @override
+    def left(self, asked: Asked) -> dict[Key, Tensor]:
+        found = super().left(asked)
+        for at, change in self._changes.items():
+            if change.errors is not None and change.read is not None:
+                found |= {("errors", *at): change.errors, ("read", *at): change.read}
+        return found
+
+    @override
+    def leave(self, key: Key, tensor: Tensor) -> None:
+        what, *at = key
+        if what in ("errors", "read"):
+            change = self._changes.get(tuple(at)) or self._change(*at)
+            setattr(change, what, tensor)
+        else:
+            super().leave(key, tensor)
 
     @override
     def _run_all(self, asked: Asked) -> None:
@@ -278,10 +232,12 @@ class SideBySide(LocalErrors):
 
     def _changes_of(self, group: Group, part: slice) -> dict[tuple[int, ...], Change]:
         """Steps to be made in place."""
-        made = {}
-        for slots, settings in group.linear.items():
-            weight, *bias = [group.weights[slot].rows[part] for slot in slots]
-            made[slots] = change = Change(settings, weight, bias[0] if bias else None)
-            parameters = [p for s in slots for p in group.weights[s].parameters[part]]
-            self._changes.append((change, parameters))
-        return made
+        at = self.groups.index(group), part.start, part.stop
+        return {slots: self._change(*at, slots) for slots in group.linear}
+
+    def _change(self, group: int, start: int, stop: int, slots: tuple[int, ...]) -> Change:
+        of = self.groups[group]
+        weight, *bias = [of.weights[slot].rows[start:stop] for slot in slots]
+        change = Change(of.linear[slots], weight, bias[0] if bias else None)
+        self._changes[group, start, stop, slots] = change
+        return change
