@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lightning_pc.callbacks import RandomState as RandomState
     from lightning_pc.description import Description as Description
     from lightning_pc.description import describe as describe
+    from lightning_pc.inferring import Inferred as Inferred
+    from lightning_pc.inferring import infer as infer
     from lightning_pc.insight.explain import explain as explain
     from lightning_pc.insight.report import StepReport as StepReport
     from lightning_pc.strategy import PCStrategy as PCStrategy
@@ -27,7 +29,9 @@ __version__ = "0.1.0"
 _WHERE = {
     "EnergyMonitor": "callbacks",
     "RandomState": "callbacks",
+    "Inferred": "inferring",
     "explain": "insight.explain",
+    "infer": "inferring",
     "Description": "description",
     "describe": "description",
     "StepReport": "insight.report",

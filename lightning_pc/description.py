@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pc.errors import ClosureError, require
-from lightning_pc.insight.products import Products
+from lightning_pc.insight.products import Products, products
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.stages.through import ThroughErrors
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,13 @@ def describe(
     require(Settings, given, f"{told} {of}")
     refuse_unknown("describe", settings)
     learner = Learner(model, replace(given, **settings))
-    with torch.enable_grad():
-        batch, T, step, backprop = learner.describe(_forward(model, batch_or_closure), _any_loss)
+    with torch.enable_grad(), learner.undone():
+        learner.begin(_forward(model, batch_or_closure), _any_loss)
+        if (waiting := learner.waiting) is None:
+            raise ClosureError("The forward returned no loss: there is no graph to describe.")
+        batch, T = waiting.batch, waiting.T
+        step, backprop = (products(batch, kind, None) for kind in (learner.kind, ThroughErrors))
+        batch.watch.undo()
     sizes = [sum(p.numel() for p in batch.parameters(stage)) for stage in batch.graph.stages]
     rows = []
     for node, stage, size in zip(batch.nodes, batch.graph.stages, sizes, strict=False):

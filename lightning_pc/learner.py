@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pc.choose import auto_of, compiler_of, mover_of, side_by_side
-from lightning_pc.errors import ClosureError, DivergenceError
+from lightning_pc.errors import DivergenceError
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
-from lightning_pc.insight.products import Products, products
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.insight.trend import Trend
 from lightning_pc.nodes.model import Model
@@ -30,7 +30,14 @@ from lightning_pc.settings import Settings
 from lightning_pc.stages.alike import Look
 from lightning_pc.stages.batch import Batch, counted_calls
 from lightning_pc.stages.chain import require_chain
-from lightning_pc.stages.checks import check_held, check_nodes, checked_loss, shortcut, unreached
+from lightning_pc.stages.checks import (
+    check_held,
+    check_latents,
+    check_nodes,
+    checked_loss,
+    shortcut,
+    unreached,
+)
 from lightning_pc.stages.evaluator import Evaluator
 from lightning_pc.stages.in_place import PlainSGD
 from lightning_pc.stages.local import LocalErrors
@@ -42,7 +49,7 @@ Output = TypeVar("Output")
 
 
 @dataclass
-class _Waiting:
+class Waiting:
     """The batch in hand, between its forward and its inference."""
 
     batch: Batch
@@ -63,7 +70,9 @@ class Learner:
     Attributes:
         report: What the last step did.
         values: Node name -> value of the last batch, [B, *]; none of those that T never reaches.
+        kind: Of evaluators.
         auto, alerts: Chooses gamma, None where it is given; tells the user.
+        waiting: The batch between its forward and its inference, None where there is none.
         compiler: Compiles inference steps, None where they run as they are.
     """
 
@@ -72,7 +81,7 @@ class Learner:
     ) -> None:
         self.model, self.settings, self.optimizer = model, settings, optimizer
         self.schedule: Schedule = schedule(settings.algorithm)
-        self._kind: type[Evaluator] = ThroughErrors if self.schedule.through else LocalErrors
+        self.kind: type[Evaluator] = ThroughErrors if self.schedule.through else LocalErrors
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
         self.auto = auto_of(settings)
@@ -87,7 +96,7 @@ class Learner:
             self.schedule.incremental,
             self.schedule.through,
         )
-        self._waiting: _Waiting | None = None
+        self.waiting: Waiting | None = None
         self.alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
         self.compiler = compiler_of(settings, partial(self.alerts.say, "compile"))
         self._age = 0  # inference steps that kept values have behind them
@@ -141,20 +150,19 @@ class Learner:
             PCError: The nodes cannot stand there; model and generators are as before.
         """
         # The last batch makes room; a skipped one leaves neither values nor report.
-        self._waiting, self.report, self.values = None, None, {}
+        self.waiting, self.report, self.values = None, None, {}
         with self._recordings.recording(self._held()) as watch:
             with watch.watching():
                 output = forward()
                 loss = loss_of(output)
             if loss is not None or (must and watch.calls):
                 batch = self._recordings.prepare(watch, checked_loss(loss, must))
-                self._waiting = self._prepare(batch, given, batch_size)
+                self.waiting = self._prepare(batch, given, batch_size)
         return output
 
-    def _prepare(
-        self, batch: Batch, given: Any, batch_size: Callable[[], float | None]
-    ) -> _Waiting:
+    def _prepare(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> Waiting:
         check_nodes(batch, self.model)
+        check_latents(batch, self.schedule.through or self.schedule.wave)
         if (held := self._held()) is not None:
             check_held(batch, held)
         if self.schedule.wave:
@@ -166,7 +174,7 @@ class Learner:
             self.alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
         groups = side_by_side(self.settings, batch, T)
-        return _Waiting(batch, T, lambda: self._terms(batch, given, batch_size), groups)
+        return Waiting(batch, T, lambda: self._terms(batch, given, batch_size), groups)
 
     def infer(
         self, seed: float, update: Callable[[], None], sgd: PlainSGD | None = None
@@ -185,12 +193,12 @@ class Learner:
         Raises:
             DivergenceError: Loss or an energy is not finite; no weight has moved on it.
         """
-        waiting, self._waiting = self._waiting, None
+        waiting, self.waiting = self.waiting, None
         if waiting is None:
             return None
         drawn = waiting.batch.drawn()
         given = waiting.batch, self._held(), self.schedule.wave, not self.schedule.incremental
-        evaluator = self._kind(*given)
+        evaluator = self.kind(*given)
         if waiting.alike:
             evaluator = SideBySide(*given, waiting.alike, self.optimizer, sgd)
         if self.compiler is not None:
@@ -211,32 +219,19 @@ class Learner:
             for node in evaluator.nodes:
                 node.forget()
 
-    def describe(
-        self, forward: Callable[[], Output], loss_of: Callable[[Output], Tensor | None]
-    ) -> tuple[Batch, int, Products, Products]:
-        """The batch that a forward gives, the T it would get, what is multiplied.
-
-        What the forward changed is put back.
-
-        Returns:
-            The batch, T, the products of one inference step and those of backprop.
-        """
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """What forwards inside have changed in model and generators is put back."""
         start, put_back = RandomStates(), self._recordings.model.save(self._held() or set())
         try:
-            self.begin(forward, loss_of)
-            if (waiting := self._waiting) is None:
-                raise ClosureError("The forward returned no loss: there is no graph to describe.")
-            kinds, held = (self._kind, ThroughErrors), self._held()
-            step, backprop = (products(waiting.batch, kind, held) for kind in kinds)
-            waiting.batch.watch.undo()
+            yield
         finally:
-            self._waiting = None
+            self.waiting = None
             put_back()
             start.restore()
-        return waiting.batch, waiting.T, step, backprop
 
     def _infer(
-        self, evaluator: Evaluator, waiting: _Waiting, seed: float, update: Callable[[], None]
+        self, evaluator: Evaluator, waiting: Waiting, seed: float, update: Callable[[], None]
     ) -> Tensor:
         batch, T, betas = waiting.batch, waiting.T, self.settings.betas
         if self.auto is not None and self.auto.weighs:
@@ -279,6 +274,7 @@ class Learner:
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
         self.report = make_report(phases, learnable, str(self.compiler or ""))
         self.alerts.after(inference, self.report)
+        batch.keep_latents()
         if kept:
             # Once a module is known as a nonlinearity, its inside is not met any more.
             self._recordings.kept = batch.sites

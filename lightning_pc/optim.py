@@ -113,7 +113,7 @@ class PredictiveCoding(Optimizer):
         _refuse_accumulation()
         with torch.enable_grad():
             try:
-                loss = self._learner.begin(closure, lambda loss: loss, must=door)
+                loss = self._learner.begin(closure, lambda loss: loss, must=f"{door}.step")
             except PCError:
                 self.zero_grad()  # a closure that ran backward itself has left gradients
                 raise

@@ -120,6 +120,18 @@ class ZIL(Schedule):
         return t == T - 1
 
 
+class Resting(PC):
+    """Values move at every t, parameters never: inference in a trained model."""
+
+    @override
+    def moves(self, t: int, T: int) -> bool:
+        return True
+
+    @override
+    def learns(self, t: int, T: int) -> bool:
+        return False
+
+
 class EPC(PC):
     """PC in error coordinates: the signal crosses the whole module at t = 0, at any depth."""
 

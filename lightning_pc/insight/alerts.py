@@ -65,7 +65,8 @@ class Alerts:
         first, last, loss = torch.stack(ends).tolist()
         if self._varies:
             first = last = 0.0
-        if self.follows_trend:
+        # Where causes are inferred the loss begins anew in each batch.
+        if self.follows_trend and not inference.evaluator.batch.latent:
             self.trend.take_in(loss)
         report.trend = replace(self.trend)
         self.say("risen", unlearns(report))

@@ -144,9 +144,11 @@ def _some(names: Sequence[str]) -> str:
 
 def silenced(report: StepReport, nodes: Sequence[Node], gamma: float) -> str:
     """Says at which of the ``nodes`` errors faded out in the first batch, "" where none did."""
-    peaks, end = report.peak_energy, report.steps
+    end = report.steps
+    peaks = {name: e for name, e in report.peak_energy.items() if name not in report.free}
+    nodes = [node for node in nodes if node.name in peaks]
     if not any(peaks.values()):
-        if end < 2 or not float(report.loss[0]):
+        if report.free or end < 2 or not float(report.loss[0]):
             return ""
         why = f"no value moved. gamma = {gamma:.3g} is too small, or no gradient reaches them."
         if not all(node.weight for node in nodes):  # an error stops at a node of weight 0
@@ -199,10 +201,12 @@ def explain(report: Any) -> str:
             f"{shares[low]:.2g} of the energy is next to the loss (depth {low}), "
             f"{shares[top]:.2g} of it at the top, next to the input (depth {top})."
         )
-    silent = [name for name, peak in report.peak_energy.items() if peak == 0]
+    peaks = report.peak_energy.items()
+    silent = [name for name, peak in peaks if peak == 0 and name not in report.free]
     idle = [name for name, times in report.learned.items() if not times]
     for what, names in (
         ("Values followed their predictions", list(report.followed)),
+        ("Held by no prediction", report.free),
         ("No error reached", silent),
         ("Parameters that did not learn", idle),
     ):

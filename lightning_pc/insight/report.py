@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_pc.inference.conjugate import Conjugate
 from lightning_pc.inference.relax import Inference
 from lightning_pc.insight.trend import Trend
+from lightning_pc.nodes.energies import Free
 from lightning_pc.nodes.node import NodeRows
 
 
@@ -45,6 +46,7 @@ class StepReport:
             device.
         followed: Node name -> share of its prediction's moves by which its value moved along, in
             (0, 1]; values that stayed are left out. Only in ipc with gamma="auto".
+        free: Node names that no prediction holds, so that they have no energy.
         side_by_side: Node names of each group of stages that run as one (``parallel=``), as soon as
             errors stand at them.
         compiled: What is compiled (``compile=``), and how long that took; "" of nothing.
@@ -63,6 +65,7 @@ class StepReport:
     energies: Tensor
     momentum: float | Literal["conjugate"] = 0.0
     followed: dict[str, float] = field(default_factory=dict)
+    free: list[str] = field(default_factory=list)
     side_by_side: list[list[str]] = field(default_factory=list)
     compiled: str = field(repr=False, default="")
     learned: dict[str, int] = field(repr=False, default_factory=dict)
@@ -127,6 +130,7 @@ def make_report(
         rounding=max(node.rounding for node in batch.nodes),
         sampled=mover.samples,
         followed={node.name: node.followed for node in batch.nodes if node.followed},
+        free=[node.name for node in batch.nodes if isinstance(node.energy, Free)],
         side_by_side=[
             [member.name for member in node.members]
             for node in inference.evaluator.nodes

@@ -116,6 +116,17 @@ class MaskedGaussian(Gaussian):
         return torch.where(x == mu, 0.0, x - mu)
 
 
+class Free(Energy):
+    """None: a value that no prediction holds."""
+
+    name = "free"
+    masks = False
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
+        return Slopes(torch.zeros_like(x), None, x.new_zeros(()))
+
+
 class Categorical(Energy):
     """``KL(softmax(x) || softmax(mu))`` of logits: the F_KL of Pinchetti et al. 2022.
 

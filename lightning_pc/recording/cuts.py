@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from lightning_pc.errors import FLOAT16, RecordingError, UnsupportedError
-from lightning_pc.nodes.energies import Energy
+from lightning_pc.nodes.energies import Energy, Free, Gaussian
+from lightning_pc.nodes.latent import Stand
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, Ref
@@ -113,6 +114,33 @@ class Cuts(Recorder):
                 self._insert(handed, hand, site.slot, further=(mu.dtype, copy))
         return handed
 
+    def latent(self, name: str, stand: Stand) -> Tensor:
+        """What stands for a latent variable: a value that starts there."""
+        if not torch.is_grad_enabled():
+            raise RecordingError(
+                f"'{name}' is a Latent that is called within torch.no_grad(), where the loss does "
+                "not pull at it: call it with gradients on."
+            )
+        of, start = stand.of, stand.start
+        self.keys.append((of, of.prior, of.at_mean))
+        self._expected()
+        site = Site(of, name, tuple(start.shape), at=len(self.calls), stand=stand)
+        self.sites.append(site)
+        mean = torch.zeros_like(start)
+        site.mu = self._constant(mean, None)
+        site.slot = self._new_slot()
+        self._append(Call(first, (Ref(0),), {}, (site.mu,))).fills = (site.slot,)
+        if self.task.kept is not None:
+            self._stand_again(site, len(self.sites) - 1, mean)
+        if site.node is None:
+            dtype = torch.promote_types(start.dtype, torch.float32)
+            value = start.detach().to(dtype, copy=True).requires_grad_()
+            site.node = Node(name, value, Gaussian() if of.prior else Free())
+        self._know(site.node.x, site.slot)
+        handed = hand(site.node.x, start.dtype, True)  # the module may write to it
+        self._insert(handed, hand, site.slot, further=(start.dtype, True))
+        return handed
+
     def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:
         """The node of an earlier call stands there again (``reset="never"``).
 
@@ -133,6 +161,11 @@ class Cuts(Recorder):
             raise RecordingError(
                 f"reset='never' keeps values of shape {before.shape} at '{site.name}', but this "
                 f"batch has {site.shape}: give the same full batch each time or use reset='batch'."
+            )
+        if site.stand and before.stand and not _same(site.stand.numbers, before.stand.numbers):
+            raise RecordingError(
+                f"reset='never' keeps the values of the first call's samples at '{site.name}', but "
+                "this batch has others: give the same full batch each time or use reset='batch'."
             )
         site.node = before.node
         site.node.stand(mu)
@@ -172,3 +205,7 @@ class Cuts(Recorder):
             times = used[site.name] = used.get(site.name, 0) + 1
             if times > 1:
                 site.name = f"{site.name}#{times}"
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other or (one is not None and other is not None and torch.equal(one, other))

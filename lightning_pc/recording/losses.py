@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_pc.errors import ConfigError, shown
+from lightning_pc.losses import squared_error
 
+_BY_SAMPLE = (F.ctc_loss, squared_error)
 _BY_CLASS = (F.cross_entropy, F.nll_loss)
 _BY_ELEMENT = (
     *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.kl_div),
@@ -33,8 +35,8 @@ _BY_ROW = (  # one term for each row of the last axis
     *(F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss),
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
 )
-_SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, F.ctc_loss)}
-#: The loss functions of torch's.
+_SIGNATURES = {f: inspect.signature(f) for f in (*_BY_CLASS, *_BY_ELEMENT, *_BY_ROW, *_BY_SAMPLE)}
+#: The loss functions that are known: torch's and ours.
 LOSSES = frozenset(_SIGNATURES)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from lightning_pc.nodes.latent import Stand
 from lightning_pc.nodes.node import Node
 
 FROZEN = "frozen above: its prediction depends on no trainable parameter"
@@ -39,6 +40,7 @@ class Site:
         first: That prediction, [B, *].
         version: Of ``first``, by which later writes to it are told.
         node: What stands there, where autograd was cut; no value node where there is a ``why``.
+        stand: A latent variable stands there, whose prediction is its prior's mean.
     """
 
     key: object
@@ -54,6 +56,12 @@ class Site:
     first: Tensor | None = None
     version: int = 0
     node: Node | None = None
+    stand: Stand | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether its value may start elsewhere than at its prediction."""
+        return self.stand is not None and not self.stand.of.at_mean
 
 
 @dataclass

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_pc.errors import ClosureError
 from lightning_pc.nodes.energies import Gaussian, softmax_energy
+from lightning_pc.nodes.latent import Stand, latents_met
 from lightning_pc.recording.applied import Applied, functions_met
 from lightning_pc.recording.functions import (
     COMPOSITES,
@@ -64,8 +65,13 @@ class Watch(Modules):
             ):
                 stack.callback(handle.remove)
             stack.enter_context(functions_met(self._apply))
+            stack.enter_context(latents_met(self._latent))
             with self:
                 yield
+
+    def _latent(self, stand: Stand) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return self.latent(self.module_name(stand.of), stand)
 
     def _apply(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A Function of the user's, whose own backward it keeps, is one call."""

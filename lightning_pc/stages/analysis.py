@@ -80,14 +80,14 @@ class Analysis:
             stage = self._stage(site.mu)
             if site.slot not in self._live:
                 self._why[i] = UNREAD
+            elif site.stand is not None:
+                self._take(i, stage)
             elif site.slot not in self.heavy:
                 self._why[i] = OUTPUT
             elif not (stage.parents or stage.parameters):
                 self._why[i] = FROZEN
             else:
-                self._nodes[site.slot] = len(self._sites)
-                self._sites.append(i)
-                self._stages.append(stage)
+                self._take(i, stage)
         self._stages.append(self._stage(self.loss))
         set_depths(self._stages)
         return Graph(
@@ -98,8 +98,14 @@ class Analysis:
             self._pieces(),
             self._program(range(len(self._stages)), self._calls(self.above(self.loss))),
             [i for i, loss in enumerate(self.watch.losses) if loss.slot in self._live],
-            set_arrivals(self._stages, self._at_once(), incremental, through),
+            set_arrivals(self._stages, self._at_once(), self._away(), incremental, through),
         )
+
+    def _take(self, site: int, stage: Stage) -> None:
+        """A node stands there."""
+        self._nodes[self.watch.sites[site].slot] = len(self._sites)
+        self._sites.append(site)
+        self._stages.append(stage)
 
     def _find_origins(self) -> dict[int, Origin]:
         watch = self.watch
@@ -179,6 +185,10 @@ class Analysis:
             list(dict.fromkeys(slot for stage in stages for slot in stage.parameters)),
             [slot for slot in read if slot in self.watch.given],
         )
+
+    def _away(self) -> list[int]:
+        """The nodes that may not start at their predictions."""
+        return [number for number, i in enumerate(self._sites) if self.watch.sites[i].away]
 
     def _at_once(self) -> list[int]:
         """The loss's parameters, but for those that only penalties of weights read there.

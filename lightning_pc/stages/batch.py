@@ -64,6 +64,17 @@ class Batch:
         """Where a node stands."""
         return self.watch.sites[self.graph.sites[number]]
 
+    @property
+    def latent(self) -> bool:
+        """Whether some of its values have no prediction."""
+        return any(site.stand is not None for site in self.sites)
+
+    def keep_latents(self) -> None:
+        """Where latent variables of numbered samples ended stays with their modules."""
+        for site in self.sites:
+            if site.stand is not None and site.stand.numbers is not None and site.node is not None:
+                site.stand.of.keep(site.stand.numbers, site.node.x.detach())
+
     def drawn(self) -> list[Draws]:
         """The generators that calls draw from, as they stand: calls that draw again move them."""
         return [*map(Draws, {draw.generator for call in self.watch.calls for draw in call.draws})]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from lightning_pc.errors import ClosureError, PlacementError
+from lightning_pc.errors import ClosureError, ConfigError, PlacementError
+from lightning_pc.nodes.energies import Free
 from lightning_pc.stages.batch import Batch
 
 
@@ -16,7 +20,7 @@ def checked_loss(loss: object, must: str) -> Tensor:
     """
     if loss is None:
         raise ClosureError(
-            f"The closure given to {must}.step ran the model and returned nothing: "
+            f"The closure given to {must} ran the model and returned nothing: "
             "end it with 'return loss'. To skip a batch, return before the forward."
         )
     if not isinstance(loss, Tensor):
@@ -80,6 +84,32 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
         )
 
 
+def check_latents(batch: Batch, unfit: bool) -> None:
+    """Latent variables can be inferred.
+
+    Args:
+        batch: The batch.
+        unfit: The algorithm needs values that start at a prediction.
+
+    Raises:
+        PlacementError: The loss reads one of them not at all.
+        ConfigError: The algorithm is ``unfit``.
+    """
+    for site in batch.sites:
+        if site.stand is None:
+            continue
+        if site.why:
+            raise PlacementError(
+                f"'{site.name}' is a Latent that is {site.why}, so nothing could be inferred of "
+                "it: compute the loss from what it returns."
+            )
+        if unfit:
+            raise ConfigError(
+                f"'{site.name}' is a Latent, which has no prediction to start from: infer it with "
+                "algorithm='pc' or 'ipc' (PCStrategy('pc'), lightning_pc.optim.PC)."
+            )
+
+
 def check_held(batch: Batch, held: set[nn.Parameter]) -> None:
     """The optimizer moves something that the loss depends on.
 
@@ -121,3 +151,21 @@ def shortcut(batch: Batch) -> str:
                     "leave precisions constant, or use 'epc' or 'iepc'."
                 )
     return ""
+
+
+def let_free(batch: Batch, names: Sequence[str]) -> None:
+    """No prediction holds the nodes of these names.
+
+    Raises:
+        PlacementError: No node has such a name.
+    """
+    nodes = {node.name: node for node in batch.nodes}
+    for name in names:
+        if name not in nodes:
+            close = difflib.get_close_matches(name, nodes, n=1, cutoff=0.5)
+            meant = f"Did you mean {close[0]!r}? " if close else ""
+            raise PlacementError(
+                f"free={[*names]}: no value node is named {name!r}. {meant}There are "
+                f"{', '.join(map(repr, [*nodes][:20]))}."
+            )
+        nodes[name].energy = Free()

@@ -130,7 +130,11 @@ def set_depths(stages: list[Stage]) -> None:
 
 
 def set_arrivals(
-    stages: list[Stage], at_once: Iterable[int], incremental: bool, through: bool
+    stages: list[Stage],
+    at_once: Iterable[int],
+    away: Iterable[int],
+    incremental: bool,
+    through: bool,
 ) -> dict[int, int]:
     """Sets `Stage.arrival`, returns the first step at which an error reaches each parameter.
 
@@ -142,6 +146,7 @@ def set_arrivals(
     Args:
         stages: Of the nodes, and that of the loss.
         at_once: Those of the loss's parameters that its gradient reaches at once.
+        away: Nodes that do not start at their predictions.
         incremental: Weights move while values do.
         through: Gradients go through all nodes.
     """
@@ -154,6 +159,8 @@ def set_arrivals(
         moves[number] = 0
     for stage in stages:
         stage.arrival = never
+    for number in away:
+        stages[number].arrival = moves[number] = 0
     changed = True
     while changed:
         changed = False

@@ -32,7 +32,7 @@ class ThroughErrors(Evaluator):
         errors: dict[int, Slopes] = {}
 
         def meet(number: int, mu: Tensor) -> Tensor:
-            edges.append((get_gradient_edge(mu), mu.dtype))
+            edges.append((get_gradient_edge(mu) if mu.requires_grad else None, mu.dtype))
             node = nodes[number]
             if node.arrival <= asked.t:
                 errors[number] = node.evaluate(mu, asked.scale)
@@ -57,6 +57,7 @@ class ThroughErrors(Evaluator):
             self._pass_on(loss, root, keep=bool(learning))
         if learning:
             told = [(*edges[number], slopes.dmu) for number, slopes in errors.items()]
+            told = [root for root in told if root[0] is not None]  # a cause has no prediction
             roots, wrong = [edge for edge, _, _ in told], [dmu.to(dtype) for _, dtype, dmu in told]
             self.differentiate([loss, *roots], [root, *wrong], learning)
         for number, node in enumerate(nodes):
