@@ -43,7 +43,7 @@ def auto_of(settings: Settings) -> AutoGamma | None:
 
 def compiler_of(settings: Settings, tell: Callable[[str], None]) -> Compiler | None:
     """What compiles inference steps, where it is asked for; takes what the user is told."""
-    if not settings.compile:
+    if settings.compile is False:
         return None
     return Compiler({} if settings.compile is True else settings.compile, tell)
 

@@ -196,7 +196,7 @@ class Settings:
         refuse(refused)
         apart = self.apart
         refuse({f"parallel=True: {self.one_by_one}": self.parallel is True and self.one_by_one})
-        refuse({f"compile={shown(self.compile)}: {apart}": self.compile and apart})
+        refuse({f"compile={shown(self.compile)}: {apart}": self.compile is not False and apart})
         check_options(self.compile)
         softmax_energy(self.softmax_energy, -1)
 

@@ -32,7 +32,6 @@ def batches():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.slow
 def test_python_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -5,27 +5,37 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import BuiltinFunctionType, EllipsisType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_pc.errors import ConfigError, PCError, refuse, shown
 from lightning_pc.recording.applied import Applied
+from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.stages.evaluator import Asked, Evaluator
 from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.local import Key, LocalErrors
 from lightning_pc.stages.tracing import Program, UnfitError, compiled
 
-#: Most forms of batches whose steps are compiled.
-MOST = 8
+#: Most forms of batches whose steps are compiled, and most kinds of steps of each that are known.
+FORMS, KINDS = 8, 1024
+_DIFFER = "Their shapes, or numbers given to a call, differ."
+#: What does not change by itself.
+_STILL = (
+    *(int, float, complex, bool, str, bytes, type(None), EllipsisType, np.generic, type),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size),
+    BuiltinFunctionType,
+)
 
 
 def check_options(given: Any) -> None:
     """Refuses what `torch.compile` does not take."""
     message = f"compile={shown(given)}: expected True, False or a dict of torch.compile's arguments"
     refuse({f"{message}.": not isinstance(given, (bool, dict))})
-    if given:
+    if given is not False:
         try:
             torch.compile(lambda: None, **({} if given is True else given))
         except Exception as error:  # of each argument another kind
@@ -41,7 +51,7 @@ class Form:
         graph: Of the recordings.
         looks: What they do and what they read, but for the numbers.
         fit: Its steps may be compiled.
-        programs: Of each kind of step; None of one that was met once.
+        programs: Of each kind of step that was met; None of one that is not compiled.
     """
 
     graph: Graph
@@ -49,66 +59,82 @@ class Form:
     fit: bool = True
     programs: dict[Key, Program | None] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        """How many programs it has."""
+        return sum(program is not None for program in self.programs.values())
+
 
 class Compiler:
     """Compiles the steps of a module's batches.
 
-    A kind of step (which errors stand, who moves) is compiled when it is met for the second time.
-    Its program must give what the evaluation gives. Where steps cannot be compiled they run as they
-    are, and the user is told.
+    A kind of step (which errors stand, who moves) is compiled when it is met in a second batch. Its
+    trace must give what the evaluation gives, there and in the next batch. Where steps cannot be
+    compiled they run as they are, and the user is told.
 
     Args:
         options: Of `torch.compile`.
         tell: Takes what the user is told.
 
     Attributes:
-        programs: How many there are.
-        seconds: How long it took to make them.
+        seconds: How long it took to compile.
     """
 
     def __init__(self, options: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         whole = {"fullgraph": True, "dynamic": False}
         self.options, self._tell = {**whole, **options}, tell
-        self._forms: list[Form] = []
-        self.programs, self.seconds = 0, 0.0
+        self._forms: list[Form] = []  # the last one first
+        self.seconds = 0.0
 
-    def take(self, evaluator: Evaluator) -> None:
-        """Evaluates a batch in the evaluator's place, where its steps can be compiled."""
-        assert isinstance(evaluator, LocalErrors)  # as the settings see to
-        try:
-            form = self._form(evaluator)
-        except UnfitError as why:
-            self.give_up(why)
-        else:
-            evaluator.run = Steps(self, form) if form.fit else None
+    @property
+    def programs(self) -> int:
+        """How many there are."""
+        return sum(form.count for form in self._forms)
 
     def __str__(self) -> str:
         """What is compiled."""
         return f"{self.programs} kinds of inference steps are compiled, in {self.seconds:.1f} s."
 
-    def give_up(self, error: Exception) -> None:
-        """Tells that steps run as they are."""
+    def take(self, evaluator: Evaluator) -> None:
+        """Evaluates a batch in the evaluator's place, where its steps can be compiled."""
+        assert isinstance(evaluator, LocalErrors)  # as the settings see to
+        try:
+            _check(evaluator)
+            form = self._form(evaluator)
+        except UnfitError as why:
+            self.tell(why)
+        else:
+            evaluator.run = Steps(self, form) if form.fit else None
+
+    def _form(self, evaluator: LocalErrors) -> Form:
+        graph, looks = evaluator.graph, _looks(evaluator)
+        form = next((f for f in self._forms if f.graph is graph and f.looks == looks), None)
+        form = form or Form(graph, looks)
+        self._forms = [form, *(other for other in self._forms if other is not form)]
+        idle = [other for other in self._forms if not other.count]
+        if len(idle) > FORMS:
+            self._forms = [other for other in self._forms if other not in idle[FORMS:]]
+            self.tell(
+                UnfitError(f"More than {FORMS} batches on end were of another form. {_DIFFER}")
+            )
+        return form
+
+    def tell(self, error: Exception) -> None:
+        """Tells the user why steps are not compiled."""
         inner = getattr(error, "inner_exception", error)  # compilers wrap what they met
         why = f"{error}"
         if not isinstance(error, (UnfitError, PCError)):
             why = f"{type(inner).__name__}: {inner}".partition("\n")[0]
-        self._tell(f"compile=: inference steps run as they are, not compiled. {why}")
+        self._tell(f"compile=: steps of some batches run as they are, not compiled. {why}")
 
-    def _form(self, evaluator: LocalErrors) -> Form:
-        graph, looks = evaluator.graph, _looks(evaluator)
-        for form in self._forms:
-            if form.graph is graph and _equal(form.looks, looks):
-                return form
-        if len(self._forms) == MOST:
-            raise UnfitError(
-                f"Batches of {MOST} forms have been compiled, and this is another one: their "
-                "shapes, or numbers given to a call, differ."
-            )
-        self._forms.append(Form(graph, looks))
-        if why := _obstacle(evaluator):
-            self._forms[-1].fit = False
-            raise UnfitError(why)
-        return self._forms[-1]
+    def room(self, form: Form) -> None:
+        """Whether steps of this form may be compiled.
+
+        Raises:
+            UnfitError: Those of many others are.
+        """
+        if not form.count and sum(bool(other.count) for other in self._forms) >= FORMS:
+            raise UnfitError(f"This is another form than {FORMS} that are compiled. {_DIFFER}")
 
 
 class Steps:
@@ -121,41 +147,59 @@ class Steps:
 
     def __init__(self, compiler: Compiler, form: Form) -> None:
         self._compiler, self._form = compiler, form
-        self._begun = False
-        self._given: list[Tensor] = []  # what stays the same throughout
+        self._given: list[Tensor] | None = None  # what stays the same throughout
+        self._new = set[Key]()  # kinds of steps that were met, or compiled, in this batch
 
     def __call__(self, evaluator: LocalErrors, asked: Asked) -> Tensor:
         """Evaluates, as `LocalErrors.evaluate` does."""
-        if not self._begun:  # the forward has left its graph to the first evaluation
-            self._begun, self._given = True, evaluator.read()
+        if self._given is None:  # the forward has left its graph to the first evaluation
+            self._given = evaluator.read()
             return evaluator.evaluate(asked)
         if not evaluator.prepare(asked):
             return evaluator.evaluate(asked)
         programs, kind = self._form.programs, evaluator.kind(asked)
-        if kind not in programs or not self._form.fit:
+        if kind not in programs:
             programs[kind] = None
+            self._new.add(kind)
+            if len(programs) > KINDS:
+                why = "Factors of the loss or of energies are others in each batch."
+                return self._give_up(UnfitError(why), evaluator, asked)
+        if programs[kind] is None and kind in self._new:
             return evaluator.evaluate(asked)
         scale = torch.tensor(asked.scale, dtype=torch.float64)
         tensors = [*self._given, scale, *evaluator.standing()]
-        if (program := programs[kind]) is None:
-            self._try(kind, evaluator, replace(asked, scale=scale), tensors)
-            return evaluator.evaluate(asked)
-        for key, tensor in program(tensors).items():
+        try:
+            left = self._program(kind, evaluator, replace(asked, scale=scale), tensors)(tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler raises, when it compiles or later
+            return self._give_up(error, evaluator, asked)
+        for key, tensor in left.items():
             evaluator.leave(key, tensor)
         return evaluator.loss
 
-    def _try(self, kind: Key, evaluator: LocalErrors, asked: Asked, tensors: list[Tensor]) -> None:
-        compiler, begun = self._compiler, time.perf_counter()
-        try:
-            self._form.programs[kind] = compiled(evaluator, asked, tensors, compiler.options)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler raises; steps run without it
-            self._form.fit = False
-            compiler.give_up(error)
-        else:
-            compiler.programs += 1
-            compiler.seconds += time.perf_counter() - begun
+    def _give_up(self, error: Exception, evaluator: LocalErrors, asked: Asked) -> Tensor:
+        self._form.fit, evaluator.run = False, None
+        self._form.programs.clear()
+        self._compiler.tell(error)
+        return evaluator.evaluate(asked)
+
+    def _program(
+        self, kind: Key, evaluator: LocalErrors, asked: Asked, tensors: list[Tensor]
+    ) -> Program:
+        """The program of a kind of step, compiled or proved where it is due."""
+        program = self._form.programs[kind]
+        if program is None:
+            begun = time.perf_counter()
+            self._compiler.room(self._form)
+            program = compiled(evaluator, asked, tensors, self._compiler.options)
+            self._form.programs[kind] = program
+            self._new.add(kind)
+            self._compiler.seconds += time.perf_counter() - begun
+        elif program.traced is not None and kind not in self._new:
+            program.prove(evaluator, asked, tensors)
+            program.traced = None
+        return program
 
 
 def _looks(evaluator: LocalErrors) -> list[Any]:
@@ -164,37 +208,64 @@ def _looks(evaluator: LocalErrors) -> list[Any]:
     calls = [batch.watch.calls[i] for p in batch.graph.pieces for i, _, _ in p.program]
     return [
         evaluator.layout(),
-        [(call.args, call.kwargs, call.context, call.copies, call.rewrites) for call in calls],
-        [(type(node.energy), vars(node.energy)) for node in batch.nodes],
+        [_plain((call.args, call.kwargs), call) for call in calls],
+        [(call.context, call.copies, call.rewrites) for call in calls],
+        [(type(node.energy), dict(vars(node.energy))) for node in batch.nodes],
         [
             (t.shape, t.stride(), t.dtype, t.device, seen.setdefault(id(t), n))
-            if t.layout is torch.strided
-            else t.layout
             for n, t in enumerate(evaluator.read())
         ],
     ]
 
 
-def _equal(one: list[Any], other: list[Any]) -> bool:
-    try:
-        return bool(one == other)
-    except (RuntimeError, TypeError, ValueError):  # arguments that do not compare, such as arrays
-        return False
+def _plain(given: Any, call: Call) -> Any:
+    """A call's arguments such that they can be compared, and stay as they are.
+
+    Raises:
+        UnfitError: They may change from batch to batch.
+    """
+    kind = type(given)
+    if kind is Ref:
+        return kind, int(given)
+    if isinstance(given, (float, complex)):  # -0.0 is not 0.0 here, and nan is nan
+        return kind, repr(given)
+    if isinstance(given, _STILL):
+        return kind, given
+    if isinstance(given, (tuple, list)):
+        return kind, [_plain(one, call) for one in given]
+    if kind is dict:
+        return kind, [(name, _plain(one, call)) for name, one in given.items()]
+    if kind is slice:
+        return kind, [_plain(one, call) for one in (given.start, given.stop, given.step)]
+    raise UnfitError(f"'{_name(call)}' is given a {kind.__name__}, which may change.")
 
 
-def _obstacle(evaluator: LocalErrors) -> str:
-    """Why evaluations are not the same function each time, "" where they are."""
+def _check(evaluator: LocalErrors) -> None:
+    """Evaluations are the same function in each batch of a form.
+
+    Raises:
+        UnfitError: They are not.
+    """
     batch = evaluator.batch
     for index, _, _ in (step for piece in batch.graph.pieces for step in piece.program):
         call = batch.watch.calls[index]
-        name = getattr(call.function, "__name__", str(call.function))
         if call.draws:
-            return f"'{name}' draws at random, and must draw the same at each step."
+            told = f"'{_name(call)}' draws at random"
+            raise UnfitError(f"{told}, and must draw the same at each step.")
         if call.hooks:
-            return f"There is a hook on what '{name}' gives."
+            raise UnfitError(f"There is a hook on what '{_name(call)}' gives.")
         if isinstance(call.function, Applied):
-            return f"'{name}' has a backward of its own."
+            raise UnfitError(f"'{_name(call)}' has a backward of its own.")
     for parameter in evaluator.parameters:
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return f"There is a hook on a parameter of shape {tuple(parameter.shape)}."
-    return ""
+            raise UnfitError(f"There is a hook on a parameter of shape {tuple(parameter.shape)}.")
+    for tensor in evaluator.read():
+        if tensor.layout is not torch.strided:
+            raise UnfitError(f"A call reads a tensor of layout {tensor.layout}.")
+    for node in batch.nodes:
+        if not node.x.dim():
+            raise UnfitError(f"The value at '{node.name}' is a single number.")
+
+
+def _name(call: Call) -> str:
+    return getattr(call.function, "__name__", str(call.function))

@@ -120,6 +120,12 @@ class LocalErrors(Evaluator):
         given = [batch.watch.given[slot] for piece in self.graph.pieces for slot in piece.given]
         return [*(node.x for node in batch.nodes), *given]
 
+    def constants(self) -> list[tuple[dict[int, Tensor], int]]:
+        """Where those of them are held that nothing moves and no gradient reaches."""
+        given = self.batch.watch.given
+        slots = [slot for piece in self.graph.pieces for slot in piece.given]
+        return [(given, slot) for slot in slots if not given[slot].requires_grad]
+
     def standing(self) -> list[Tensor]:
         """The first forward's predictions, where some may serve; zero where there is none."""
         if not self._fresh:
@@ -129,7 +135,7 @@ class LocalErrors(Evaluator):
 
     def left(self, asked: Asked) -> dict[Key, Tensor]:
         """What an evaluation has left, by what it is."""
-        found: dict[Key, Tensor | None] = {("loss",): self.loss if asked.root else None}
+        found: dict[Key, Tensor | None] = {("loss", 0): self.loss if asked.root else None}
         for number, node in enumerate(self.nodes):
             found["gradient", number], found["total", number] = node.gradient, node.total
         for number, parameter in enumerate(self.parameters):
@@ -138,7 +144,7 @@ class LocalErrors(Evaluator):
 
     def leave(self, key: Key, tensor: Tensor) -> None:
         """Leaves what `left` tells of; a parameter's gradient is added to what it has."""
-        what, number = key if key[1:] else (*key, 0)
+        what, number = key
         if what == "loss":
             self.loss = tensor
         elif what == "parameter":

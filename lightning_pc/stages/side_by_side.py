@@ -145,9 +145,11 @@ class SideBySide(LocalErrors):
     @contextmanager
     def rehearsal(self) -> Iterator[None]:
         changes, self._changes = self._changes, {}
-        with super().rehearsal():
-            yield
-        self._changes = changes
+        try:
+            with super().rehearsal():
+                yield
+        finally:
+            self._changes = changes
 
     @override
     def read(self) -> list[Tensor]:
@@ -155,6 +157,12 @@ class SideBySide(LocalErrors):
         for group in self.groups:
             rows += [*group.chained.values(), *group.constants.values()]
         return [*super().read(), *rows]
+
+    @override
+    def constants(self) -> list[tuple[dict[int, Tensor], int]]:
+        held = [of for group in self.groups for of in (group.shared, group.constants)]
+        places = [(of, slot) for of in held for slot in of if not of[slot].requires_grad]
+        return super().constants() + places
 
     @override
     def left(self, asked: Asked) -> dict[Key, Tensor]:
