@@ -31,6 +31,7 @@ from lightning_pc.stages.alike import Look
 from lightning_pc.stages.batch import Batch, counted_calls
 from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
+    check_energies,
     check_held,
     check_latents,
     check_nodes,
@@ -92,6 +93,7 @@ class Learner:
         self._recordings = Recordings(
             Model(model, settings.value_nodes),
             softmax,
+            settings.energy_of,
             settings.reset == "never",
             self.schedule.incremental,
             self.schedule.through,
@@ -162,6 +164,7 @@ class Learner:
 
     def _prepare(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> Waiting:
         check_nodes(batch, self.model)
+        check_energies(batch, self.settings.energy_of)
         check_latents(batch, self.schedule.through or self.schedule.wave)
         if (held := self._held()) is not None:
             check_held(batch, held)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_pc.errors import ConfigError, misfit, refuse, shown
 from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.schedules import Moves, schedule
-from lightning_pc.nodes.energies import softmax_energy
+from lightning_pc.nodes.energies import Energy, energy_of, softmax_energy
 from lightning_pc.nodes.placement import Entry
 from lightning_pc.precisions import Constant, Precisions, is_number, plain, precisions
 from lightning_pc.stages.compiled import check_options
@@ -59,6 +59,9 @@ class Settings:
             Trainer of the batch). Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: ``"categorical"`` (F_KL, Pinchetti et al. 2022) or
             ``"gaussian"``; zil, auto, epc and iepc are Gaussian throughout.
+        energies: Name of a node -> its energy, by name (``"gaussian"``, ``"laplace"``, ``"huber"``,
+            ``"bernoulli"``, ``"categorical"``, or your own) or an object of lightning_pc.energies.
+            For pc and ipc.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"spiking"``
             (Qi et al. 2025), an object of lightning_pc.precisions, or in Python a callable
             (depth, t) -> weight.
@@ -101,6 +104,7 @@ class Settings:
     reset: Literal["batch", "never"] = "batch"
     loss_terms: float | Callable[..., float] | None = None
     softmax_energy: Literal["categorical", "gaussian"] = "categorical"
+    energies: dict[str, Any] | None = None
     precisions: float | str | Precisions | Callable[[int, int], float] = "constant"
     beta: float | tuple[float, ...] | Literal["auto"] | None = None
     inference: Callable[[list[Tensor]], Optimizer] | None = None
@@ -198,7 +202,16 @@ class Settings:
         refuse({f"parallel=True: {self.one_by_one}": self.parallel is True and self.one_by_one})
         refuse({f"compile={shown(self.compile)}: {apart}": self.compile is not False and apart})
         check_options(self.compile)
+        expected = f"energies={shown(self.energies)}: expected a dict of node names and energies."
+        refuse({expected: not isinstance(self.energies, (dict, type(None)))})
+        exact = f"energies=: {name} is exact for Gaussian energies alone. Use 'pc' or 'ipc'."
+        refuse({exact: self.energy_of and (way.through or way.wave or weights.wave)})
         softmax_energy(self.softmax_energy, -1)
+
+    @cached_property
+    def energy_of(self) -> dict[str, Energy]:
+        """Name of a place -> the energy that is asked for there."""
+        return {place: energy_of(one, place) for place, one in (self.energies or {}).items()}
 
     @property
     def changes(self) -> str:

@@ -10,8 +10,20 @@ from problems import far, relative, twin
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
-from lightning_pc.optim import IPC, PC
+from lightning_pc.energies import (
+    Bernoulli,
+    Categorical,
+    Entrywise,
+    Gaussian,
+    Huber,
+    Laplace,
+    register,
+)
+from lightning_pc.errors import ConfigError, PlacementError
+from lightning_pc.losses import squared_error
+from lightning_pc.nn import Latent
+from lightning_pc.nodes.energies import Free, MaskedGaussian
+from lightning_pc.optim import IPC, PC, PredictiveCoding
 
 LOWEST = torch.finfo(torch.float64).min
 
@@ -26,11 +38,30 @@ def kl(x, mu, dim):
     return p * (p / q).log()
 
 
+def two_classes(p, q):
+    return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+
+
+@register
+class Cauchy(Entrywise):
+    name = "cauchy"
+
+    def energy(self, x, mu):
+        return torch.log1p((x - mu).square())
+
+
 FORMULAS = {
     "gaussian": (Gaussian(), lambda x, mu: 0.5 * (x - mu) ** 2),
     "gaussian_logits": (MaskedGaussian(), lambda x, mu: 0.5 * (x - mu) ** 2),
     "categorical": (Categorical(-1), lambda x, mu: kl(x, mu, -1)),
     "categorical-1": (Categorical(1), lambda x, mu: kl(x, mu, 1)),
+    "temperature": (Categorical(-1, 2.5), lambda x, mu: kl(x / 2.5, mu / 2.5, -1)),
+    "precision": (Gaussian(3.0), lambda x, mu: 1.5 * (x - mu) ** 2),
+    "laplace": (Laplace(0.5), lambda x, mu: (x - mu).abs() / 0.5),
+    "huber": (Huber(0.7), lambda x, mu: F.huber_loss(x, mu, reduction="none", delta=0.7)),
+    "bernoulli": (Bernoulli(), lambda x, mu: two_classes(x.sigmoid(), mu.sigmoid())),
+    "own": (Cauchy(), lambda x, mu: torch.log1p((x - mu) ** 2)),
+    "free": (Free(), lambda x, mu: 0.0 * x * mu),
 }
 
 
@@ -267,3 +298,111 @@ def test_softmax_however_it_is_spelt(spelling):
     assert relative(value.detach(), explicit.values[0].detach()) < 1e-9
     assert far(model, reference)[0] < 1e-9
     assert min(optimizer.report.peak_energy.values()) > 0
+
+
+# Energies of some nodes -------------------------------------------------------------------------
+
+
+def by_hand(net, x, y, energies, T, gamma):
+    """Values and last gradients by autograd of F, all at once."""
+    first, _, second, _, last = net
+    h = [first(x).detach()]
+    h.append(second(torch.tanh(h[0])).detach())
+    for t in range(T):
+        h = [value.detach().requires_grad_() for value in h]
+        means = first(x), second(torch.tanh(h[0]))
+        free = 0.5 * (last(torch.tanh(h[1])) - y).square().sum()
+        for energy, value, mu in zip(energies, h, means, strict=True):
+            free = free + energy(value, mu).sum()
+        if t < T - 1:
+            moves = torch.autograd.grad(free, h)
+            h = [value - gamma * move for value, move in zip(h, moves, strict=True)]
+    return torch.autograd.grad(free / len(x), [*net.parameters()])
+
+
+@pytest.mark.parametrize("name", ["laplace", "huber", "bernoulli", "precision", "own"])
+def test_a_node_with_an_energy_of_its_own(name):
+    energy, formula = FORMULAS[name]
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)]
+    net, x, y = nn.Sequential(*layers).double(), torch.randn(6, 4).double(), torch.randn(6, 3)
+    expected = by_hand(net, x, y, [lambda x, mu: 0.5 * (x - mu) ** 2, formula], 7, 0.05)
+    how = {"gamma": 0.05, "T": 7, "energies": {"3": energy}, "parallel": False}
+    learner = PC(torch.optim.SGD(net.parameters(), 0.0), net, **how)
+    learner.step(lambda: squared_error(net(x), y.double()))
+    for p, gradient in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    assert describe(net, lambda: squared_error(net(x), y.double()), learner, print_table=False)
+
+
+def test_names_and_sparse_causes():
+    """A Laplace prior leaves causes at zero that a Gaussian one spreads over all."""
+
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z, self.w = Latent(12), nn.Linear(12, 8, bias=False)
+
+        def forward(self, n):
+            return self.w(self.z(n))
+
+    torch.manual_seed(0)
+    model, y = Sparse().double(), torch.randn(20, 8).double()
+    small = {}
+    for name in ("gaussian", "laplace"):
+        learner = PC(
+            torch.optim.SGD(model.parameters(), 0.0),
+            model,
+            **{"energies": {"z": name}, "gamma": 0.02, "T": 300},
+        )
+        learner.step(lambda: squared_error(model(20), y))
+        small[name] = float((learner.values["z"].abs() < 0.05).float().mean())
+    assert small["laplace"] > 3 * small["gaussian"]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "why"),
+    [
+        ({"energies": {"1": "gausian"}}, ConfigError, "'1' is given 'gausian': expected one of"),
+        ({"energies": {"1": 3}}, ConfigError, "is given 3"),
+        ({"energies": "huber"}, ConfigError, "expected a dict"),
+        ({"energies": {"1": "huber"}, "algorithm": "epc"}, ConfigError, "Gaussian energies alone"),
+        ({"energies": {"1": "huber"}, "algorithm": "zil"}, ConfigError, "Gaussian energies alone"),
+        ({"energies": {"2": "huber"}}, PlacementError, "no value node is named '2'"),
+    ],
+)
+def test_a_wrong_energy(given, error, why):
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def learn():
+        how = {"algorithm": "pc", **given}
+        learner = PredictiveCoding(torch.optim.SGD(net.parameters(), 0.1), net, **how)
+        learner.step(lambda: squared_error(net(torch.ones(2, 4)), torch.ones(2, 3)))
+
+    with pytest.raises(error, match=why):
+        learn()
+
+
+@pytest.mark.parametrize("make", [Gaussian, Huber, Laplace, lambda n: Categorical(-1, n)])
+@pytest.mark.parametrize("number", [0, -1.0, "1", True, float("nan")])
+def test_a_wrong_number(make, number):
+    with pytest.raises(ConfigError, match="expected a positive number"):
+        make(number)
+
+
+def test_a_name_is_given_once():
+    class Other(Entrywise):
+        name = "huber"
+
+        def energy(self, x, mu):
+            return x - mu
+
+    class Nameless(Entrywise):
+        def energy(self, x, mu):
+            return x - mu
+
+    with pytest.raises(ConfigError, match="named 'huber' already"):
+        register(Other)
+    with pytest.raises(ConfigError, match="give it a name"):
+        register(Nameless)
+    assert register(Cauchy) is Cauchy

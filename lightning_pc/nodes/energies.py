@@ -7,10 +7,11 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -78,15 +79,22 @@ class Energy(ABC):
 
 
 class Gaussian(Energy):
-    """``0.5 * ||x - mu||^2``: Eq. 5 of Salvatori et al. 2024 with the usual factor 1/2."""
+    """``0.5 * precision * ||x - mu||^2``: Eq. 5 of Salvatori et al. 2024, with the usual 1/2.
+
+    Args:
+        precision: Inverse variance, > 0.
+    """
 
     name = "gaussian"
     masks = False
 
+    def __init__(self, precision: float = 1.0) -> None:
+        self.precision = positive(precision, "precision")
+
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         error = self._error(x, mu)
-        flat = error.flatten()
+        flat, weight = error.flatten(), weight * self.precision
         total = torch.dot(flat, flat).mul_(0.5 * weight)
         return Slopes(error.mul_(-scale * weight), None, total)
 
@@ -96,7 +104,7 @@ class Gaussian(Energy):
     ) -> Slopes:
         if len({*weights}) > 1:
             return super().evaluate_rows(x, mu, scale, weights)
-        error, weight = self._error(x, mu), weights[0]
+        error, weight = self._error(x, mu), weights[0] * self.precision
         flat = error.flatten(1)
         totals = torch.linalg.vecdot(flat, flat).mul_(0.5 * weight)
         return Slopes(error.mul_(-scale * weight), None, totals)
@@ -128,31 +136,157 @@ class Free(Energy):
 
 
 class Categorical(Energy):
-    """``KL(softmax(x) || softmax(mu))`` of logits: the F_KL of Pinchetti et al. 2022.
+    """``KL(softmax(x / tau) || softmax(mu / tau))`` of logits: the F_KL of Pinchetti et al. 2022.
 
     Logits at -inf, or at half the dtype's minimum and below, are masked: they carry no
     probability, no energy and no gradient.
 
     Args:
         dim: The axis of the softmax.
+        temperature: tau, > 0.
     """
 
     name = "categorical"
 
-    def __init__(self, dim: int = -1) -> None:
-        self.dim = dim
+    def __init__(self, dim: int = -1, temperature: float = 1.0) -> None:
+        self.dim, self.temperature = dim, positive(temperature, "temperature")
 
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         masked = mu <= torch.finfo(mu.dtype).min / 2
-        log_p = torch.log_softmax(x, self.dim)
-        log_q = torch.log_softmax(mu.to(x.dtype), self.dim)
+        mu, scale = mu.to(x.dtype), scale / self.temperature
+        if self.temperature != 1.0:
+            x, mu = x / self.temperature, mu / self.temperature
+        log_p, log_q = torch.log_softmax(x, self.dim), torch.log_softmax(mu, self.dim)
         p, q = log_p.exp().masked_fill(masked, 0.0), log_q.exp().masked_fill(masked, 0.0)
         log_ratio = (log_p - log_q).masked_fill(masked, 0.0)
         divergence = (p * log_ratio).sum(self.dim, keepdim=True)
         dmu = q.sub_(p).mul_(scale * weight)
         dx = log_ratio.sub_(divergence).mul_(p).mul_(scale * weight)
         return Slopes(dmu, dx, divergence.sum().mul_(weight))
+
+
+class Laplace(Energy):
+    """``||x - mu||_1 / scale``: errors that are seldom and large; sparse causes of a `Latent`.
+
+    Args:
+        scale: > 0.
+    """
+
+    name = "laplace"
+    masks = False
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = positive(scale, "scale")
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
+        error, weight = x - mu, weight / self.scale
+        return Slopes(error.sign().mul_(-scale * weight), None, error.abs().sum().mul_(weight))
+
+
+class Huber(Energy):
+    """The Gaussian where ``|x - mu| <= delta``, beyond it ``delta * (|x - mu| - delta / 2)``.
+
+    Args:
+        delta: > 0.
+    """
+
+    name = "huber"
+    masks = False
+
+    def __init__(self, delta: float = 1.0) -> None:
+        self.delta = positive(delta, "delta")
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
+        error = x - mu
+        near = error.clamp(-self.delta, self.delta)
+        total = (near * (error - 0.5 * near)).sum().mul_(weight)
+        return Slopes(near.mul_(-scale * weight), None, total)
+
+
+class Bernoulli(Energy):
+    """``KL(sigmoid(x) || sigmoid(mu))`` of logits, entry by entry: F_KL of two classes."""
+
+    name = "bernoulli"
+    masks = False
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
+        p, q, error = x.sigmoid(), mu.sigmoid(), x - mu
+        # softplus(mu) - softplus(x) + p * error, which loses less where both are large
+        total = (p * error + F.softplus(mu) - F.softplus(x)).sum().mul_(weight)
+        dx = (p * (1.0 - p) * error).mul_(scale * weight)
+        return Slopes(q.sub_(p).mul_(scale * weight), dx, total)
+
+
+class Entrywise(Energy):
+    """An energy of your own: a sum over entries, whose gradients autograd finds.
+
+    Define ``name`` and ``energy(x, mu)``, the energy of each entry, [B, *].
+    """
+
+    masks = False
+
+    @abstractmethod
+    def energy(self, x: Tensor, mu: Tensor) -> Tensor:
+        """Of each entry, [B, *]."""
+
+    @override
+    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
+        with torch.enable_grad():
+            x, mu = x.detach().requires_grad_(), mu.detach().to(x.dtype).requires_grad_()
+            total = self.energy(x, mu).sum()
+            dx, dmu = torch.autograd.grad(total, (x, mu))
+        return Slopes(dmu * (scale * weight), dx * (scale * weight), total.detach() * weight)
+
+
+#: Name -> what makes the energy.
+ENERGIES: dict[str, Callable[[], Energy]] = {
+    kind.name: kind for kind in (Gaussian, Laplace, Huber, Bernoulli, Categorical)
+}
+
+
+def register(kind: type[Energy]) -> type[Energy]:
+    """Makes an energy known by its ``name``; a decorator of its class.
+
+    Raises:
+        ConfigError: It has no name, or another has it.
+    """
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{kind.__name__}: give it a name, such as name = 'cauchy'.")
+    known = ENERGIES.get(name)
+    same = getattr(known, "__qualname__", None) == kind.__qualname__  # a cell that runs again
+    if known is not None and not same:
+        raise ConfigError(f"{kind.__name__}: there is an energy named {name!r} already.")
+    ENERGIES[name] = kind
+    return kind
+
+
+def energy_of(given: object, place: str) -> Energy:
+    """The energy that is asked for at a place, by name or as an object.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if isinstance(given, Energy):
+        return given
+    if isinstance(given, str) and given in ENERGIES:
+        return ENERGIES[given]()
+    known = ", ".join(map(repr, ENERGIES))
+    raise ConfigError(
+        f"energies: {place!r} is given {shown(given)}: expected one of {known}, or an object of "
+        "lightning_pc.energies, such as Huber(0.5)."
+    )
+
+
+def positive(number: float, name: str) -> float:
+    """The number, if it is one above 0; else a ConfigError."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number > 0:
+        raise ConfigError(f"{name}={shown(number)}: expected a positive number.")
+    return float(number)
 
 
 def softmax_energy(name: str, dim: int) -> Energy:

@@ -96,7 +96,7 @@ class Cuts(Recorder):
             if site.node is None:
                 dtype = torch.promote_types(mu.dtype, torch.float32)
                 value = mu.detach().to(dtype, copy=True).requires_grad_()
-                site.node = Node(site.name, value, energy())
+                site.node = Node(site.name, value, self.task.energies.get(site.name) or energy())
             site.node.rounding = rounding_of(mu)
             if form is None:
                 site.leaves = leaves_of(mu)
@@ -135,7 +135,8 @@ class Cuts(Recorder):
         if site.node is None:
             dtype = torch.promote_types(start.dtype, torch.float32)
             value = start.detach().to(dtype, copy=True).requires_grad_()
-            site.node = Node(name, value, Gaussian() if of.prior else Free())
+            own = Gaussian() if of.prior else Free()
+            site.node = Node(name, value, self.task.energies.get(name, own))
         self._know(site.node.x, site.slot)
         handed = hand(site.node.x, start.dtype, True)  # the module may write to it
         self._insert(handed, hand, site.slot, further=(start.dtype, True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -84,6 +84,20 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
         )
 
 
+def check_energies(batch: Batch, energies: Iterable[str]) -> None:
+    """Every name to which ``energies`` gives an energy is that of a node.
+
+    Raises:
+        PlacementError: There is none.
+    """
+    names = [site.name.partition("#")[0] for site in batch.sites if not site.why]
+    for name in energies:
+        if name not in names:
+            raise PlacementError(
+                f"energies: no value node is named {name!r}. {_meant(name, names)}"
+            )
+
+
 def check_latents(batch: Batch, unfit: bool) -> None:
     """Latent variables can be inferred.
 
@@ -162,10 +176,12 @@ def let_free(batch: Batch, names: Sequence[str]) -> None:
     nodes = {node.name: node for node in batch.nodes}
     for name in names:
         if name not in nodes:
-            close = difflib.get_close_matches(name, nodes, n=1, cutoff=0.5)
-            meant = f"Did you mean {close[0]!r}? " if close else ""
-            raise PlacementError(
-                f"free={[*names]}: no value node is named {name!r}. {meant}There are "
-                f"{', '.join(map(repr, [*nodes][:20]))}."
-            )
+            told = f"free={[*names]}: no value node is named {name!r}."
+            raise PlacementError(f"{told} {_meant(name, [*nodes])}")
         nodes[name].energy = Free()
+
+
+def _meant(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    meant = f"Did you mean {close[0]!r}? " if close else ""
+    return f"{meant}There are {', '.join(map(repr, names[:20]))}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, PCError, RecordingError
+from lightning_pc.nodes.energies import Energy
 from lightning_pc.nodes.model import Model
 from lightning_pc.nodes.node import Node
 from lightning_pc.recording.draws import RandomStates
@@ -33,6 +34,7 @@ class Recordings:
     Args:
         model: The module.
         softmax: Energy at the logits of a softmax.
+        energies: Name of a place -> energy.
         keeps: Values are kept from call to call (``reset="never"``), which draw the same each time.
         incremental: Weights move while values do.
         through: Values are held in error coordinates.
@@ -42,11 +44,17 @@ class Recordings:
     """
 
     def __init__(
-        self, model: Model, softmax: str, keeps: bool, incremental: bool, through: bool
+        self,
+        model: Model,
+        softmax: str,
+        energies: Mapping[str, Energy],
+        keeps: bool,
+        incremental: bool,
+        through: bool,
     ) -> None:
         self.model = model
         self.kept: list[Site] | None = None
-        self._softmax, self._keeps = softmax, keeps
+        self._softmax, self._energies, self._keeps = softmax, energies, keeps
         self._incremental, self._through = incremental, through
         self._graphs: list[Graph] = []  # of each form, the last one first
         self._learned = Learned()
@@ -68,6 +76,7 @@ class Recordings:
             Task(
                 placement=self.model.look(),
                 softmax=self._softmax,
+                energies=self._energies,
                 names=self.model.names,
                 own=self.model.own,
                 early=partial(self._early, held),

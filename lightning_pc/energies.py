@@ -1,0 +1,28 @@
+"""Energies of value nodes: how far a value is from its prediction.
+
+By name or as objects in ``energies={"net.3": "bernoulli"}``.
+"""
+
+from lightning_pc.nodes.energies import (
+    Bernoulli,
+    Categorical,
+    Energy,
+    Entrywise,
+    Gaussian,
+    Huber,
+    Laplace,
+    Slopes,
+    register,
+)
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "Energy",
+    "Entrywise",
+    "Gaussian",
+    "Huber",
+    "Laplace",
+    "Slopes",
+    "register",
+]
