@@ -319,6 +319,17 @@ def test_a_hidden_layer_of_a_classifier_is_freed():
     assert held.report.peak_energy["1"] > 0 == freed.report.peak_energy["1"]
 
 
+def test_a_nonlinearity_of_the_causes_needs_no_other_value():
+    """Eq. 1 of the paper: mu = W f(x)."""
+    model = nn.ModuleDict({"z": Latent(3), "f": nn.Tanh(), "w": nn.Linear(3, 5)}).double()
+    y = noise(4, 5)
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, gamma=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: squared_error(model["w"](model["f"](model["z"](4))), y))
+    assert optimizer.report.nodes == ["z"]
+    assert optimizer.values["z"].abs().min() > 0
+
+
 # Words ------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.recording.recorder import Recorder
 from lightning_pc.recording.sites import (
+    CAUSE,
     FROZEN,
     KNOWN_AT_ONCE,
     OVERWRITES,
@@ -49,6 +50,7 @@ class Cuts(Recorder):
         super().__init__(task)
         self.sites: list[Site] = []
         self._checked = 0
+        self._causes = set[int]()  # slots of what latent variables hand on
         self.form: Expected | None = next(iter(task.forms), None)
 
     def place(
@@ -76,8 +78,8 @@ class Cuts(Recorder):
         form = self._expected()
         site = Site(key, name(), tuple(mu.shape), at=len(self.calls))
         self.sites.append(site)
-        if entry is None:
-            site.why = FROZEN
+        if entry is None or entry.slot in self._causes:
+            site.why = FROZEN if entry is None else CAUSE
             return None
         if mu.dtype is torch.float16:
             raise UnsupportedError(FLOAT16.format(f"'{site.name}'"))
@@ -139,7 +141,8 @@ class Cuts(Recorder):
             site.node = Node(name, value, self.task.energies.get(name, own))
         self._know(site.node.x, site.slot)
         handed = hand(site.node.x, start.dtype, True)  # the module may write to it
-        self._insert(handed, hand, site.slot, further=(start.dtype, True))
+        entry = self._insert(handed, hand, site.slot, further=(start.dtype, True))
+        self._causes.add(entry.slot)
         return handed
 
     def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:

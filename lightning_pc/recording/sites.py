@@ -14,6 +14,7 @@ from lightning_pc.nodes.latent import Stand
 from lightning_pc.nodes.node import Node
 
 FROZEN = "frozen above: its prediction depends on no trainable parameter"
+CAUSE = "the value of a Latent, which moves by itself"
 OVERWRITES = "overwrites"
 INSIDE = "part of another place"
 LINEAR = "not a nonlinearity"

@@ -1,0 +1,1 @@
+"""Generative networks: energies, digits from causes."""
