@@ -1,0 +1,1 @@
+"""Associative memories: stored pictures, recalled from parts and from noise."""
