@@ -120,6 +120,7 @@ def test_only_where_errors_arrive_all_at_once(make, passes):
     net = make()
     optimizer = IPC(sgd(net), net)
     learner = optimizer._learner
-    batch, *_ = learner.describe(classifier(net, x, y), lambda loss: loss)
-    mover = mover_of(learner.settings, batch.graph)
+    with learner.undone():
+        learner.begin(classifier(net, x, y), lambda loss: loss)
+        mover = mover_of(learner.settings, learner.waiting.batch.graph)
     assert isinstance(mover, PassingOn) is passes
