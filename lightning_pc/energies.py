@@ -7,13 +7,12 @@ from lightning_pc.nodes.energies import (
     Bernoulli,
     Categorical,
     Energy,
-    Entrywise,
     Gaussian,
     Huber,
     Laplace,
     Slopes,
-    register,
 )
+from lightning_pc.nodes.registry import Entrywise, register
 
 __all__ = [
     "Bernoulli",

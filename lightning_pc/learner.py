@@ -165,7 +165,8 @@ class Learner:
     def _prepare(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> Waiting:
         check_nodes(batch, self.model)
         check_energies(batch, self.settings.energy_of)
-        check_latents(batch, self.schedule.through or self.schedule.wave)
+        unfit = self.schedule.through or self.schedule.wave
+        check_latents(batch, unfit, min(self.settings.betas) < 0)
         if (held := self._held()) is not None:
             check_held(batch, held)
         if self.schedule.wave:

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from lightning_pc.errors import ConfigError, misfit, refuse, shown
 from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.schedules import Moves, schedule
-from lightning_pc.nodes.energies import Energy, energy_of, softmax_energy
+from lightning_pc.nodes.energies import Energy, softmax_energy
 from lightning_pc.nodes.placement import Entry
+from lightning_pc.nodes.registry import energy_of
 from lightning_pc.precisions import Constant, Precisions, is_number, plain, precisions
 from lightning_pc.stages.compiled import check_options
 
@@ -203,7 +204,9 @@ class Settings:
         refuse({f"compile={shown(self.compile)}: {apart}": self.compile is not False and apart})
         check_options(self.compile)
         expected = f"energies={shown(self.energies)}: expected a dict of node names and energies."
-        refuse({expected: not isinstance(self.energies, (dict, type(None)))})
+        names = [*self.energies] if isinstance(self.energies, dict) else []
+        named = self.energies is None or isinstance(self.energies, dict)
+        refuse({expected: not named or not all(isinstance(name, str) for name in names)})
         exact = f"energies=: {name} is exact for Gaussian energies alone. Use 'pc' or 'ipc'."
         refuse({exact: self.energy_of and (way.through or way.wave or weights.wave)})
         softmax_energy(self.softmax_energy, -1)

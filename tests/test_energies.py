@@ -43,6 +43,31 @@ def two_classes(p, q):
 
 
 @register
+class Needy(Entrywise):
+    name = "needy"
+
+    def __init__(self, number):
+        self.number = number
+
+    def energy(self, x, mu):
+        return self.number * (x - mu).square()
+
+
+class Flat(Entrywise):
+    name = "flat"
+
+    def energy(self, x, mu):
+        return (x - mu).square().mean()
+
+
+class Prior(Entrywise):
+    name = "prior"
+
+    def energy(self, x, mu):
+        return x.abs().sqrt() if x.numel() else x
+
+
+@register
 class Cauchy(Entrywise):
     name = "cauchy"
 
@@ -62,6 +87,7 @@ FORMULAS = {
     "bernoulli": (Bernoulli(), lambda x, mu: two_classes(x.sigmoid(), mu.sigmoid())),
     "own": (Cauchy(), lambda x, mu: torch.log1p((x - mu) ** 2)),
     "free": (Free(), lambda x, mu: 0.0 * x * mu),
+    "of values alone": (Prior(), lambda x, mu: x.abs().sqrt() + 0.0 * mu),
 }
 
 
@@ -366,6 +392,9 @@ def test_names_and_sparse_causes():
         ({"energies": {"1": "gausian"}}, ConfigError, "'1' is given 'gausian': expected one of"),
         ({"energies": {"1": 3}}, ConfigError, "is given 3"),
         ({"energies": "huber"}, ConfigError, "expected a dict"),
+        ({"energies": {1: "huber"}}, ConfigError, "expected a dict of node names"),
+        ({"energies": {"1": "needy"}}, ConfigError, "'needy' needs arguments"),
+        ({"energies": {"1": Flat()}}, ConfigError, r"Flat.energy gave \(\): expected the energy"),
         ({"energies": {"1": "huber"}, "algorithm": "epc"}, ConfigError, "Gaussian energies alone"),
         ({"energies": {"1": "huber"}, "algorithm": "zil"}, ConfigError, "Gaussian energies alone"),
         ({"energies": {"2": "huber"}}, PlacementError, "no value node is named '2'"),
@@ -406,3 +435,60 @@ def test_a_name_is_given_once():
     with pytest.raises(ConfigError, match="give it a name"):
         register(Nameless)
     assert register(Cauchy) is Cauchy
+
+
+def test_rounding_has_no_force():
+    """Side by side a prediction may differ by rounding from the value that it was."""
+    x = 3 * torch.rand(4, 5)
+    slopes = Laplace().evaluate(x, x * (1 + 1e-7), 1.0)
+    assert not slopes.dmu.any()
+    assert not slopes.total
+    trained = []
+    for parallel in (False, True):
+        torch.manual_seed(0)
+        layers = [m for _ in range(6) for m in (nn.Linear(6, 6), nn.Tanh())]
+        net = nn.Sequential(*layers, nn.Linear(6, 3)).double()
+        places = {str(2 * i + 1): "laplace" for i in range(6)}
+        how = {"energies": places, "gamma": 0.05, "parallel": parallel}
+        learner = PC(torch.optim.SGD(net.parameters(), 0.1), net, **how)
+        for seed in range(4):
+            x = torch.randn(5, 6, generator=torch.manual_seed(seed)).double()
+            learner.step(lambda: squared_error(net(x), x[:, :3]))  # noqa: B023
+        trained.append(net)
+    assert far(trained[1], trained[0])[0] < 1e-9
+
+
+def test_masked_logits_by_name():
+    """As softmax_energy="gaussian"."""
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.v, self.o = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            logits = self.q(x).masked_fill(torch.arange(5) == 2, -torch.inf)
+            return self.o(logits.softmax(-1) * self.v(x))
+
+    found = []
+    for how in ({"softmax_energy": "gaussian"}, {"energies": {"softmax": "gaussian"}}):
+        torch.manual_seed(0)
+        net = Attends().double()
+        x = torch.randn(6, 4).double()
+        learner = PC(torch.optim.SGD(net.parameters(), 0.1), net, gamma=0.1, **how)
+        learner.step(lambda: squared_error(net(x), x[:, :3]))  # noqa: B023
+        found.append(net)
+    assert far(found[1], found[0])[0] == 0
+
+
+def test_logits_that_are_large():
+    x, mu = torch.tensor([19.9]).double(), torch.tensor([20.1]).double()
+    p, q = (-x).double().sigmoid(), (-mu).double().sigmoid()  # of the other class
+    exact = p * (p / q).log() + (1 - p) * torch.log1p((q - p) / (1 - q))
+    assert float(Bernoulli().evaluate(x, mu, 1.0).total) == pytest.approx(float(exact), abs=1e-14)
+
+
+def test_a_built_in_is_not_replaced():
+    made = type("Laplace", (Entrywise,), {"name": "laplace", "energy": lambda self, x, mu: x - mu})
+    with pytest.raises(ConfigError, match="named 'laplace' already"):
+        register(made)

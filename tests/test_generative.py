@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning_pc import EnergyMonitor, PCStrategy, describe, explain, infer
 from lightning_pc.errors import (
     ClosureError,
     ConfigError,
+    DivergenceError,
     PlacementError,
     RecordingError,
     UnsupportedError,
@@ -330,6 +332,115 @@ def test_a_nonlinearity_of_the_causes_needs_no_other_value():
     assert optimizer.values["z"].abs().min() > 0
 
 
+# Whether F has converged ------------------------------------------------------------------------
+
+
+def test_what_is_no_longer_finite_is_an_error():
+    model, y = made(Decoder), noise(5, 6)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(DivergenceError):
+        infer(model, lambda: squared_error(model(5), y), gamma=10.0)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gamma", ["auto", 0.2, 0.02, 1e-6])
+def test_converged_means_that_values_are_where_f_is_least(gamma, dtype):
+    model = made(Linear).to(dtype)
+    y = noise(7, 5).to(dtype)
+    found = infer(model, lambda: squared_error(model(7), y), gamma=gamma, T=2000)
+    mean = posterior(model.double(), y.double())
+    far = (found.values["z"].double() - mean).norm() / mean.norm()
+    # F lies above its least by half the squared slope at most, so by 4 eps F.
+    assert found.converged is (gamma != 1e-6)
+    assert bool(far < 3 * math.sqrt(8 * torch.finfo(dtype).eps)) is found.converged
+
+
+def test_a_decoder_that_bends_f_much():
+    torch.manual_seed(0)
+
+    class Squares(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z, self.a, self.b = Latent(8), nn.Linear(8, 16), nn.Linear(16, 16)
+            self.c = nn.Linear(16, 6)
+
+        def forward(self, n):
+            return self.c(torch.square(self.b(torch.square(self.a(self.z(n))))))
+
+    model, y = Squares().double(), 3 * noise(5, 6)
+    found = infer(model, lambda: squared_error(model(5), y), value_nodes="linear")
+    assert float(found.report.free_energy[-1]) < 0.9 * float(found.report.free_energy[0])
+
+
+def test_any_optimizer_of_values():
+    model, y = made(Linear), noise(7, 5)
+    found = infer(
+        model,
+        lambda: squared_error(model(7), y),
+        inference=lambda values: torch.optim.Adam(values, 0.02),
+        T=1500,
+    )
+    assert torch.allclose(found.values["z"], posterior(model, y), atol=1e-3, rtol=0)
+
+
+def test_it_says_what_inference_mode_forbids():
+    model = made(Linear)
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"Trainer.inference_mode=False"):
+        infer(model, lambda: squared_error(model(7), torch.zeros(7, 5).double()))
+
+
+def test_a_frozen_model_without_causes():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = noise(5, 4), torch.randint(3, (5,))
+    free = infer(net, lambda: F.cross_entropy(net(x), y), T=20)
+    frozen = infer(net.requires_grad_(False), lambda: F.cross_entropy(net(x), y), T=20)
+    assert torch.equal(free.values["1"], frozen.values["1"])
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+def test_weightless_calls_of_causes_hold_no_other_value():
+    class Shaped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z, self.w = Latent(2, 3), nn.Linear(6, 5)
+
+        def forward(self, n):
+            return self.w(torch.tanh(self.z(n).view(n, 6) * 1.0))
+
+    model, y = made(Shaped), noise(4, 5)
+    for _ in range(2):
+        assert list(infer(model, lambda: squared_error(model(4), y)).values) == ["z"]
+
+
+def test_draws_of_a_seed_go_on_where_they_were():
+    model, y = made(lambda: Decoder(start="normal", seed=3)), noise(5, 6)
+    other = copy.deepcopy(model)
+    infer(model, lambda: squared_error(model(5), y))
+    assert torch.equal(model.eval()(5), other.eval()(5))
+    state = copy.deepcopy(model.state_dict())
+    following = model(5)
+    again = made(lambda: Decoder(start="normal", seed=4))
+    again.load_state_dict(state)
+    assert torch.equal(again.eval()(5), following)
+
+
+@pytest.mark.parametrize("beta", [-0.3, (0.3, -0.3)])
+def test_causes_of_other_data_are_refused(beta):
+    model = Decoder()
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, beta=beta)
+    with pytest.raises(ConfigError, match="'z' is a Latent: below 0 beta"):
+        optimizer.step(lambda: squared_error(model(3), torch.zeros(3, 6)))
+
+
+def test_a_latent_of_nobody():
+    latent, net = Latent(3), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6))
+    optimizer = PC(torch.optim.SGD(net.parameters(), 0.1), net)
+    with pytest.raises(RecordingError, match="no part of the model"):
+        optimizer.step(lambda: squared_error(net(latent(3)), torch.zeros(3, 6)))
+
+
 # Words ------------------------------------------------------------------------------------------
 
 
@@ -364,6 +475,8 @@ def test_squared_error():
         (((0,), {}), "expected the sizes"),
         (((3,), {"samples": 0}), "samples=0"),
         (((3,), {"start": "ones"}), "expected 'zeros' or 'normal'"),
+        (((3,), {"prior": "no"}), "prior='no'"),
+        (((3,), {"seed": "a"}), "seed='a'"),
     ],
 )
 def test_a_wrong_latent(given, why):
@@ -380,6 +493,8 @@ def test_a_wrong_latent(given, why):
         (9, torch.zeros(3), "whole numbers"),
         (9, torch.tensor([1, 9]), "numbered from 0 to 8.*asked for 1 to 9"),
         (9, torch.tensor([-1]), "asked for -1"),
+        (9, torch.tensor([2, 2]), "given a number twice"),
+        (9, torch.tensor([], dtype=torch.long), "given no number"),
     ],
 )
 def test_a_wrong_call(samples, which, why):
@@ -448,7 +563,12 @@ def test_kept_values_are_those_of_one_batch():
         ),
         (lambda m: infer(m, lambda: loss(m), free=["net.2"]), PlacementError, "free=.*'net.2'"),
         (lambda m: infer(m, lambda: loss(m), algorithm="ipc"), ConfigError, "algorithm"),
-        (lambda m: infer(m, lambda: loss(m), until=0.1), ConfigError, "sets until itself"),
+        (lambda m: infer(m, lambda: loss(m), until=0.1), ConfigError, "leave until out"),
+        (lambda m: infer(m, lambda: ()), ClosureError, "did not run the model"),
+        (lambda m: infer(m, lambda: loss(m), free="z"), ConfigError, "expected a list of names"),
+        (lambda m: infer(m, lambda: loss(m), T=None), ConfigError, "whole number of steps"),
+        (lambda m: infer(m, lambda: loss(m), compile=True), ConfigError, "leave compile out"),
+        (lambda m: infer(m, lambda: loss(m), precisions="spiking"), ConfigError, "stay the same"),
         (lambda m: infer(m, lambda: loss(m), tau=3), ConfigError, "no argument tau="),
         (lambda m: infer(m, lambda: loss(m), T=0), ConfigError, "T=0"),
         (lambda m: infer(m, lambda: loss(m), gamma=-1.0), ConfigError, "gamma=-1.0"),
@@ -477,7 +597,7 @@ def test_a_seed_of_its_own():
     assert torch.equal(first.values, second.values)
     copied = copy.deepcopy(Latent(4, start="normal", seed=3))
     assert torch.equal(copied.eval()(2), copy.deepcopy(Latent(4, start="normal", seed=3)).eval()(2))
-    assert not copied.state_dict()
+    assert list(copied.state_dict()) == ["drawn"]
 
 
 def test_a_strategy_by_name_says_what_to_do():

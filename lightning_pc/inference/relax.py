@@ -66,7 +66,8 @@ class Inference:
         terms: M, the number of terms that the loss is a mean of.
         T: Inference steps, the most where ``until`` is given.
         until: The next step is the last where F has changed by no more than this share of itself at
-            each of two steps on end; None for T steps.
+            each of two steps on end; where weights rest, where the squared slope of F is below this
+            share of it. None for T steps.
         age: Inference steps that kept values have behind them; None where values are made anew.
         update: One optimizer step on the gradients so far, but for the last of the batch.
 
@@ -94,6 +95,7 @@ class Inference:
     seen: tuple[float, Node] | None = None
     updates: Counter[int] = field(default_factory=Counter)
     _pull: float = 1.0
+    _slope: Tensor | float = 0.0
 
     def relax(self) -> bool:
         """Runs; the gradients of the last update are left in ``.grad``.
@@ -107,8 +109,11 @@ class Inference:
             moves, learns = schedule.moves(t, self.T), schedule.learns(t, self.T)
             loss = self._evaluate(t, moves, learns)
             free = self.trace.take_in(loss, self.evaluator.energies(), self._pull, self.terms)
-            if (learns or not t) and not math.isfinite(free):  # waits for a device
+            last = t == self.T - 1
+            if (learns or last or not t) and not math.isfinite(free):  # waits for a device
                 return False
+            if self.schedule.rests:
+                self._slope = self._squared_slope()
             if moves:
                 if not t:
                     self._begin()
@@ -128,8 +133,16 @@ class Inference:
         arrivals = [node.arrival for node in self.evaluator.batch.nodes]
         if t < 3 or (self.age or 0) + t <= max(arrivals, default=0):
             return False
-        free = torch.stack(self.trace.free[-3:])
-        return bool(free.diff().abs().max() <= (self.until or 0.0) * free[-1].abs())
+        free, until = torch.stack(self.trace.free[-3:]), self.until or 0.0
+        if self.schedule.rests:  # where F bends by 1 or more, it can fall by no more than this
+            return bool(self._slope <= until * free[-1].abs())
+        return bool(free.diff().abs().max() <= until * free[-1].abs())
+
+    def _squared_slope(self) -> Tensor:
+        """The squared norm of dF/dx, []."""
+        gradients = [node.gradient for node in self.evaluator.nodes if node.gradient is not None]
+        scale = (self.terms * self.beta / self.seed) ** 2
+        return torch.stack([g.square().sum() for g in gradients]).sum() * scale
 
     @property
     def _value_steps(self) -> int:

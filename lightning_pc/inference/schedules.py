@@ -31,6 +31,8 @@ class Schedule(ABC):
     deep: int | None = None
     #: Weights move while values do.
     incremental = False
+    #: Weights never move.
+    rests = False
     #: One wave of weights, 1 at t = depth and 0 else: each stage counts once.
     wave = False
     #: How values move unless told otherwise: by plain descent, along conjugate gradients, or so but
@@ -122,6 +124,8 @@ class ZIL(Schedule):
 
 class Resting(PC):
     """Values move at every t, parameters never: inference in a trained model."""
+
+    rests = True
 
     @override
     def moves(self, t: int, T: int) -> bool:

@@ -7,11 +7,10 @@ Axis legend: B samples, * anything. ``x`` is the value of a node, ``mu`` its pre
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -42,6 +41,10 @@ class Energy(ABC):
     name: str
     #: Whether entries may be masked: at -inf, or far below all others.
     masks: ClassVar[bool] = True
+
+    def instead_of(self, usual: Energy) -> Energy:
+        """What stands at a place in the ``usual`` energy's stead."""
+        return self
 
     @abstractmethod
     def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
@@ -108,6 +111,10 @@ class Gaussian(Energy):
         flat = error.flatten(1)
         totals = torch.linalg.vecdot(flat, flat).mul_(0.5 * weight)
         return Slopes(error.mul_(-scale * weight), None, totals)
+
+    @override
+    def instead_of(self, usual: Energy) -> Energy:
+        return MaskedGaussian(self.precision) if usual.masks else self
 
     def _error(self, x: Tensor, mu: Tensor) -> Tensor:
         return x - mu
@@ -182,6 +189,8 @@ class Laplace(Energy):
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         error, weight = x - mu, weight / self.scale
+        size = torch.maximum(x.abs(), mu.abs()).mul_(8 * torch.finfo(x.dtype).eps)
+        error.masked_fill_(error.abs() <= size, 0.0)  # or rounding would pull with all force
         return Slopes(error.sign().mul_(-scale * weight), None, error.abs().sum().mul_(weight))
 
 
@@ -215,71 +224,11 @@ class Bernoulli(Energy):
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
         p, q, error = x.sigmoid(), mu.sigmoid(), x - mu
-        # softplus(mu) - softplus(x) + p * error, which loses less where both are large
-        total = (p * error + F.softplus(mu) - F.softplus(x)).sum().mul_(weight)
+        none = x.new_zeros(())
+        total = p * error + torch.logaddexp(mu, none) - torch.logaddexp(x, none)
+        total = total.sum().mul_(weight)
         dx = (p * (1.0 - p) * error).mul_(scale * weight)
         return Slopes(q.sub_(p).mul_(scale * weight), dx, total)
-
-
-class Entrywise(Energy):
-    """An energy of your own: a sum over entries, whose gradients autograd finds.
-
-    Define ``name`` and ``energy(x, mu)``, the energy of each entry, [B, *].
-    """
-
-    masks = False
-
-    @abstractmethod
-    def energy(self, x: Tensor, mu: Tensor) -> Tensor:
-        """Of each entry, [B, *]."""
-
-    @override
-    def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
-        with torch.enable_grad():
-            x, mu = x.detach().requires_grad_(), mu.detach().to(x.dtype).requires_grad_()
-            total = self.energy(x, mu).sum()
-            dx, dmu = torch.autograd.grad(total, (x, mu))
-        return Slopes(dmu * (scale * weight), dx * (scale * weight), total.detach() * weight)
-
-
-#: Name -> what makes the energy.
-ENERGIES: dict[str, Callable[[], Energy]] = {
-    kind.name: kind for kind in (Gaussian, Laplace, Huber, Bernoulli, Categorical)
-}
-
-
-def register(kind: type[Energy]) -> type[Energy]:
-    """Makes an energy known by its ``name``; a decorator of its class.
-
-    Raises:
-        ConfigError: It has no name, or another has it.
-    """
-    name = getattr(kind, "name", None)
-    if not isinstance(name, str) or not name:
-        raise ConfigError(f"{kind.__name__}: give it a name, such as name = 'cauchy'.")
-    known = ENERGIES.get(name)
-    same = getattr(known, "__qualname__", None) == kind.__qualname__  # a cell that runs again
-    if known is not None and not same:
-        raise ConfigError(f"{kind.__name__}: there is an energy named {name!r} already.")
-    ENERGIES[name] = kind
-    return kind
-
-
-def energy_of(given: object, place: str) -> Energy:
-    """The energy that is asked for at a place, by name or as an object.
-
-    Raises:
-        ConfigError: There is none of that name.
-    """
-    if isinstance(given, Energy):
-        return given
-    if isinstance(given, str) and given in ENERGIES:
-        return ENERGIES[given]()
-    known = ", ".join(map(repr, ENERGIES))
-    raise ConfigError(
-        f"energies: {place!r} is given {shown(given)}: expected one of {known}, or an object of "
-        "lightning_pc.energies, such as Huber(0.5)."
-    )
 
 
 def positive(number: float, name: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Latent(nn.Module):
 
     Attributes:
         values: Of numbered samples, [samples, *shape].
+        drawn: State of the generator of ``seed``, bytes; None without one.
 
     Raises:
         ConfigError: A wrong argument; an index out of range; indices where no ``samples`` are kept,
@@ -56,6 +58,7 @@ class Latent(nn.Module):
     """
 
     values: Tensor
+    drawn: Tensor | None
 
     def __init__(
         self,
@@ -76,10 +79,17 @@ class Latent(nn.Module):
                 f"start={shown(start)}: expected 'zeros' or 'normal'.": (
                     start not in ("zeros", "normal")
                 ),
+                f"prior={shown(prior)}: expected True or False.": not isinstance(prior, bool),
+                f"seed={shown(seed)}: expected a whole number or None.": not (
+                    seed is None or isinstance(seed, Integral)
+                ),
             }
         )
-        self.shape, self.samples, self.prior, self.start = shape, samples, bool(prior), start
-        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.shape, self.samples, self.prior, self.start = shape, samples, prior, start
+        self._seed = seed
+        # A buffer, so that it is copied, kept in checkpoints and put back like others.
+        state = None if seed is None else torch.Generator().manual_seed(int(seed)).get_state()
+        self.register_buffer("drawn", state)
         self.register_buffer("values", self._begin(samples or 0), persistent=samples is not None)
 
     @property
@@ -90,7 +100,9 @@ class Latent(nn.Module):
     @override
     def extra_repr(self) -> str:
         kept = "" if self.samples is None else f", samples={self.samples}"
-        return f"{', '.join(map(str, self.shape))}{kept}, prior={self.prior}, start={self.start!r}"
+        seed = "" if self._seed is None else f", seed={self._seed}"
+        sizes = ", ".join(map(str, self.shape))
+        return f"{sizes}{kept}, prior={self.prior}, start={self.start!r}{seed}"
 
     @override
     def forward(self, which: int | Tensor) -> Tensor:
@@ -130,7 +142,10 @@ class Latent(nn.Module):
                 f"their numbers, a tensor of whole numbers [B], not with {_told(which)}."
             )
         numbers = which.long().to(self.values.device)
-        if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < self.samples:
+        if not len(numbers) or len({*numbers.tolist()}) < len(numbers):
+            told = "no number at all" if not len(numbers) else "a number twice, which has one value"
+            raise ConfigError(f"This Latent keeps the values of samples, and was given {told}.")
+        if not 0 <= int(numbers.min()) <= int(numbers.max()) < self.samples:
             raise ConfigError(
                 f"This Latent keeps {self.samples} samples, numbered from 0 to "
                 f"{self.samples - 1}, and was asked for {int(numbers.min())} to "
@@ -147,25 +162,17 @@ class Latent(nn.Module):
     def _begin(self, size: int) -> Tensor:
         if self.start == "zeros":
             return torch.zeros(size, *self.shape)
-        return torch.randn(size, *self.shape, generator=self._generator)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._generator is not None:  # generators cannot be copied
-            state["_generator"] = self._generator.get_state()
-        return state
-
-    @override
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        drawn = state.get("_generator")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if drawn is not None:
-            self._generator = torch.Generator()
-            self._generator.set_state(drawn)
+        if self.drawn is None:
+            return torch.randn(size, *self.shape)
+        generator = torch.Generator()
+        generator.set_state(self.drawn.cpu())
+        values = torch.randn(size, *self.shape, generator=generator)
+        self.drawn.copy_(generator.get_state())
+        return values
 
 
 def _is_size(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+    return isinstance(number, Integral) and not isinstance(number, bool) and int(number) >= 1
 
 
 def _is_continuous(tensor: Tensor) -> bool:

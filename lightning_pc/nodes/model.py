@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_pc.errors import UnsupportedError
-from lightning_pc.nodes.latent import Latent
 from lightning_pc.nodes.placement import Placement, ValueNodes, resolve
 
 #: How the names of wrappers for several devices end.
@@ -31,8 +30,7 @@ def _check(model: nn.Module) -> None:
                 f"{where} is wrapped by {kind}: predictive coding runs on one device for now, give "
                 "it the bare module."
             )
-    latent = any(isinstance(module, Latent) for module in model.modules())
-    if not latent and not any(parameter.requires_grad for parameter in model.parameters()):
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UnsupportedError(
             f"{type(model).__name__} has no trainable parameter: unfreeze some (requires_grad)."
         )

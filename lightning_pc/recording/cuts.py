@@ -23,7 +23,6 @@ from lightning_pc.recording.applied import Applied
 from lightning_pc.recording.calls import Call, Ref
 from lightning_pc.recording.recorder import Recorder
 from lightning_pc.recording.sites import (
-    CAUSE,
     FROZEN,
     KNOWN_AT_ONCE,
     OVERWRITES,
@@ -50,7 +49,6 @@ class Cuts(Recorder):
         super().__init__(task)
         self.sites: list[Site] = []
         self._checked = 0
-        self._causes = set[int]()  # slots of what latent variables hand on
         self.form: Expected | None = next(iter(task.forms), None)
 
     def place(
@@ -78,8 +76,8 @@ class Cuts(Recorder):
         form = self._expected()
         site = Site(key, name(), tuple(mu.shape), at=len(self.calls))
         self.sites.append(site)
-        if entry is None or entry.slot in self._causes:
-            site.why = FROZEN if entry is None else CAUSE
+        if entry is None:
+            site.why = FROZEN
             return None
         if mu.dtype is torch.float16:
             raise UnsupportedError(FLOAT16.format(f"'{site.name}'"))
@@ -98,7 +96,8 @@ class Cuts(Recorder):
             if site.node is None:
                 dtype = torch.promote_types(mu.dtype, torch.float32)
                 value = mu.detach().to(dtype, copy=True).requires_grad_()
-                site.node = Node(site.name, value, self.task.energies.get(site.name) or energy())
+                usual, own = energy(), self.task.energies.get(site.name)
+                site.node = Node(site.name, value, own.instead_of(usual) if own else usual)
             site.node.rounding = rounding_of(mu)
             if form is None:
                 site.leaves = leaves_of(mu)
@@ -124,6 +123,10 @@ class Cuts(Recorder):
                 "not pull at it: call it with gradients on."
             )
         of, start = stand.of, stand.start
+        if of not in self.task.names:
+            raise RecordingError("A Latent is called that is no part of the model: make it one.")
+        if start.dtype is torch.float16:
+            raise UnsupportedError(FLOAT16.format(f"'{name}'"))
         self.keys.append((of, of.prior, of.at_mean))
         self._expected()
         site = Site(of, name, tuple(start.shape), at=len(self.calls), stand=stand)
@@ -139,10 +142,10 @@ class Cuts(Recorder):
             value = start.detach().to(dtype, copy=True).requires_grad_()
             own = Gaussian() if of.prior else Free()
             site.node = Node(name, value, self.task.energies.get(name, own))
+            site.node.rounding = rounding_of(mean)
         self._know(site.node.x, site.slot)
         handed = hand(site.node.x, start.dtype, True)  # the module may write to it
-        entry = self._insert(handed, hand, site.slot, further=(start.dtype, True))
-        self._causes.add(entry.slot)
+        self._insert(handed, hand, site.slot, further=(start.dtype, True))
         return handed
 
     def _stand_again(self, site: Site, index: int, mu: Tensor) -> None:

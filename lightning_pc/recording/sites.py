@@ -14,13 +14,13 @@ from lightning_pc.nodes.latent import Stand
 from lightning_pc.nodes.node import Node
 
 FROZEN = "frozen above: its prediction depends on no trainable parameter"
-CAUSE = "the value of a Latent, which moves by itself"
+CAUSE = "computed from a Latent without weights"
 OVERWRITES = "overwrites"
 INSIDE = "part of another place"
 LINEAR = "not a nonlinearity"
 WEIGHT_ALONE = "computed from parameters alone"
 #: Reasons that what comes before a place decides.
-KNOWN_AT_ONCE = frozenset((FROZEN, INSIDE, LINEAR, WEIGHT_ALONE))
+KNOWN_AT_ONCE = frozenset((FROZEN, INSIDE, LINEAR, WEIGHT_ALONE, CAUSE))
 
 
 @dataclass(eq=False)

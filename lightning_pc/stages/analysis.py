@@ -8,7 +8,7 @@ from enum import Enum
 from torch import nn
 
 from lightning_pc.recording.calls import Call, Program, program
-from lightning_pc.recording.sites import FROZEN, WEIGHT_ALONE, Expected, hand
+from lightning_pc.recording.sites import CAUSE, FROZEN, WEIGHT_ALONE, Expected, hand
 from lightning_pc.recording.watch import Watch
 from lightning_pc.stages.graph import Graph, Piece, Stage, set_arrivals, set_depths
 
@@ -82,6 +82,8 @@ class Analysis:
                 self._why[i] = UNREAD
             elif site.stand is not None:
                 self._take(i, stage)
+            elif not stage.parameters and stage.parents and self._are_latent(stage.parents):
+                self._why[i] = CAUSE  # it moves with them
             elif site.slot not in self.heavy:
                 self._why[i] = OUTPUT
             elif not (stage.parents or stage.parameters):
@@ -100,6 +102,9 @@ class Analysis:
             [i for i, loss in enumerate(self.watch.losses) if loss.slot in self._live],
             set_arrivals(self._stages, self._at_once(), self._away(), incremental, through),
         )
+
+    def _are_latent(self, numbers: Iterable[int]) -> bool:
+        return all(self.watch.sites[self._sites[n]].stand is not None for n in numbers)
 
     def _take(self, site: int, stage: Stage) -> None:
         """A node stands there."""

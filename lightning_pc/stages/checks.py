@@ -98,16 +98,17 @@ def check_energies(batch: Batch, energies: Iterable[str]) -> None:
             )
 
 
-def check_latents(batch: Batch, unfit: bool) -> None:
+def check_latents(batch: Batch, unfit: bool, pushes: bool) -> None:
     """Latent variables can be inferred.
 
     Args:
         batch: The batch.
         unfit: The algorithm needs values that start at a prediction.
+        pushes: Some phase pushes values away from the target.
 
     Raises:
         PlacementError: The loss reads one of them not at all.
-        ConfigError: The algorithm is ``unfit``.
+        ConfigError: The algorithm is ``unfit``, or it ``pushes``.
     """
     for site in batch.sites:
         if site.stand is None:
@@ -121,6 +122,11 @@ def check_latents(batch: Batch, unfit: bool) -> None:
             raise ConfigError(
                 f"'{site.name}' is a Latent, which has no prediction to start from: infer it with "
                 "algorithm='pc' or 'ipc' (PCStrategy('pc'), lightning_pc.optim.PC)."
+            )
+        if pushes:
+            raise ConfigError(
+                f"'{site.name}' is a Latent: below 0 beta would infer causes of other data. Take "
+                "beta > 0."
             )
 
 
@@ -184,4 +190,4 @@ def let_free(batch: Batch, names: Sequence[str]) -> None:
 def _meant(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     meant = f"Did you mean {close[0]!r}? " if close else ""
-    return f"{meant}There are {', '.join(map(repr, names[:20]))}."
+    return f"{meant}There are {', '.join(map(repr, [*dict.fromkeys(names)][:20]))}."

@@ -58,12 +58,14 @@ class Recall(NamedTuple):
         found: What was recalled, [N, pixels].
         error: Of what was not given, a share of the pictures' variance there.
         steps: Inference steps.
+        converged: F has converged within them.
     """
 
     cue: Tensor
     found: Tensor
     error: float
     steps: int
+    converged: bool
 
 
 def store(x: Tensor, width: int, batches: int, seed: int) -> Generator:
@@ -94,7 +96,7 @@ def recall(net: Generator, x: Tensor, cue: str, seed: int) -> Recall:
     made = infer(net, closure)
     wrong = (made.output - x)[:, asked].square().sum()
     error = float(wrong / (x - x.mean(0))[:, asked].square().sum())
-    return Recall(shown, made.output, error, made.report.steps)
+    return Recall(shown, made.output, error, made.report.steps, made.converged)
 
 
 def run(job: Job, data_dir: str | None = None) -> Figures:
@@ -105,6 +107,7 @@ def run(job: Job, data_dir: str | None = None) -> Figures:
     return {
         **{cue: round(found.error, 5) for cue, found in recalls.items()},
         **{f"{cue}, steps": found.steps for cue, found in recalls.items()},
+        **{f"{cue}, converged": found.converged for cue, found in recalls.items()},
     }
 
 
