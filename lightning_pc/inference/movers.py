@@ -40,6 +40,8 @@ class Mover(ABC):
     momentum: float = 0.0
     #: Values are samples, at which F is higher than at their start.
     samples = False
+    #: Share of F by which it may fail to fall before gamma decays, for rounding's sake.
+    slack = 0.0
 
     def __init__(self, gamma: float) -> None:
         self.start_gamma = gamma
@@ -81,13 +83,16 @@ class Descent(Mover):
     @torch.no_grad()
     def observe(self, energy: Tensor) -> None:
         if self.gamma_decay < 1.0 and self._last is not None:
+            fallen = energy < self._last
+            if self.slack:
+                fallen = fallen | (energy - self._last <= self.slack * energy.abs())
             if energy.device.type == "cpu":
-                self.gamma *= 1.0 if energy < self._last else self.gamma_decay
+                self.gamma *= 1.0 if fallen else self.gamma_decay
             else:
                 kept = self.gamma
                 if not isinstance(kept, Tensor):  # filled in, since a copy would be waited for
                     kept = torch.full_like(energy, kept)
-                self.gamma = torch.where(energy < self._last, kept, kept * self.gamma_decay)
+                self.gamma = torch.where(fallen, kept, kept * self.gamma_decay)
         super().observe(energy)
 
     @override

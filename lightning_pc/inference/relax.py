@@ -181,6 +181,8 @@ class Inference:
             deep = min(1.0, (self.schedule.deep / longest) ** 2)
         for node in nodes:
             node.whole = self.schedule.whole or deep < 1.0
+        if self.schedule.rests:
+            mover.slack = self.until or 0.0
         if self.look_due:
             self.seen = self._look(asked, 0, True)
         if auto is None:
