@@ -69,7 +69,7 @@ class Prior(Entrywise):
 
 @register
 class Cauchy(Entrywise):
-    name = "cauchy"
+    name = "cauchy of a test"
 
     def energy(self, x, mu):
         return torch.log1p((x - mu).square())

@@ -52,6 +52,9 @@ def test_every_panel_is_run_once():
     jobs = energy.jobs()
     panels = {(j["data"], j["layers"], j["width"], j["row"], j["seed"]) for j in jobs}
     assert len(jobs) == len(panels) == 2 * 2 * 3 * 4
+    assert {(j["width"], j["count"]) for j in recall.jobs()} == {
+        (width, count) for width in recall.WIDTHS for count in recall.COUNTS
+    }
 
 
 def test_a_memory(small):

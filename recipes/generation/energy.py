@@ -35,29 +35,20 @@ ROWS: dict[str, tuple[Any, int]] = {
     **{f"PC, T = {T}": (PC, T) for T in (8, 12, 16)},
     "iPC": (IPC, 1),
 }
-#: First the paper's Fig. 2, then the others of Fig. 7.
-SIZES: tuple[dict[str, Any], ...] = (
-    {"panels": [(4, 256)], "seeds": (0,), "steps": 2400},
-    {"panels": [*product(LAYERS, WIDTHS)], "seeds": (0,), "steps": 2400},
-)
+#: L and units: first the paper's Fig. 2, then the others of Fig. 7.
+PANELS = [(4, 256), *(panel for panel in product(LAYERS, WIDTHS) if panel != (4, 256))]
+SEEDS, STEPS = (0,), 2400
 IMAGES, RATE, GAMMA = 100, 5e-5, 0.5
 POINTS = 60  # of a curve
 
 
 def jobs() -> list[Job]:
     """Panel by panel, the rows beside each other."""
-    done: list[tuple[int, int]] = []
-    found = []
-    for size, settings in enumerate(SIZES):
-        panels = [panel for panel in settings["panels"] if panel not in done]
-        done += panels
-        found += [
-            {"size": size, "data": data, "layers": layers, "width": width, "row": row}
-            | {"seed": seed, "steps": settings["steps"]}
-            for data, (layers, width), row in product(SETS, panels, ROWS)
-            for seed in settings["seeds"]
-        ]
-    return found
+    return [
+        {"size": 0, "data": data, "layers": layers, "width": width, "row": row}
+        | {"seed": seed, "steps": STEPS}
+        for (layers, width), data, row, seed in product(PANELS, SETS, ROWS, SEEDS)
+    ]
 
 
 class Generator(nn.Module):
@@ -153,6 +144,8 @@ def picture(rows: list[Row]) -> Figure:
             axis.plot(steps, values, label=row)
         axis.set(yscale="log", title=f"{panel[0]}, L = {panel[1]}, {panel[2]} units")
         axis.title.set_fontsize(9)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
     axes[0, 0].set(ylabel="energy of an image")
     axes[-1, 0].set(xlabel="inference steps")
     axes[0, -1].legend(fontsize=7)

@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from recipes.generation.data import as_picture, pictures
-from recipes.memory.recall import CUES, DATA, recall, store
+from recipes.memory.recall import BATCHES, CUES, DATA, recall, store
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     x = pictures(DATA, given.count, given.data_dir)
-    net = store(x, given.width, 100, 0)
+    net = store(x, given.width, BATCHES, 0)
     recalls = [recall(net, x, cue, 0) for cue in CUES]
     lines = [("originals", x)]
     for cue, found in zip(CUES, recalls, strict=True):
@@ -39,7 +39,7 @@ def main() -> None:
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=6)
     figure.tight_layout(pad=0.2)
-    figure.savefig(given.write, dpi=110)
+    figure.savefig(given.write, dpi=70)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ The grid of originals, cues and recalls beside the figures is drawn by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from itertools import product
+from typing import NamedTuple
 
 import torch
 from matplotlib import pyplot as plt
@@ -32,21 +33,15 @@ from recipes.generation.energy import Generator
 
 DATA, LAYERS, RATE, NOISE = "tiny_imagenet", 3, 1e-3, 0.4
 COUNTS, WIDTHS = (25, 50, 100, 200), (32, 64, 128)
-#: First the smallest memory, then wider ones.
-SIZES: tuple[dict[str, Any], ...] = tuple(
-    {"width": width, "seeds": (0,), "batches": 100} for width in WIDTHS
-)
+SEEDS, BATCHES = (0,), 100
 CUES = ("half", "noise")
 
 
 def jobs() -> list[Job]:
     """Memory by memory, the smallest number of pictures first."""
     return [
-        {"size": size, "width": settings["width"], "count": count, "seed": seed}
-        | {"batches": settings["batches"]}
-        for size, settings in enumerate(SIZES)
-        for count in COUNTS
-        for seed in settings["seeds"]
+        {"size": 0, "width": width, "count": count, "seed": seed, "batches": BATCHES}
+        for width, count, seed in product(WIDTHS, COUNTS, SEEDS)
     ]
 
 
