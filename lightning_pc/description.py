@@ -86,7 +86,8 @@ class Description:
         table.add_column("weights", justify="right")
         number = {row.name: i for i, row in enumerate(self.rows, 1)}
         for row in self.rows:
-            parents = ", ".join(str(number[name]) for name in row.parents) or "input"
+            parents = ", ".join(str(number[name]) for name in row.parents)
+            parents = parents or ("input" if row.parameters else "none")  # none of a Latent
             cells = (row.energy, parents, str(row.depth), f"{row.parameters:,}")
             table.add_row(str(number[row.name]), row.name, "x".join(map(str, row.shape)), *cells)
         for row in self.passed_over:

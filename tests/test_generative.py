@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
 
 import lightning as L
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_problems import trainer
+from rich.console import Console
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -448,6 +450,10 @@ def test_describe_and_explain_show_it():
     model, y = made(Decoder), noise(5, 6)
     how = {"algorithm": "pc", "print_table": False}
     shown = describe(model, lambda: squared_error(model(5), y), **how)
+    console = Console(width=100)
+    with console.capture() as printed:
+        console.print(shown)
+    assert re.search(r"z +│ 5x3 +│ gaussian │ none", printed.get())
     assert [(row.name, row.shape, row.depth) for row in shown.rows] == [
         ("z", (5, 3), 2),
         ("net.1", (5, 7), 1),
