@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lightning_pc.stages.compiled
 from lightning_pc import PCStrategy, explain
+from lightning_pc.energies import Entrywise
 from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
@@ -425,6 +426,28 @@ def test_numbers_that_are_read_on_the_way():
     assert "not compiled" in str([str(w.message) for w in said])
     assert not compiler_of(pc).programs
     assert far(models[1], models[0])[0] == 0
+
+
+class Scaled(Entrywise):
+    """It holds a tensor, which may change."""
+
+    name = "scaled"
+
+    def __init__(self):
+        self.scale = torch.tensor(2.0)
+
+    def energy(self, x, mu):
+        return self.scale * (x - mu).square()
+
+
+def test_an_energy_that_holds_a_tensor():
+    one, other = made(deep), made(deep)
+    energies = {"3": Scaled()}
+    train(one, PC, adamw, 4, energies=energies, gamma=0.1)
+    with pytest.warns(UserWarning, match="'scaled' is given a Tensor, which may change"):
+        after = train(other, PC, adamw, 4, energies=energies, gamma=0.1, compile=TRACED)
+    assert not compiler_of(after).programs
+    assert far(other, one)[0] == 0
 
 
 NOT = {

@@ -208,9 +208,9 @@ def _looks(evaluator: LocalErrors) -> list[Any]:
     calls = [batch.watch.calls[i] for p in batch.graph.pieces for i, _, _ in p.program]
     return [
         evaluator.layout(),
-        [_plain((call.args, call.kwargs), call) for call in calls],
+        [_plain((call.args, call.kwargs), _name(call)) for call in calls],
         [(call.context, call.copies, call.rewrites) for call in calls],
-        [(type(node.energy), dict(vars(node.energy))) for node in batch.nodes],
+        [(type(e := node.energy), _plain(dict(vars(e)), e.name)) for node in batch.nodes],
         [
             (t.shape, t.stride(), t.dtype, t.device, seen.setdefault(id(t), n))
             for n, t in enumerate(evaluator.read())
@@ -218,8 +218,8 @@ def _looks(evaluator: LocalErrors) -> list[Any]:
     ]
 
 
-def _plain(given: Any, call: Call) -> Any:
-    """A call's arguments such that they can be compared, and stay as they are.
+def _plain(given: Any, name: str) -> Any:
+    """What a call or an energy of this name is given, such that it can be compared and stays.
 
     Raises:
         UnfitError: They may change from batch to batch.
@@ -232,12 +232,12 @@ def _plain(given: Any, call: Call) -> Any:
     if isinstance(given, _STILL):
         return kind, given
     if isinstance(given, (tuple, list)):
-        return kind, [_plain(one, call) for one in given]
+        return kind, [_plain(one, name) for one in given]
     if kind is dict:
-        return kind, [(name, _plain(one, call)) for name, one in given.items()]
+        return kind, [(key, _plain(one, name)) for key, one in given.items()]
     if kind is slice:
-        return kind, [_plain(one, call) for one in (given.start, given.stop, given.step)]
-    raise UnfitError(f"'{_name(call)}' is given a {kind.__name__}, which may change.")
+        return kind, [_plain(one, name) for one in (given.start, given.stop, given.step)]
+    raise UnfitError(f"'{name}' is given a {kind.__name__}, which may change.")
 
 
 def _check(evaluator: LocalErrors) -> None:
