@@ -219,5 +219,5 @@ class Inference:
         self.updates.update(map(id, stepped))
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
-        for parameter in self.evaluator.moving.values():
+        for parameter in stepped:
             parameter.grad = None  # one that is not reached takes no step, not one of zero

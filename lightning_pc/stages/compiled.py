@@ -169,7 +169,10 @@ class Steps:
         scale = torch.tensor(asked.scale, dtype=torch.float64)
         tensors = [*self._given, scale, *evaluator.standing()]
         try:
-            left = self._program(kind, evaluator, replace(asked, scale=scale), tensors)(tensors)
+            program = programs[kind]
+            if program is None or (program.traced is not None and kind not in self._new):
+                program = self._due(kind, evaluator, replace(asked, scale=scale), tensors)
+            left = program(tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler raises, when it compiles or later
@@ -184,10 +187,10 @@ class Steps:
         self._compiler.tell(error)
         return evaluator.evaluate(asked)
 
-    def _program(
+    def _due(
         self, kind: Key, evaluator: LocalErrors, asked: Asked, tensors: list[Tensor]
     ) -> Program:
-        """The program of a kind of step, compiled or proved where it is due."""
+        """The program of a kind of step, which is compiled now, or proved in a second batch."""
         program = self._form.programs[kind]
         if program is None:
             begun = time.perf_counter()
@@ -196,7 +199,7 @@ class Steps:
             self._form.programs[kind] = program
             self._new.add(kind)
             self._compiler.seconds += time.perf_counter() - begun
-        elif program.traced is not None and kind not in self._new:
+        else:
             program.prove(evaluator, asked, tensors)
             program.traced = None
         return program
