@@ -93,7 +93,7 @@ def infer(
     if gamma == "auto" and settings.get("inference") is None:
         how = {"momentum": "conjugate", "gamma_decay": 0.9}
     settings = {**how, **settings}
-    learner = Learner(model, Settings("pc", T, gamma, reset="never", until=1.0, **settings))
+    learner = Learner(model, Settings("pc", T, gamma, reset="never", **settings))
     learner.schedule = Resting()
     with torch.enable_grad(), _unfrozen(model), learner.undone():
         learner.begin(closure, _loss_of, must="infer")

@@ -118,7 +118,7 @@ class Learner:
             another = state.get("precisions", self._precisions.name) != self._precisions.name
             self.auto.anew = self.auto.anew or another  # the curvature was that of another F
             trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
-            self.alerts.trend = Trend(**trend)
+            self.alerts.trend = Trend(**trend) if "level" in trend else Trend()
 
     def check(self) -> None:
         """Refuses models and placements that can never work, before any batch.

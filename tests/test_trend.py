@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.tuner import Tuner
 from lightning_problems import Module, data, loader, trainer
+from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_pc import explain
@@ -160,6 +161,55 @@ def test_noisy_text_and_labels(task, kind):
     assert bool(risen) is (kind is not PredictiveCoding)
     if not risen:
         assert sum(losses[-20:]) < 0.98 * sum(losses[:20])
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 10)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+@pytest.mark.slow
+def test_wrong_labels_are_told_within_150_batches():
+    """Most seeds are; which ones may depend on the processor."""
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+    torch.manual_seed(0)
+    y = torch.where(torch.rand(len(y)) < 0.6, torch.randint(0, 10, (len(y),)), y)
+    risen = 0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model, order = Residual(), torch.Generator().manual_seed(seed)
+        optimizer = PC(torch.optim.Adam(model.parameters(), 1e-3), model)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(150):
+                some = torch.randperm(1500, generator=order)[:64]
+                optimizer.step(lambda: F.cross_entropy(model(x[some]), y[some]))  # noqa: B023
+        risen += any("training loss" in str(w.message) for w in told)
+    assert risen >= 2
+
+
+def test_a_state_of_an_older_version_begins_anew():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
+    for _ in range(25):
+        optimizer.step(lambda: F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))))
+    state = optimizer.state_dict()
+    for name in ("loss_level", "loss_squares", "loss_products"):
+        del state["lightning_pc"][name]
+    optimizer.load_state_dict(state)
+    assert optimizer._learner.alerts.trend == Trend()
 
 
 def test_a_resumed_run_remembers_how_it_began():

@@ -141,6 +141,8 @@ class Inference:
     def _squared_slope(self) -> Tensor:
         """The squared norm of dF/dx, []."""
         gradients = [node.gradient for node in self.evaluator.nodes if node.gradient is not None]
+        if not gradients:  # none has arrived
+            return torch.tensor(math.inf)
         scale = (self.terms * self.beta / self.seed) ** 2
         return torch.stack([g.square().sum() for g in gradients]).sum() * scale
 
