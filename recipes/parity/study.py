@@ -117,14 +117,14 @@ def run(job: Job, data_dir: str | None = None) -> Figures:
     """Trains one network; ``figure`` is what the task's judge says, ``cost`` `cost`'s."""
     task = _task(job["task"], data_dir)
     warnings.filterwarnings("ignore", category=UserWarning)  # of pc, which un-learns
-    ratio = cost(task) if job["row"] == TIMED else None
+    ratio = round(cost(task), 2) if job["row"] == TIMED else None
     trainee = Trainee(task, job["row"], job["lr"], job["seed"])
     batches = round(task.batches * (ratio or 1.0))
     seconds = trainee.learn(batches)
     trainee.net.eval()
     with torch.no_grad():
         figure = task.judge(trainee.net)
-    cost_of = {"cost": round(ratio, 2)} if ratio else {}
+    cost_of = {"cost": ratio} if ratio else {}
     return {"figure": figure, "batches": batches, "cpu_seconds": round(seconds, 2)} | cost_of
 
 
