@@ -115,7 +115,6 @@ class PCStrategy(SingleDeviceStrategy):
         with at_the_door():  # Lightning lets no two optimizers through
             refuse_optimizer(next(iter(self.optimizers), None), self._module)
             self._learner = Learner(self._module, self.settings)
-            self._learner.alerts.follows_trend = not self._tries_rates
             self._learner.check()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,6 +128,7 @@ class PCStrategy(SingleDeviceStrategy):
 
         learner = self._require_learner()
         learner.optimizer = self.optimizers[0]  # a callback may have replaced it
+        learner.alerts.follows_trend = not self._tries_rates
         output = learner.begin(lambda: step(*args, **kwargs), _loss_of, args, batch_size)
         loss = _loss_of(output)
         if loss is None:
