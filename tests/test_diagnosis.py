@@ -106,7 +106,7 @@ def inferred(trace, mover, algorithm="pc", nodes="ab", **others):
     """An inference that is over."""
     nodes = [Node(name, torch.zeros(1), Gaussian()) for name in nodes]
     given = {"auto": None, "age": None, "seen": None} | others
-    batch = SimpleNamespace(nodes=nodes, latent=False)
+    batch = SimpleNamespace(nodes=nodes, latent=False, guess=math.inf)
     evaluator, way = SimpleNamespace(nodes=nodes, batch=batch), schedule(algorithm)
     return SimpleNamespace(trace=trace, mover=mover, evaluator=evaluator, schedule=way, **given)
 

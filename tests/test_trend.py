@@ -1,6 +1,7 @@
 """A training loss that rises is told of; one that falls, or is noise alone, is not."""
 
 import itertools
+import math
 import random
 import warnings
 
@@ -13,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_pc import explain
-from lightning_pc.insight.trend import MANY, ON_END, Trend
+from lightning_pc.insight.trend import LONG, MANY, ON_END, Trend
 from lightning_pc.langevin import Langevin
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 from recipes.parity.tasks import TASKS
@@ -89,6 +90,85 @@ def test_a_line_by_least_squares():
     fit = inverse @ ones.T @ y
     error = ((y - ones @ fit).square().sum() / 48 * inverse[1, 1]).sqrt()
     assert trend._line() == pytest.approx((float(fit[1]), float(error)), rel=1e-9)
+
+
+def stuck(losses, guess):
+    """The batch after which a series is stuck first; None if it never is."""
+    trend = Trend()
+    for number, loss in enumerate(losses, 1):
+        trend.take_in(loss, guess)
+        if trend.stuck:
+            return number
+    return None
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_stuck_above_a_guess(seed):
+    guess, wiggle = math.log(10), noise(300, seed)
+    above = [2.5 + w for w in wiggle]
+    assert LONG + ON_END - 1 <= stuck(above, guess) < 150
+    assert stuck(above, math.inf) is None  # no guess is known
+    assert stuck(above[: LONG + ON_END - 2], guess) is None  # too early
+    assert stuck([2.35 + w / 4 for w in wiggle], guess) is None  # by 2 %
+    assert stuck([4.0 - 0.003 * n + w for n, w in enumerate(wiggle)], guess) is None  # it falls
+    back = [max(2.5, 2.7 - 0.006 * abs(n - 50)) + w for n, w in enumerate(wiggle[:150])]
+    assert stuck([2.4] * 20 + back, guess) is not None  # it rises, and falls again no lower
+
+
+def guessed(loss_of, *logits):
+    """The guess of a batch whose loss is that of a linear layer's output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 12))
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.0), model, loss_terms=6)
+    optimizer.step(lambda: loss_of(model(torch.randn(6, 4)).view(6, *logits)))
+    return optimizer.report.trend.guess
+
+
+def test_what_a_guess_has():
+    """The loss itself, where it is known: that of an output of zeros."""
+    y, chances, weight = torch.randint(3, (6,)), torch.rand(6, 12), torch.rand(12)
+    known = [
+        (lambda z: F.cross_entropy(z, y), (12,)),
+        (lambda z: F.cross_entropy(z, y[:, None].expand(6, 4)), (3, 4)),
+        (lambda z: F.cross_entropy(z, y, label_smoothing=0.1), (12,)),
+        (lambda z: F.cross_entropy(z, y, ignore_index=1), (12,)),
+        (lambda z: F.nll_loss(z.log_softmax(1), y), (12,)),
+        (lambda z: F.binary_cross_entropy_with_logits(z, chances), (12,)),
+    ]
+    for loss_of, size in known:
+        assert guessed(loss_of, *size) == pytest.approx(float(loss_of(torch.zeros(6, *size))))
+    unknown = [
+        lambda z: F.cross_entropy(z, y, weight=weight),
+        lambda z: F.cross_entropy(z, chances),
+        lambda z: F.cross_entropy(z, y) / 2,
+        lambda z: F.cross_entropy(z, y, reduction="sum"),
+        lambda z: F.cross_entropy(z, y) + F.mse_loss(z, chances),
+        lambda z: F.binary_cross_entropy_with_logits(z, chances, pos_weight=weight),
+        lambda z: F.mse_loss(z, chances),
+    ]
+    for loss_of in unknown:
+        assert math.isinf(guessed(loss_of, 12))
+
+
+def test_a_loss_that_stays_above_that_of_a_guess_is_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 12))
+    nn.init.normal_(model[2].weight, std=2.0)
+    told = []
+    for algorithm in ("pc", "zil"):
+        optimizer = PredictiveCoding(
+            torch.optim.SGD(model.parameters(), 0.0), model, algorithm=algorithm
+        )
+        with warnings.catch_warnings(record=True) as all_told:
+            warnings.simplefilter("always")
+            for _ in range(LONG + 20):
+                x, y = torch.randn(64, 4), torch.randint(12, (64,))
+                optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+        told.append([str(w.message) for w in all_told if "training loss" in str(w.message)])
+        verdict = "weights explain noise" if algorithm == "pc" else "healthy"
+        assert explain(optimizer).endswith(f"Verdict: {verdict}.")
+    assert "at best. A guess among all classes has 2.48. Where targets hold noise" in told[0][0]
+    assert told[1] == []  # whatever the reason is, it is none that we know
 
 
 def test_it_rises_on_end():
@@ -180,7 +260,8 @@ class Residual(nn.Module):
 
 
 @pytest.mark.slow
-def test_wrong_labels_are_told_within_150_batches():
+@pytest.mark.parametrize("kind", [PC, IPC])
+def test_wrong_labels_are_told_within_150_batches(kind):
     """Most seeds are; which ones may depend on the processor."""
     digits = load_digits()
     x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
@@ -190,7 +271,7 @@ def test_wrong_labels_are_told_within_150_batches():
     for seed in range(4):
         torch.manual_seed(seed)
         model, order = Residual(), torch.Generator().manual_seed(seed)
-        optimizer = PC(torch.optim.Adam(model.parameters(), 1e-3), model)
+        optimizer = kind(torch.optim.Adam(model.parameters(), 1e-3), model)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for _ in range(150):
@@ -228,7 +309,7 @@ def test_a_learning_rate_finder_raises_the_loss_on_purpose():
         warnings.simplefilter("always")
         found = Tuner(fit).lr_find(module, loader(data(300)), max_lr=30.0, num_training=150)
     assert found.results["loss"][-1] > 2 * found.results["loss"][0]
-    assert not [w for w in told if "training loss" in str(w.message)]
+    assert [str(w.message) for w in told if "training loss" in str(w.message)] == []
 
 
 def test_samples_raise_the_energy_by_design():

@@ -21,7 +21,7 @@ class Alerts:
     The user is told where F rises in ``patience`` batches on end, by more than rounding: of data
     that are known by heart F is so small that any step raises it. So it may rise below the share
     ``known`` of the first batch's |F|, and it does by itself where the precisions vary. The user is
-    also told where the training loss rises from batch to batch.
+    also told where the training loss rises from batch to batch, or stays above that of a guess.
 
     Attributes:
         trend: Of the training loss.
@@ -66,13 +66,14 @@ class Alerts:
         if self._varies:
             first = last = 0.0
         # Where causes are inferred the loss begins anew in each batch.
-        if self.follows_trend and not inference.evaluator.batch.latent:
-            self.trend.take_in(loss)
+        batch = inference.evaluator.batch
+        if self.follows_trend and not batch.latent:
+            self.trend.take_in(loss, batch.guess)
         report.trend = replace(self.trend)
         self.say("risen", unlearns(report))
         if self._batches == 1:  # once: reading the energies waits for the device
             self._first = abs(first)
-            self.say("silent", silenced(report, inference.evaluator.batch.nodes, mover.start_gamma))
+            self.say("silent", silenced(report, batch.nodes, mover.start_gamma))
         # Values that push a loss up begin with F below zero, which weights that learn raise to it.
         size = abs(last) if report.pulls[0] > 0 else last
         rounding, counts = report.rounding * abs(first), self._counts and not report.sampled

@@ -20,6 +20,9 @@ from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.nodes.node import Node
 
+#: Why the training loss rises: verdicts.
+NOISE, RATE = "weights explain noise", "lower the learning rate"
+
 
 def divergence(inference: Inference) -> DivergenceError:
     """Names the first loss or energy that was not finite, and why."""
@@ -121,21 +124,24 @@ def choice(report: StepReport) -> str:
 
 
 def unlearns(report: StepReport) -> str:
-    """Says that the training loss rises, and what to do; "" where it does not."""
-    if not report.trend.risen:
-        return ""
-    if not _explains(report):
-        return f"{report.trend} Lower the learning rate, unless the task has become harder."
-    return (
-        f"{report.trend} Where targets hold noise, weights grow to explain it: use "
-        "algorithm='auto'. If the loss rises there as well, lower the learning rate."
-    )
+    """Says that the training loss rises or stays too high, and what to do; "" where it does not."""
+    cures = {
+        NOISE: "Where targets hold noise, weights grow to explain it: use algorithm='auto'. If the "
+        "loss rises there as well, lower the learning rate.",
+        RATE: "Lower the learning rate, unless the task has become harder.",
+    }
+    cure = cures.get(_cause(report))
+    return f"{report.trend} {cure}" if cure else ""
 
 
-def _explains(report: StepReport) -> bool:
-    """Whether weights can gain by explaining noise: the loss weighs much, and inference infers."""
-    explains = report.algorithm != "zil" and not report.sampled
-    return explains and abs(report.pulls[0]) > ROOM
+def _cause(report: StepReport) -> str:
+    """Why the loss rises or stays too high, "" where it does not."""
+    trend = report.trend
+    # Weights can gain by explaining noise where the loss weighs much, and inference infers.
+    infers = report.algorithm != "zil" and not report.sampled
+    if infers and abs(report.pulls[0]) > ROOM:
+        return NOISE if trend.risen or trend.stuck else ""
+    return RATE if trend.risen else ""
 
 
 def _some(names: Sequence[str]) -> str:
@@ -212,10 +218,7 @@ def explain(report: Any) -> str:
     ):
         lines += [f"{what}: {_some(names)}."] if names else []
     lines += [told for told in (report.compiled, str(report.trend)) if told]
-    verdicts = {
-        "nodes unreached": silent and idle,  # a unit that is off is silent, too
-        "weights explain noise": report.trend.risen and _explains(report),
-        "lower the learning rate": report.trend.risen,
-        "F rises within the batch": rose,
-    }
-    return "\n".join([*lines, f"Verdict: {next((v for v in verdicts if verdicts[v]), 'healthy')}."])
+    verdict = _cause(report) or ("F rises within the batch" if rose else "healthy")
+    if silent and idle:  # a unit that is off is silent, too
+        verdict = "nodes unreached"
+    return "\n".join([*lines, f"Verdict: {verdict}."])

@@ -1,4 +1,4 @@
-"""Whether the training loss rises from batch to batch."""
+"""Whether the training loss rises from batch to batch, or stays where it should not."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 #: Batches of a mean, and how many on end must say that the loss has risen.
 MANY, ON_END = 20, 10
+#: Batches after which a loss should have fallen below that of a guess, with 5 % of room.
+LONG, ROOM = 100, 1.05
 #: Standard errors by which the line through all losses must rise. Of 500 simulated runs whose loss
 #: is a constant and noise, 0.6 % have "risen" so within 400 batches, 1.2 % within 2,000. More do
 #: where batches on end are alike (data that are not shuffled).
@@ -23,6 +25,9 @@ class Trend:
     least, by 30 %, by a tenth of the first mean and by twice what a batch usually differs from the
     mean. Either must hold for 10 batches on end.
 
+    It is stuck where, after 100 batches, its mean is 5 % above that of a guess for 10 batches on
+    end, and the line through all losses does not fall by twice its standard error.
+
     Attributes:
         batches: So far.
         mean: Over the last 20 batches or so, each older one counting less.
@@ -32,7 +37,9 @@ class Trend:
         level: Mean over all batches.
         squares: Sum of (loss - level)^2 over all batches.
         products: Sum of (loss - level) times (number of the batch - mean number).
-        high: Batches on end in which the mean stands too high.
+        high: Batches on end in which the mean stands too high for what it was.
+        above: Batches on end in which it stands too high for a guess.
+        guess: The loss of a guess in the last batch, infinite where it is not known.
     """
 
     batches: int = 0
@@ -44,10 +51,12 @@ class Trend:
     squares: float = 0.0
     products: float = 0.0
     high: int = 0
+    above: int = 0
+    guess: float = math.inf
 
-    def take_in(self, loss: float) -> None:
-        """Takes in the loss of one batch."""
-        self.batches += 1
+    def take_in(self, loss: float, guess: float = math.inf) -> None:
+        """Takes in the loss of one batch, and that of a guess, where it is known."""
+        self.batches, self.guess = self.batches + 1, guess
         share = 1 / min(self.batches, MANY)
         self.spread += share * (abs(loss - self.mean) - self.spread) if self.batches > 1 else 0.0
         self.mean += share * (loss - self.mean)
@@ -66,6 +75,8 @@ class Trend:
         unlearned = climbs and self.mean > self.first
         worse = self.mean - self.least > max(0.3 * abs(self.least), 0.1 * size, 2 * self.spread)
         self.high = self.high + 1 if unlearned or worse else 0
+        useless = self.batches >= LONG and self.mean > ROOM * guess and slope > -2 * error
+        self.above = self.above + 1 if useless else 0
 
     def _line(self) -> tuple[float, float]:
         """Slope of the straight line through all losses (least squares), and its standard error."""
@@ -80,11 +91,17 @@ class Trend:
         """Whether the loss has risen."""
         return self.high >= ON_END
 
+    @property
+    def stuck(self) -> bool:
+        """Whether the loss does not fall, though a guess has a lower one."""
+        return self.above >= ON_END
+
     def __str__(self) -> str:
         """In words, "" before there is a mean."""
         if math.isinf(self.first):
             return ""
+        guess = f" A guess among all classes has {self.guess:.3g}." if self.stuck else ""
         return (
             f"The training loss is {self.mean:.3g} over the last {MANY} batches; it was "
-            f"{self.first:.3g} over the first {MANY} and {self.least:.3g} at best."
+            f"{self.first:.3g} over the first {MANY} and {self.least:.3g} at best.{guess}"
         )

@@ -31,6 +31,8 @@ _BY_ELEMENT = (
 )
 #: Of these, those that divide a weighted mean by the sum of the weights.
 _BY_WEIGHT = (F.mse_loss, F.l1_loss)
+#: Of these, those whose targets are chances.
+_BY_CHANCE = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 _BY_ROW = (  # one term for each row of the last axis
     *(F.multi_margin_loss, F.multilabel_margin_loss, F.multilabel_soft_margin_loss),
     *(F.cosine_embedding_loss, F.triplet_margin_loss, F.triplet_margin_with_distance_loss),
@@ -51,6 +53,8 @@ class LossCall:
         divisor: What a mean was divided by; None for the other reductions.
         gradient: d loss / d output, []; None where it was not asked for and where none arrives.
         slot: Of its output in the recording.
+        guess: Its value where all classes are as likely for every input: ln(classes) of a mean
+            cross-entropy. Infinite where it is not known.
     """
 
     edge: GradientEdge | None
@@ -59,6 +63,7 @@ class LossCall:
     divisor: float | None = None
     gradient: Tensor | None = None
     slot: int = -1
+    guess: float = math.inf
 
 
 def _divisor(func: Callable[..., Any], call: dict[str, Any], tensors: list[Tensor]) -> float:
@@ -77,6 +82,15 @@ def _divisor(func: Callable[..., Any], call: dict[str, Any], tensors: list[Tenso
     if func in _BY_ROW:
         return first.numel() / first.shape[-1]
     return float(_batch(func, call, first))
+
+
+def _guess(func: Callable[..., Any], call: dict[str, Any], first: Tensor) -> float:
+    """What a mean of the call's terms is where all classes are as likely for every input."""
+    if call.get("weight") is not None or call.get("pos_weight") is not None:
+        return math.inf
+    if func in _BY_CLASS and not call["target"].is_floating_point():
+        return math.log(first.shape[1 if first.dim() > 1 else 0])
+    return math.log(2) if func in _BY_CHANCE else math.inf
 
 
 def _batch(func: Callable[..., Any], call: dict[str, Any], first: Tensor) -> int:
@@ -107,7 +121,8 @@ def read_loss_call(
     elif reduction == "mean":
         divisor = _divisor(func, call, tensors)
     edge = GradientEdge(output.grad_fn, output.output_nr)
-    return LossCall(edge, reduction, _batch(func, call, tensors[0]), divisor)
+    guess = _guess(func, call, tensors[0]) if reduction == "mean" else math.inf
+    return LossCall(edge, reduction, _batch(func, call, tensors[0]), divisor, guess=guess)
 
 
 def loss_terms(calls: list[LossCall]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,6 +51,13 @@ class Batch:
     def losses(self) -> list[LossCall]:
         """The calls of loss functions on which the loss depends."""
         return [self.watch.losses[i] for i in self.graph.losses]
+
+    @property
+    def guess(self) -> float:
+        """The loss of a guess among all classes, infinite where it is not known."""
+        losses = self.losses
+        alone = len(losses) == 1 and losses[0].slot == self.graph.loss
+        return losses[0].guess if alone else math.inf
 
     @cached_property
     def arrivals(self) -> dict[nn.Parameter, int]:
