@@ -62,6 +62,7 @@ class Settings:
             ``"gaussian"``; zil, auto, epc and iepc are Gaussian throughout.
         energies: Name of a node -> its energy, by name (``"gaussian"``, ``"laplace"``, ``"huber"``,
             ``"bernoulli"``, ``"categorical"``, or your own) or an object of lightning_pc.energies.
+            A name stands for all calls of that module, ``"net.3#2"`` for the second alone.
             For pc and ipc.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"spiking"``
             (Qi et al. 2025), an object of lightning_pc.precisions, or in Python a callable

@@ -361,6 +361,29 @@ def test_a_node_with_an_energy_of_its_own(name):
     assert describe(net, lambda: squared_error(net(x), y.double()), learner, print_table=False)
 
 
+@pytest.mark.parametrize(
+    ("energies", "kinds"),
+    [
+        ({"tanh": "huber"}, ["huber", "huber"]),
+        ({"tanh#2": "huber"}, ["gaussian", "huber"]),
+        ({"tanh": "huber", "tanh#2": "laplace"}, ["huber", "laplace"]),
+    ],
+)
+def test_a_module_that_is_called_twice(energies, kinds):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.tanh, self.head = nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.tanh(self.w(self.tanh(self.w(x)))))
+
+    net = Twice()
+    learner = PC(torch.optim.SGD(net.parameters(), 0.1), net, energies=energies)._learner
+    learner.begin(lambda: squared_error(net(torch.ones(2, 4)), torch.ones(2, 4)), lambda loss: loss)
+    assert [node.energy.name for node in learner.waiting.batch.nodes] == kinds
+
+
 def test_names_and_sparse_causes():
     """A Laplace prior leaves causes at zero that a Gaussian one spreads over all."""
 

@@ -96,8 +96,7 @@ class Cuts(Recorder):
             if site.node is None:
                 dtype = torch.promote_types(mu.dtype, torch.float32)
                 value = mu.detach().to(dtype, copy=True).requires_grad_()
-                usual, own = energy(), self.task.energies.get(site.name)
-                site.node = Node(site.name, value, own.instead_of(usual) if own else usual)
+                site.node = Node(site.name, value, energy())
             site.node.rounding = rounding_of(mu)
             if form is None:
                 site.leaves = leaves_of(mu)
@@ -140,8 +139,7 @@ class Cuts(Recorder):
         if site.node is None:
             dtype = torch.promote_types(start.dtype, torch.float32)
             value = start.detach().to(dtype, copy=True).requires_grad_()
-            own = Gaussian() if of.prior else Free()
-            site.node = Node(name, value, self.task.energies.get(name, own))
+            site.node = Node(name, value, Gaussian() if of.prior else Free())
             site.node.rounding = rounding_of(mean)
         self._know(site.node.x, site.slot)
         handed = hand(site.node.x, start.dtype, True)  # the module may write to it

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_pc.nodes.energies import Energy
 from lightning_pc.nodes.placement import Placement
 from lightning_pc.recording.functions import Known
 from lightning_pc.recording.sites import Expected, Site
@@ -38,7 +37,6 @@ class Task:
     Attributes:
         placement: Where nodes are asked for.
         softmax: Energy at the logits of a softmax.
-        energies: Name of a place -> the energy that is asked for there.
         names: Module -> dotted name.
         own: Ids of the tensors that the model holds.
         early: What is wrong with a tensor that was computed before the forward, "" for nothing.
@@ -50,7 +48,6 @@ class Task:
 
     placement: Placement
     softmax: str
-    energies: Mapping[str, Energy]
     names: Mapping[nn.Module, str]
     own: frozenset[int]
     early: Callable[[Tensor], str]

@@ -90,7 +90,8 @@ def check_energies(batch: Batch, energies: Iterable[str]) -> None:
     Raises:
         PlacementError: There is none.
     """
-    names = [site.name.partition("#")[0] for site in batch.sites if not site.why]
+    names = [site.name for site in batch.sites if not site.why]
+    names += [name.partition("#")[0] for name in names if "#" in name]
     for name in energies:
         if name not in names:
             raise PlacementError(

@@ -34,7 +34,7 @@ class Recordings:
     Args:
         model: The module.
         softmax: Energy at the logits of a softmax.
-        energies: Name of a place -> energy.
+        energies: Name of a node, or of a module for all its calls -> energy.
         keeps: Values are kept from call to call (``reset="never"``), which draw the same each time.
         incremental: Weights move while values do.
         through: Values are held in error coordinates.
@@ -76,7 +76,6 @@ class Recordings:
             Task(
                 placement=self.model.look(),
                 softmax=self._softmax,
-                energies=self._energies,
                 names=self.model.names,
                 own=self.model.own,
                 early=partial(self._early, held),
@@ -140,6 +139,9 @@ class Recordings:
             node = site.node
             assert node is not None
             node.name, node.depth, node.arrival = site.name, stage.depth, stage.arrival
+            module, own = site.name.partition("#")[0], self._energies
+            if energy := own.get(site.name) or own.get(module):
+                node.energy = energy.instead_of(node.energy)
             if self._through and node.e is None:
                 node.e = torch.zeros_like(node.x, requires_grad=False)
             nodes.append(node)
