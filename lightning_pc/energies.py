@@ -12,6 +12,7 @@ from lightning_pc.nodes.energies import (
     Laplace,
     Slopes,
 )
+from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.registry import Entrywise, register
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Gaussian",
     "Huber",
     "Laplace",
+    "LearnedGaussian",
     "Slopes",
     "register",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
 from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
-from lightning_pc.insight.trend import Trend
+from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.model import Model
 from lightning_pc.precisions import Wave, precisions
 from lightning_pc.recording.draws import RandomStates
@@ -105,20 +105,21 @@ class Learner:
         self._kept: Mover | None = None  # who moves them
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside model and optimizer: numbers and a name, often none."""
-        if self.auto is None:
-            return {}
-        trend = {f"loss_{name}": number for name, number in asdict(self.alerts.trend).items()}
-        return {"precisions": self._precisions.name} | trend | self.auto.state_dict()
+        """What a resumed run needs beside model and optimizer, often nothing."""
+        state = LearnedGaussian.states(self.settings.energy_of)
+        if self.auto is not None:
+            state["precisions"] = self._precisions.name
+            state |= self.alerts.state_dict() | self.auto.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state of `state_dict`; with a gamma that is given nothing is taken."""
+        """Goes on from a state of `state_dict`; what a given gamma makes needless is left out."""
+        LearnedGaussian.load_states(self.settings.energy_of, state)
         if self.auto is not None and state:
             self.auto.load_state_dict(state)
             another = state.get("precisions", self._precisions.name) != self._precisions.name
             self.auto.anew = self.auto.anew or another  # the curvature was that of another F
-            trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
-            self.alerts.trend = Trend(**trend) if "level" in trend else Trend()
+            self.alerts.load_state_dict(state)
 
     def check(self) -> None:
         """Refuses models and placements that can never work, before any batch.
@@ -151,8 +152,7 @@ class Learner:
         Raises:
             PCError: The nodes cannot stand there; model and generators are as before.
         """
-        # The last batch makes room; a skipped one leaves neither values nor report.
-        self.waiting, self.report, self.values = None, None, {}
+        self.waiting, self.report, self.values = None, None, {}  # a skipped batch leaves none
         with self._recordings.recording(self._held()) as watch:
             with watch.watching():
                 output = forward()
@@ -275,13 +275,13 @@ class Learner:
             phases.append(inference)
             if not inference.relax():
                 raise divergence(inference)
+            inference.learn_energies()
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
         self.report = make_report(phases, learnable, str(self.compiler or ""))
         self.alerts.after(inference, self.report)
         batch.keep_latents()
         if kept:
-            # Once a module is known as a nonlinearity, its inside is not met any more.
-            self._recordings.kept = batch.sites
+            self._recordings.kept = batch.sites  # the inside of nonlinearities is met no more
             self._age, self._kept = self._age + inference.T, inference.mover
         return phases[0].trace.losses[0]
 

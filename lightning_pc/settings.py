@@ -16,8 +16,9 @@ from lightning_pc.errors import ConfigError, misfit, refuse, shown
 from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.schedules import Moves, schedule
 from lightning_pc.nodes.energies import Energy, softmax_energy
+from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.placement import Entry
-from lightning_pc.nodes.registry import energy_of
+from lightning_pc.nodes.registry import energies_of
 from lightning_pc.precisions import Constant, Precisions, is_number, plain, precisions
 from lightning_pc.stages.compiled import check_options
 
@@ -60,10 +61,10 @@ class Settings:
             Trainer of the batch). Default: read off the loss functions that are called.
         softmax_energy: Energy at softmax logits: ``"categorical"`` (F_KL, Pinchetti et al. 2022) or
             ``"gaussian"``; zil, auto, epc and iepc are Gaussian throughout.
-        energies: Name of a node -> its energy, by name (``"gaussian"``, ``"laplace"``, ``"huber"``,
-            ``"bernoulli"``, ``"categorical"``, or your own) or an object of lightning_pc.energies.
-            A name stands for all calls of that module, ``"net.3#2"`` for the second alone.
-            For pc and ipc.
+        energies: Name of a node -> its energy, by name (``"gaussian"``, ``"learned_gaussian"``,
+            ``"laplace"``, ``"huber"``, ``"bernoulli"``, ``"categorical"``, or your own) or an
+            object of lightning_pc.energies. For pc and ipc. A name stands for all calls of that
+            module, ``"net.3#2"`` for the second alone.
         precisions: Weight of each node's energy in F: ``"constant"`` (1), a number, ``"spiking"``
             (Qi et al. 2025), an object of lightning_pc.precisions, or in Python a callable
             (depth, t) -> weight.
@@ -200,22 +201,21 @@ class Settings:
             ),
         }
         refuse(refused)
-        apart = self.apart
         refuse({f"parallel=True: {self.one_by_one}": self.parallel is True and self.one_by_one})
-        refuse({f"compile={shown(self.compile)}: {apart}": self.compile is not False and apart})
+        compiles = self.compile is not False
+        refuse({f"compile={shown(self.compile)}: {self.apart}": compiles and self.apart})
         check_options(self.compile)
-        expected = f"energies={shown(self.energies)}: expected a dict of node names and energies."
-        names = [*self.energies] if isinstance(self.energies, dict) else []
-        named = self.energies is None or isinstance(self.energies, dict)
-        refuse({expected: not named or not all(isinstance(name, str) for name in names)})
         exact = f"energies=: {name} is exact for Gaussian energies alone. Use 'pc' or 'ipc'."
         refuse({exact: self.energy_of and (way.through or way.wave or weights.wave)})
+        learns = any(isinstance(energy, LearnedGaussian) for energy in self.energy_of.values())
+        alone = "energies: beside a LearnedGaussian leave precisions= out, and give one beta."
+        refuse({alone: learns and (pair or weights != Constant())})
         softmax_energy(self.softmax_energy, -1)
 
     @cached_property
     def energy_of(self) -> dict[str, Energy]:
         """Name of a place -> the energy that is asked for there."""
-        return {place: energy_of(one, place) for place, one in (self.energies or {}).items()}
+        return energies_of(self.energies)
 
     @property
     def changes(self) -> str:
@@ -257,14 +257,13 @@ class Settings:
     @cached_property
     def apart(self) -> str:
         """Why stages do not run at once, each by itself, "" where they do."""
-        way, why = schedule(self.algorithm), ""
+        way = schedule(self.algorithm)
         if way.through:
-            why = f"{self.algorithm} sends gradients from stage to stage. Use 'ipc' or 'pc'."
-        elif way.wave or precisions(self.precisions).wave:
-            why = "one stage runs at a time. Use 'ipc' or 'pc' with constant precisions."
-        elif self.mover == "passing on":
-            why = "values of ipc follow one another where gamma is automatic. Give gamma a number."
-        return why
+            return f"{self.algorithm} sends gradients from stage to stage. Use 'ipc' or 'pc'."
+        if way.wave or precisions(self.precisions).wave:
+            return "one stage runs at a time. Use 'ipc' or 'pc' with constant precisions."
+        follow = "values of ipc follow one another where gamma is automatic. Give gamma a number."
+        return follow if self.mover == "passing on" else ""
 
     @cached_property
     def one_by_one(self) -> str:
@@ -276,10 +275,9 @@ class Settings:
     @cached_property
     def chosen_decay(self) -> float:
         """Of gamma: the paper's (D.3), or 1 where gamma is given, F moves or a batch never ends."""
-        if self.gamma_decay is not None:
-            return self.gamma_decay
         lasts = self.reset == "never" or precisions(self.precisions).varies
-        return 1.0 if lasts or self.fixed_gamma is not None else 0.9
+        own = 1.0 if lasts or self.fixed_gamma is not None else 0.9
+        return own if self.gamma_decay is None else self.gamma_decay
 
 
 #: Arguments of earlier versions and what to write instead.

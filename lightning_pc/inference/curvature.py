@@ -237,6 +237,40 @@ def largest_curvature(
     return curvature, parts[int(shares.argmax())][0]
 
 
+@torch.no_grad()
+def diagonal(
+    nodes: Sequence[Node], evaluate: Callable[[], object], scale: float, seed: int
+) -> list[Tensor]:
+    """d2F/dx2 of each entry of some nodes, [B, *] each; the nodes are left as they are.
+
+    A step v of random signs changes the gradient by d2F/dx2 v. Times v that has the diagonal for
+    its mean (Hutchinson 1989, Bekas et al. 2007).
+
+    Args:
+        nodes: With the gradients at their values.
+        evaluate: Gives every node its gradients at the values where they are now.
+        scale: Factor from the nodes' gradients to those of F.
+        seed: Of the signs; torch's own generators are left alone.
+    """
+    starts = [node.x.detach().clone() for node in nodes]
+    generator = torch.Generator(starts[0].device).manual_seed(seed)
+    signs = [torch.empty_like(x).bernoulli_(generator=generator).mul_(2).sub_(1) for x in starts]
+    steps = [REACH * _size([x]) for x in starts]
+    before = [(node.gradient, node.total) for node in nodes]
+    for node, sign, step in zip(nodes, signs, steps, strict=True):
+        node.forget()
+        node.x.detach().add_(sign, alpha=step)
+    evaluate()
+    found = []
+    for node, x, sign, step, left in zip(nodes, starts, signs, steps, before, strict=True):
+        assert node.gradient is not None
+        assert left[0] is not None
+        found.append((node.gradient - left[0]).mul_(sign).mul_(scale / step))
+        node.x.detach().copy_(x)
+        node.gradient, node.total = left
+    return found
+
+
 def _length(direction: Sequence[Tensor]) -> float:
     """Of all nodes' entries together; a device is waited for once."""
     return math.sqrt(sum(torch.linalg.vector_norm(v).square() for v in direction))

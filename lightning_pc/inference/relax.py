@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_pc.inference.curvature import REACH, AutoGamma, largest_curvature
+from lightning_pc.inference.curvature import REACH, AutoGamma, diagonal, largest_curvature
 from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.schedules import Schedule
+from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.stages.evaluator import Asked, Evaluator
@@ -200,8 +201,7 @@ class Inference:
         """The largest curvature of F at this moment and the node it is largest at."""
         nodes, reach = self.evaluator.nodes, self.auto.reach if self.auto else REACH
         each = self.evaluator.batch.nodes
-        reached = self.T if self.age is None else len(each)  # of kept values later calls reach all
-        everything = replace(asked, t=asked.t + reached)
+        everything = self._everything(asked)
         weights = [node.weight for node in each]
         for node in each:
             if self.precisions.varies and not asked.t:
@@ -215,6 +215,36 @@ class Inference:
         finally:
             for node, weight in zip(each, weights, strict=True):
                 node.weight = weight
+
+    def learn_energies(self) -> None:
+        """Energies that learn do so, at the values that the batch has left."""
+        each = self.evaluator.batch.nodes
+        if self.schedule.rests or not any(isinstance(n.energy, LearnedGaussian) for n in each):
+            return
+        everything = self._everything(self._asked(self.T, True, False))
+        for node in self.evaluator.nodes:
+            node.follow(0.0)
+
+        def evaluate() -> None:
+            self.evaluator.moved(each)
+            self.evaluator(everything)
+
+        evaluate()
+        reached = [(n, n.energy) for n in self.evaluator.nodes if n.gradient is not None]
+        learned = [(n, e, e.squares) for n, e in reached if isinstance(e, LearnedGaussian)]
+        if learned:
+            nodes, scale = [node for node, _, _ in learned], self.terms * self.beta / self.seed
+            curvatures = diagonal(nodes, evaluate, scale, learned[0][1].batches)
+            for (_, energy, squares), curvature in zip(learned, curvatures, strict=True):
+                energy.learn(squares, curvature)
+        self.evaluator.moved(each)
+        for node in self.evaluator.nodes:
+            node.forget()
+
+    def _everything(self, asked: Asked) -> Asked:
+        """As asked, of all nodes that errors ever reach; those of kept values reach all."""
+        reached = self.T if self.age is None else len(self.evaluator.batch.nodes)
+        return replace(asked, t=(self.age or 0) + reached)
 
     def _step(self) -> None:
         stepped = self.evaluator.step(self.update)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
@@ -49,6 +50,15 @@ class Alerts:
     def look_due(self) -> bool:
         """Whether the next batch is to look at the curvature, for a warning's sake."""
         return self._rising == self._patience - 1 and "rises" not in self._told
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trend, as plain numbers."""
+        return {f"loss_{name}": number for name, number in asdict(self.trend).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state of `state_dict`; an older version's says too little."""
+        trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
+        self.trend = Trend(**trend) if "level" in trend else Trend()
 
     def say(self, key: str, message: str) -> None:
         """Warns, unless there is nothing to say or this kind of thing has been said."""

@@ -19,6 +19,7 @@ from lightning_pc.nodes.energies import (
     Laplace,
     Slopes,
 )
+from lightning_pc.nodes.learned import LearnedGaussian
 
 
 class Entrywise(Energy):
@@ -53,7 +54,7 @@ class Entrywise(Energy):
 
 #: Name -> what makes the energy.
 ENERGIES: dict[str, Callable[[], Energy]] = {
-    kind.name: kind for kind in (Gaussian, Laplace, Huber, Bernoulli, Categorical)
+    kind.name: kind for kind in (Gaussian, LearnedGaussian, Laplace, Huber, Bernoulli, Categorical)
 }
 
 
@@ -75,12 +76,25 @@ def register(kind: type[Energy]) -> type[Energy]:
     return kind
 
 
-def energy_of(given: object, place: str) -> Energy:
-    """The energy that is asked for at a place, by name or as an object.
+def energies_of(given: object) -> dict[str, Energy]:
+    """What the argument ``energies=`` stands for: name of a place -> energy; None is none.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: It is no dict of names and energies, or one object learns at two places.
     """
+    if given is None:
+        return {}
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        told = f"energies={shown(given)}: expected a dict of node names and energies."
+        raise ConfigError(told)
+    found = {place: _energy_of(one, place) for place, one in given.items()}
+    learned = [energy for energy in found.values() if isinstance(energy, LearnedGaussian)]
+    if len({*map(id, learned)}) < len(learned):
+        raise ConfigError("energies: give each node a LearnedGaussian of its own.")
+    return found
+
+
+def _energy_of(given: object, place: str) -> Energy:
     if isinstance(given, Energy):
         return given
     if isinstance(given, str) and given in ENERGIES:

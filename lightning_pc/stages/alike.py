@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.recording.applied import Applied
 from lightning_pc.stages.batch import Batch, memory_of
 from lightning_pc.stages.graph import Piece
@@ -85,6 +86,8 @@ def _look(batch: Batch, piece: Piece, memories: Counter[int]) -> Look | None:
             look.kinds.append([bool(call.draws), *map(look.number, call.fills)])
         else:
             node = batch.nodes[stop[0]]
+            if isinstance(node.energy, LearnedGaussian):
+                return None
             energy = type(node.energy), vars(node.energy)
             look.kinds.append((*energy, node.x.shape, node.x.dtype, *map(look.number, call.fills)))
     for slot, number in look.slots.items():

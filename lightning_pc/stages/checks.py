@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_pc.errors import ClosureError, ConfigError, PlacementError
 from lightning_pc.nodes.energies import Free
+from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.stages.batch import Batch
 
 
@@ -85,10 +86,11 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
 
 
 def check_energies(batch: Batch, energies: Iterable[str]) -> None:
-    """Every name to which ``energies`` gives an energy is that of a node.
+    """Every name to which ``energies`` gives an energy is that of a node, which it fits.
 
     Raises:
         PlacementError: There is none.
+        ConfigError: A `LearnedGaussian` is for other units, or for two nodes.
     """
     names = [site.name for site in batch.sites if not site.why]
     names += [name.partition("#")[0] for name in names if "#" in name]
@@ -97,6 +99,14 @@ def check_energies(batch: Batch, energies: Iterable[str]) -> None:
             raise PlacementError(
                 f"energies: no value node is named {name!r}. {_meant(name, names)}"
             )
+    learned = [(node, node.energy) for node in batch.nodes]
+    at = dict[int, str]()
+    for node, energy in learned:
+        if isinstance(energy, LearnedGaussian):
+            if (first := at.setdefault(id(energy), node.name)) != node.name:
+                told = f"energies: '{first}' and '{node.name}' learn one variance"
+                raise ConfigError(f"{told}. Name each, with a LearnedGaussian of its own.")
+            energy.fit(node.name, node.x)
 
 
 def check_latents(batch: Batch, unfit: bool, pushes: bool) -> None:
