@@ -148,6 +148,7 @@ class Steps:
     def __init__(self, compiler: Compiler, form: Form) -> None:
         self._compiler, self._form = compiler, form
         self._given: list[Tensor] | None = None  # what stays the same throughout
+        self._scales = dict[float | Tensor, Tensor]()  # they are read as well
         self._new = set[Key]()  # kinds of steps that were met, or compiled, in this batch
 
     def __call__(self, evaluator: LocalErrors, asked: Asked) -> Tensor:
@@ -166,7 +167,9 @@ class Steps:
                 return self._give_up(UnfitError(why), evaluator, asked)
         if programs[kind] is None and kind in self._new:
             return evaluator.evaluate(asked)
-        scale = torch.tensor(asked.scale, dtype=torch.float64)
+        scale = self._scales.get(asked.scale)
+        if scale is None:
+            scale = self._scales[asked.scale] = torch.tensor(asked.scale, dtype=torch.float64)
         tensors = [*self._given, scale, *evaluator.standing()]
         try:
             program = programs[kind]

@@ -7,7 +7,8 @@ weights at once spares two of six passes over them, which is most of the time of
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _watched(of: Optimizer) -> bool:
     return any(hooks)
 
 
-@dataclass
+@dataclass(eq=False)
 class Change:
     """What becomes of linear layers' weights by gradients that are not multiplied out.
 
@@ -93,7 +94,6 @@ class Change:
         bias: [n, O], or none.
         errors: Gradient of what the layers give, [n, M, O].
         read: What they read, [n, M, I].
-        token: What autograd is asked for to have these found.
     """
 
     settings: dict[str, Any]
@@ -101,7 +101,11 @@ class Change:
     bias: Tensor | None
     errors: Tensor | None = None
     read: Tensor | None = None
-    token: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+
+    @cached_property
+    def token(self) -> Tensor:
+        """What autograd is asked for to have these found, []."""
+        return torch.zeros((), requires_grad=True)
 
     @torch.no_grad()
     def make(self) -> None:
