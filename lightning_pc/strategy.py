@@ -17,7 +17,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from lightning.pytorch.utilities import rank_zero_info
@@ -35,51 +35,19 @@ from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_set_u
 from lightning_pc.settings import Settings, refuse_unknown
 
 
-class PCStrategy(SingleDeviceStrategy):
-    """Trains a LightningModule with predictive coding on one device.
+class _Learning(Strategy):
+    """What the strategies of predictive coding have in common."""
 
-    Args:
-        algorithm: ``"auto"``, ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``; what they
-            are and what follows by name stands in `lightning_pc.settings.Settings`.
-        device: Device to train on; the Trainer's accelerator and devices decide otherwise.
-        accelerator: Filled in by the Trainer.
-        checkpoint_io: How checkpoints are written.
-        precision_plugin: Filled in by the Trainer.
-        settings: By name: ``T``, ``gamma``, ``value_nodes`` and the others.
-
-    Raises:
-        MisconfigurationException: An argument, or later the model or the Trainer, does not fit.
-    """
-
-    strategy_name = "pc"
-
-    def __init__(
-        self,
-        algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto",
-        *,
-        device: str | torch.device = "cpu",
-        accelerator: Accelerator | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        precision_plugin: Precision | None = None,
-        **settings: Any,
-    ) -> None:
-        try:
-            root = torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            told = f"PCStrategy(device={shown(device)}): expected a torch.device. Leave it out, and"
-            raise MisconfigurationException(f"{told} give the Trainer accelerator=.") from error
-        super().__init__(root, accelerator, checkpoint_io, precision_plugin)
-        with at_the_door():
-            refuse_unknown("PCStrategy", settings)
-            self.settings = Settings(algorithm=algorithm, **settings)
-        self._learner: Learner | None = None
-        self._says_choice = True
+    settings: Settings
+    _learner: Learner | None = None
+    _says_choice = True
 
     def __repr__(self) -> str:
         # Stands in the error of a Trainer that is of the package pytorch_lightning.
         other = "pytorch_lightning" in sys.modules
         hint = ", for lightning.pytorch: write 'import lightning.pytorch as pl'" if other else ""
-        return f"PCStrategy({self.settings.algorithm!r}{self.settings.changes}){hint}"
+        name = type(self).__name__
+        return f"{name}({self.settings.algorithm!r}{self.settings.changes}){hint}"
 
     @property
     def report(self) -> StepReport | None:
@@ -90,19 +58,6 @@ class PCStrategy(SingleDeviceStrategy):
     def values(self) -> dict[str, Tensor]:
         """Node name -> value of the last batch, [B, *]; none of those that T never reaches."""
         return {} if self._learner is None else self._learner.values
-
-    @property
-    def parallel_devices(self) -> list[torch.device] | None:
-        """For the Trainer to set; None to read, since one that is set fits no second Trainer."""
-        return None
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        if devices and len(devices) > 1:
-            told = f"PCStrategy trains on one device, the Trainer was given {len(devices)}"
-            raise MisconfigurationException(f"{told}: set devices=1.")
-        if devices:
-            self._root_device = devices[0]
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Checks what can be checked before the first batch, and makes ready to learn."""
@@ -221,6 +176,58 @@ class PCStrategy(SingleDeviceStrategy):
     def _require_learner(self) -> Learner:
         assert self._learner is not None, "setup() has not run"
         return self._learner
+
+
+class PCStrategy(_Learning, SingleDeviceStrategy):
+    """Trains a LightningModule with predictive coding on one device.
+
+    Args:
+        algorithm: ``"auto"``, ``"ipc"``, ``"pc"``, ``"zil"``, ``"epc"`` or ``"iepc"``; what they
+            are and what follows by name stands in `lightning_pc.settings.Settings`.
+        device: Device to train on; the Trainer's accelerator and devices decide otherwise.
+        accelerator: Filled in by the Trainer.
+        checkpoint_io: How checkpoints are written.
+        precision_plugin: Filled in by the Trainer.
+        settings: By name: ``T``, ``gamma``, ``value_nodes`` and the others.
+
+    Raises:
+        MisconfigurationException: An argument, or later the model or the Trainer, does not fit.
+    """
+
+    strategy_name = "pc"
+
+    def __init__(
+        self,
+        algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto",
+        *,
+        device: str | torch.device = "cpu",
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        **settings: Any,
+    ) -> None:
+        try:
+            root = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            told = f"PCStrategy(device={shown(device)}): expected a torch.device. Leave it out, and"
+            raise MisconfigurationException(f"{told} give the Trainer accelerator=.") from error
+        super().__init__(root, accelerator, checkpoint_io, precision_plugin)
+        with at_the_door():
+            refuse_unknown("PCStrategy", settings)
+            self.settings = Settings(algorithm=algorithm, **settings)
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """For the Trainer to set; None to read, since one that is set fits no second Trainer."""
+        return None
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices and len(devices) > 1:
+            told = f"PCStrategy trains on one device, the Trainer was given {len(devices)}"
+            raise MisconfigurationException(f"{told}: set devices=1.")
+        if devices:
+            self._root_device = devices[0]
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -69,7 +69,7 @@ class Conjugate(Descent):
         if self._uphill is None or self._slopes is None:
             self._slopes, self._uphill = slopes, slopes.clone()
         else:
-            self._correct(nodes, slopes, self._slopes, self._uphill)
+            self._correct(nodes, slopes, self._slopes, self._uphill, scale)
         self._tried = self.gamma * scale
         self._go(nodes, self._uphill, self._tried)
 
@@ -85,20 +85,22 @@ class Conjugate(Descent):
                     node.coordinates.sub_(step, alpha=length)
 
     def _correct(
-        self, nodes: Sequence[Node], slopes: Tensor, before: Tensor, uphill: Tensor
+        self, nodes: Sequence[Node], slopes: Tensor, before: Tensor, uphill: Tensor, scale: float
     ) -> None:
         """From the tried step's end to the right one's, and the next direction; all in place."""
         change = slopes.sub_(before)
-        along = torch.dot(uphill, change)
+        dots = torch.dot(uphill, change), torch.dot(uphill, before)
+        along, ahead = self.ranks.sum(*dots, scale=scale**2)
         # In units of the tried step, which stands where no minimum is ahead or none can be told.
-        length = torch.where(along < 0, -torch.dot(uphill, before) / along, 1.0)
+        length = torch.where(along < 0, -ahead / along, 1.0)
         length = length.nan_to_num(1.0).clamp(0.0, LONGEST)
         if self._stalled is not None:
             length = torch.where(self._stalled, length.clamp(max=1.0), length)
         self._go(nodes, uphill, (length - 1.0) * self._tried)
         was = torch.dot(before, before)
         before.add_(change.mul_(length))
-        momentum = (torch.dot(before, change) / was).nan_to_num(0.0).clamp(0.0, 1.0)
+        along, was = self.ranks.sum(torch.dot(before, change), was, scale=scale**2)
+        momentum = (along / was).nan_to_num(0.0).clamp(0.0, 1.0)
         if self._stalled is not None:
             momentum = momentum.masked_fill(self._stalled, 0.0)
         uphill.mul_(momentum).add_(before)

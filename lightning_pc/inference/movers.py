@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from lightning_pc.errors import ConfigError, misfit
 from lightning_pc.nodes.node import Node
+from lightning_pc.ranks import ALONE, Ranks
 
 
 class Mover(ABC):
@@ -32,6 +33,7 @@ class Mover(ABC):
         gamma: The rate at this step, on a device maybe a tensor.
         start_gamma: The rate at the start of the batch.
         momentum: Share of a node's velocity that it keeps from step to step.
+        ranks: Processes that have other values of the same batch.
     """
 
     #: What to change where values went too far: each step has a rate and a momentum of its own, so
@@ -42,6 +44,7 @@ class Mover(ABC):
     samples = False
     #: Share of F by which it may fail to fall before gamma decays, for rounding's sake.
     slack = 0.0
+    ranks: Ranks = ALONE
 
     def __init__(self, gamma: float) -> None:
         self.start_gamma = gamma
