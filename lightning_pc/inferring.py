@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_pc.errors import ClosureError, refuse, require, shown
+from lightning_pc.errors import ClosureError, ConfigError, refuse, require, shown
 from lightning_pc.inference.schedules import Resting
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
+from lightning_pc.nodes.learned import LearnedGaussian
+from lightning_pc.nodes.registry import energies_of
 from lightning_pc.precisions import precisions
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.stages.checks import let_free
@@ -95,6 +97,10 @@ def infer(
     settings = {**how, **settings}
     learner = Learner(model, Settings("pc", T, gamma, reset="never", **settings))
     learner.schedule = Resting()
+    for name, energy in energies_of(learner.settings.energies).items():
+        if isinstance(energy, LearnedGaussian) and energy.variance is None:
+            told = f"infer: the variances at '{name}' have not been learned: give energies= the"
+            raise ConfigError(f"{told} LearnedGaussian that was trained.")
     with torch.enable_grad(), _unfrozen(model), learner.undone():
         learner.begin(closure, _loss_of, must="infer")
         if learner.waiting is None:

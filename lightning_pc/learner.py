@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,18 +22,16 @@ from lightning_pc.insight.explain import divergence
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.model import Model
+from lightning_pc.nodes.registry import energies_of
 from lightning_pc.precisions import Wave, precisions
+from lightning_pc.ranks import ALONE, Ranks
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
-from lightning_pc.stages.alike import Look
-from lightning_pc.stages.batch import Batch, counted_calls
+from lightning_pc.stages.batch import Batch, Waiting, counted_calls
 from lightning_pc.stages.chain import require_chain
 from lightning_pc.stages.checks import (
-    check_energies,
-    check_held,
-    check_latents,
-    check_nodes,
+    check_batch,
     checked_loss,
     shortcut,
     unreached,
@@ -49,16 +46,6 @@ from lightning_pc.stages.through import ThroughErrors
 Output = TypeVar("Output")
 
 
-@dataclass
-class Waiting:
-    """The batch in hand, between its forward and its inference."""
-
-    batch: Batch
-    T: int
-    count: Callable[[], float]
-    alike: list[list[Look]]
-
-
 class Learner:
     """Trains one module batch by batch; both doors, optimizer and strategy, stand before it.
 
@@ -67,6 +54,7 @@ class Learner:
         settings: The engine's arguments.
         optimizer: Who moves the parameters. The report speaks of those that it holds; the others
             keep the gradients that they had, and gain those of the last evaluation.
+        ranks: The processes that train it together.
 
     Attributes:
         report: What the last step did.
@@ -78,14 +66,20 @@ class Learner:
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, optimizer: Optimizer | None = None
+        self,
+        model: nn.Module,
+        settings: Settings,
+        optimizer: Optimizer | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.model, self.settings, self.optimizer = model, settings, optimizer
         self.schedule: Schedule = schedule(settings.algorithm)
         self.kind: type[Evaluator] = ThroughErrors if self.schedule.through else LocalErrors
         self.report: StepReport | None = None
         self.values: dict[str, Tensor] = {}
         self.auto = auto_of(settings)
+        self._energies, self._met = energies_of(settings.energies), set[str]()
         self._precisions = Wave() if self.schedule.wave else precisions(settings.precisions)
         # One wave, and error coordinates, are exact for energies of x - mu alone.
         gaussian = self.schedule.wave or self.schedule.through
@@ -93,7 +87,7 @@ class Learner:
         self._recordings = Recordings(
             Model(model, settings.value_nodes),
             softmax,
-            settings.energy_of,
+            self._energies,
             settings.reset == "never",
             self.schedule.incremental,
             self.schedule.through,
@@ -106,7 +100,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside model and optimizer, often nothing."""
-        state = LearnedGaussian.states(self.settings.energy_of)
+        state = LearnedGaussian.states(self._energies)
         if self.auto is not None:
             state["precisions"] = self._precisions.name
             state |= self.alerts.state_dict() | self.auto.state_dict()
@@ -114,7 +108,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`; what a given gamma makes needless is left out."""
-        LearnedGaussian.load_states(self.settings.energy_of, state)
+        LearnedGaussian.load_states(self._energies, state)
         if self.auto is not None and state:
             self.auto.load_state_dict(state)
             another = state.get("precisions", self._precisions.name) != self._precisions.name
@@ -160,15 +154,15 @@ class Learner:
             if loss is not None or (must and watch.calls):
                 batch = self._recordings.prepare(watch, checked_loss(loss, must))
                 self.waiting = self._prepare(batch, given, batch_size)
+        steps = self.ranks.agree(None if self.waiting is None else self.waiting.T)
+        if self.waiting is not None and steps is not None:
+            self.waiting.T = steps
         return output
 
     def _prepare(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> Waiting:
-        check_nodes(batch, self.model)
-        check_energies(batch, self.settings.energy_of)
-        unfit = self.schedule.through or self.schedule.wave
-        check_latents(batch, unfit, min(self.settings.betas) < 0)
-        if (held := self._held()) is not None:
-            check_held(batch, held)
+        unfit, pushes = self.schedule.through or self.schedule.wave, min(self.settings.betas) < 0
+        asked = self._energies, self._met, self._held()
+        check_batch(batch, self.model, *asked, unfit=unfit, pushes=pushes)
         if self.schedule.wave:
             require_chain(batch)
         T = self.schedule.steps(batch.graph.depth, self.settings.T, self._precisions.wave)
@@ -271,6 +265,7 @@ class Learner:
                 self.settings.until,
                 self._age if kept else None,
                 update,
+                self.ranks,
             )
             phases.append(inference)
             if not inference.relax():

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_pc.errors import ConfigError, misfit, refuse, shown
 from lightning_pc.inference.curvature import ROOM
 from lightning_pc.inference.schedules import Moves, schedule
-from lightning_pc.nodes.energies import Energy, softmax_energy
+from lightning_pc.nodes.energies import softmax_energy
 from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.placement import Entry
 from lightning_pc.nodes.registry import energies_of
@@ -206,16 +206,12 @@ class Settings:
         refuse({f"compile={shown(self.compile)}: {self.apart}": compiles and self.apart})
         check_options(self.compile)
         exact = f"energies=: {name} is exact for Gaussian energies alone. Use 'pc' or 'ipc'."
-        refuse({exact: self.energy_of and (way.through or way.wave or weights.wave)})
-        learns = any(isinstance(energy, LearnedGaussian) for energy in self.energy_of.values())
-        alone = "energies: beside a LearnedGaussian leave precisions= out, and give one beta."
-        refuse({alone: learns and (pair or weights != Constant())})
+        energies = energies_of(self.energies).values()
+        refuse({exact: energies and (way.through or way.wave or weights.wave)})
+        learns = any(isinstance(energy, LearnedGaussian) for energy in energies)
+        alone = "energies: beside a LearnedGaussian leave out precisions=, compile= and beta="
+        refuse({f"{alone} of two phases.": learns and (pair or compiles or weights != Constant())})
         softmax_energy(self.softmax_energy, -1)
-
-    @cached_property
-    def energy_of(self) -> dict[str, Energy]:
-        """Name of a place -> the energy that is asked for there."""
-        return energies_of(self.energies)
 
     @property
     def changes(self) -> str:

@@ -257,17 +257,20 @@ def diagonal(
     signs = [torch.empty_like(x).bernoulli_(generator=generator).mul_(2).sub_(1) for x in starts]
     steps = [REACH * _size([x]) for x in starts]
     before = [(node.gradient, node.total) for node in nodes]
-    for node, sign, step in zip(nodes, signs, steps, strict=True):
-        node.forget()
-        node.x.detach().add_(sign, alpha=step)
-    evaluate()
     found = []
-    for node, x, sign, step, left in zip(nodes, starts, signs, steps, before, strict=True):
-        assert node.gradient is not None
-        assert left[0] is not None
-        found.append((node.gradient - left[0]).mul_(sign).mul_(scale / step))
-        node.x.detach().copy_(x)
-        node.gradient, node.total = left
+    try:
+        for node, sign, step in zip(nodes, signs, steps, strict=True):
+            node.forget()
+            node.x.detach().add_(sign, alpha=step)
+        evaluate()
+        for node, sign, step, (at, _) in zip(nodes, signs, steps, before, strict=True):
+            assert node.gradient is not None
+            assert at is not None
+            found.append((node.gradient - at).mul_(sign).mul_(scale / step))
+    finally:
+        for node, x, (gradient, total) in zip(nodes, starts, before, strict=True):
+            node.x.detach().copy_(x)
+            node.gradient, node.total = gradient, total
     return found
 
 

@@ -17,6 +17,7 @@ from lightning_pc.inference.schedules import Schedule
 from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.precisions import Precisions, checked_weight
+from lightning_pc.ranks import ALONE, Ranks
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
 #: Stages in a row down to which values follow all that their predictions move by.
@@ -31,7 +32,7 @@ class Trace:
         losses: The loss at each evaluation, [] each.
         energies: Each node's energy at each evaluation, [n] each.
         pulls: Factor of the sum of the loss terms in F at each evaluation.
-        free: F at each evaluation, [] each.
+        free: F of all processes at each evaluation, [] each.
     """
 
     losses: list[Tensor] = field(default_factory=list)
@@ -39,15 +40,18 @@ class Trace:
     pulls: list[float] = field(default_factory=list)
     free: list[Tensor] = field(default_factory=list)
 
-    def take_in(self, loss: Tensor, energies: Tensor, pull: float, terms: float) -> Tensor:
-        """Keeps an evaluation; returns its F, []."""
+    def take_in(
+        self, loss: Tensor, energies: Tensor, pull: float, terms: float, ranks: Ranks = ALONE
+    ) -> Tensor:
+        """Keeps an evaluation; returns its F, [], of all processes."""
         if loss.dim() or loss.element_size() < 4:
             loss = loss.to(torch.promote_types(loss.dtype, torch.float32)).reshape(())
         self.losses.append(loss)
         self.energies.append(energies)
         self.pulls.append(pull)
-        self.free.append(torch.add(energies.sum(), loss, alpha=terms * pull))
-        return self.free[-1]
+        (free,) = ranks.sum(torch.add(energies.sum(), loss, alpha=terms * pull))
+        self.free.append(free)
+        return free
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Inference:
             share of it. None for T steps.
         age: Inference steps that kept values have behind them; None where values are made anew.
         update: One optimizer step on the gradients so far, but for the last of the batch.
+        ranks: The processes that share the batch.
 
     Attributes:
         trace: What it went through.
@@ -92,6 +97,7 @@ class Inference:
     until: float | None
     age: int | None
     update: Callable[[], None]
+    ranks: Ranks = ALONE
     trace: Trace = field(default_factory=Trace)
     seen: tuple[float, Node] | None = None
     updates: Counter[int] = field(default_factory=Counter)
@@ -105,11 +111,13 @@ class Inference:
             False where the loss or an energy is not finite; no weight has moved on it.
         """
         nodes, schedule, t = self.evaluator.nodes, self.schedule, 0
+        self.mover.ranks = self.ranks
         while t < self.T:
             self._weigh(t)
             moves, learns = schedule.moves(t, self.T), schedule.learns(t, self.T)
             loss = self._evaluate(t, moves, learns)
-            free = self.trace.take_in(loss, self.evaluator.energies(), self._pull, self.terms)
+            energies = self.evaluator.energies()
+            free = self.trace.take_in(loss, energies, self._pull, self.terms, self.ranks)
             last = t == self.T - 1
             if (learns or last or not t) and not math.isfinite(free):  # waits for a device
                 return False
@@ -132,12 +140,13 @@ class Inference:
     def _settled(self, t: int) -> bool:
         """Whether F hardly changes any more, though errors have reached all nodes."""
         arrivals = [node.arrival for node in self.evaluator.batch.nodes]
-        if t < 3 or (self.age or 0) + t <= max(arrivals, default=0):
+        if t < 3:
             return False
         free, until = torch.stack(self.trace.free[-3:]), self.until or 0.0
-        if self.schedule.rests:  # where F bends by 1 or more, it can fall by no more than this
-            return bool(self._slope <= until * free[-1].abs())
-        return bool(free.diff().abs().max() <= until * free[-1].abs())
+        # Of weights that rest, where F bends by 1 or more it can fall by no more than its slope.
+        left = self._slope if self.schedule.rests else free.diff().abs().max()
+        early = (self.age or 0) + t <= max(arrivals, default=0)
+        return not self.ranks.largest(float(early or bool(left > until * free[-1].abs())))
 
     def _squared_slope(self) -> Tensor:
         """The squared norm of dF/dx, []."""
@@ -191,7 +200,8 @@ class Inference:
         if auto is None:
             return
         if auto.due():
-            auto.take_in(self._look(asked, auto.looks, auto.fine)[0])
+            curvature, _ = self._look(asked, auto.looks, auto.fine)
+            auto.take_in(self.ranks.largest(curvature))
         if mover.start_gamma != (rate := auto.gamma * deep):  # one that is kept goes on
             mover.start_gamma = mover.gamma = rate
         for node in nodes if self.follow else ():
@@ -218,11 +228,17 @@ class Inference:
 
     def learn_energies(self) -> None:
         """Energies that learn do so, at the values that the batch has left."""
-        each = self.evaluator.batch.nodes
-        if self.schedule.rests or not any(isinstance(n.energy, LearnedGaussian) for n in each):
+        each, moved = self.evaluator.batch.nodes, (self.age or 0) + self._value_steps
+        learned = [
+            (node, node.energy)
+            for node in self.evaluator.nodes
+            if isinstance(node.energy, LearnedGaussian) and node.arrival <= moved
+        ]
+        if self.schedule.rests or not learned:
             return
         everything = self._everything(self._asked(self.T, True, False))
-        for node in self.evaluator.nodes:
+        shares = [(node, node.followed) for node in self.evaluator.nodes]
+        for node, _ in shares:
             node.follow(0.0)
 
         def evaluate() -> None:
@@ -230,15 +246,16 @@ class Inference:
             self.evaluator(everything)
 
         evaluate()
-        reached = [(n, n.energy) for n in self.evaluator.nodes if n.gradient is not None]
-        learned = [(n, e, e.squares) for n, e in reached if isinstance(e, LearnedGaussian)]
-        if learned:
-            nodes, scale = [node for node, _, _ in learned], self.terms * self.beta / self.seed
-            curvatures = diagonal(nodes, evaluate, scale, learned[0][1].batches)
-            for (_, energy, squares), curvature in zip(learned, curvatures, strict=True):
-                energy.learn(squares, curvature)
+        squares = [energy.squares for _, energy in learned]
+        curvatures: list[Tensor | None] = [None for _ in learned]
+        if not self.mover.samples:
+            scale, seed = self.terms * self.beta / self.seed, learned[0][1].batches
+            curvatures = [*diagonal([node for node, _ in learned], evaluate, scale, seed)]
+        for (_, energy), square, curvature in zip(learned, squares, curvatures, strict=True):
+            energy.learn(square, curvature)
         self.evaluator.moved(each)
-        for node in self.evaluator.nodes:
+        for node, share in shares:
+            node.followed = share
             node.forget()
 
     def _everything(self, asked: Asked) -> Asked:
@@ -247,6 +264,7 @@ class Inference:
         return replace(asked, t=(self.age or 0) + reached)
 
     def _step(self) -> None:
+        self.ranks.average()
         stepped = self.evaluator.step(self.update)
         self.updates.update(map(id, stepped))
         torch.clear_autocast_cache()

@@ -56,7 +56,7 @@ class Alerts:
         return {f"loss_{name}": number for name, number in asdict(self.trend).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state of `state_dict`; an older version's says too little."""
+        """Goes on from a state of `state_dict`; from one of an older version it begins anew."""
         trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
         self.trend = Trend(**trend) if "level" in trend else Trend()
 

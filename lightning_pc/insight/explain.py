@@ -20,8 +20,8 @@ from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.nodes.node import Node
 
-#: Why the training loss rises: verdicts.
-NOISE, RATE = "weights explain noise", "lower the learning rate"
+#: What is wrong with the training loss: verdicts.
+NOISE, RATE, GUESS = "weights explain noise", "lower the learning rate", "no better than a guess"
 
 
 def divergence(inference: Inference) -> DivergenceError:
@@ -33,6 +33,9 @@ def divergence(inference: Inference) -> DivergenceError:
     free = torch.stack(trace.free).cpu()
     t = int(free.isfinite().cumprod(0).sum())
     parts = torch.cat([energies[t], losses[t : t + 1]])
+    if parts.sum().isfinite():
+        told = f"At inference step t = {start + t} F is not finite on another process"
+        return DivergenceError(f"{told}. No weight has moved on it. Its error says why.")
     place = int(parts.nan_to_num(math.inf, math.inf, math.inf).argmax())
     why = "Lower gamma, or the learning rate."
     if not t + start:
@@ -125,23 +128,27 @@ def choice(report: StepReport) -> str:
 
 def unlearns(report: StepReport) -> str:
     """Says that the training loss rises or stays too high, and what to do; "" where it does not."""
+    noise = "Where targets hold noise, weights grow to explain it: use algorithm='auto'."
     cures = {
-        NOISE: "Where targets hold noise, weights grow to explain it: use algorithm='auto'. If the "
-        "loss rises there as well, lower the learning rate.",
+        NOISE: f"{noise} If the loss rises there as well, lower the learning rate.",
         RATE: "Lower the learning rate, unless the task has become harder.",
+        GUESS: f"{noise + ' Else t' if _explains(report) else 'T'}ry another learning rate.",
     }
-    cure = cures.get(_cause(report))
+    cure = cures.get(_fault(report))
     return f"{report.trend} {cure}" if cure else ""
 
 
-def _cause(report: StepReport) -> str:
-    """Why the loss rises or stays too high, "" where it does not."""
-    trend = report.trend
-    # Weights can gain by explaining noise where the loss weighs much, and inference infers.
-    infers = report.algorithm != "zil" and not report.sampled
-    if infers and abs(report.pulls[0]) > ROOM:
-        return NOISE if trend.risen or trend.stuck else ""
-    return RATE if trend.risen else ""
+def _fault(report: StepReport) -> str:
+    """What is wrong with the training loss, "" for nothing."""
+    if report.trend.risen:
+        return NOISE if _explains(report) else RATE
+    return GUESS if report.trend.stuck else ""
+
+
+def _explains(report: StepReport) -> bool:
+    """Whether weights can gain by explaining noise: the loss weighs much, and inference infers."""
+    explains = report.algorithm != "zil" and not report.sampled
+    return explains and abs(report.pulls[0]) > ROOM
 
 
 def _some(names: Sequence[str]) -> str:
@@ -218,7 +225,7 @@ def explain(report: Any) -> str:
     ):
         lines += [f"{what}: {_some(names)}."] if names else []
     lines += [told for told in (report.compiled, str(report.trend)) if told]
-    verdict = _cause(report) or ("F rises within the batch" if rose else "healthy")
+    verdict = _fault(report) or ("F rises within the batch" if rose else "healthy")
     if silent and idle:  # a unit that is off is silent, too
         verdict = "nodes unreached"
     return "\n".join([*lines, f"Verdict: {verdict}."])

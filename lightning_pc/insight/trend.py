@@ -26,7 +26,7 @@ class Trend:
     mean. Either must hold for 10 batches on end.
 
     It is stuck where, after 100 batches, its mean is 5 % above that of a guess for 10 batches on
-    end, and the line through all losses does not fall by twice its standard error.
+    end, and the line through all losses does not fall.
 
     Attributes:
         batches: So far.
@@ -75,7 +75,7 @@ class Trend:
         unlearned = climbs and self.mean > self.first
         worse = self.mean - self.least > max(0.3 * abs(self.least), 0.1 * size, 2 * self.spread)
         self.high = self.high + 1 if unlearned or worse else 0
-        useless = self.batches >= LONG and self.mean > ROOM * guess and slope > -2 * error
+        useless = self.batches >= LONG and self.mean > ROOM * guess and slope >= 0
         self.above = self.above + 1 if useless else 0
 
     def _line(self) -> tuple[float, float]:

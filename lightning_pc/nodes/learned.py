@@ -17,12 +17,15 @@ class LearnedGaussian(Energy):
     """``0.5 * ||x - mu||^2 / variance``, with a variance for each unit that is learned.
 
     After each batch the variance moves towards the mean of ``(x - mu)^2`` plus the variance of what
-    inference leaves open, 1 / (d2F/dx2). That is a step of expectation maximisation with a
-    diagonal Laplace approximation. Without the second part the variance of a hidden unit falls to
-    zero: values that are held more tightly have smaller errors. F leaves out the half of
+    inference leaves open, 1 / (d2F/dx2). That is a step of expectation maximisation for a posterior
+    whose entries are independent. Without the second part the variance would shrink by itself:
+    values that are held more tightly have smaller errors. It is right where inference converges,
+    and too small where units are correlated in the posterior. F leaves out the half of
     ``log variance``, which neither values nor weights feel.
 
-    Each batch takes two more evaluations, which tell the curvature. One object serves one node and
+    A variance that falls makes F steeper. ``gamma="auto"`` follows that, a number does not. On data
+    without noise it falls without end. Each batch takes two more evaluations, which tell the
+    curvature. Values that did not move in a batch teach nothing. One object serves one node and
     keeps what it has learned; checkpoints hold it as well.
 
     Args:
@@ -31,6 +34,7 @@ class LearnedGaussian(Energy):
 
     Attributes:
         variance: Of each unit, [units], 1 at first; None before the first batch.
+        pull: Curvature of F without this energy, a running mean, [units].
         batches: It has learned from.
     """
 
@@ -48,6 +52,7 @@ class LearnedGaussian(Energy):
             raise ConfigError(f"dim={shown(dim)}: expected a whole number.")
         self.momentum, self.dim = float(momentum), dim
         self.variance: Tensor | None = None
+        self.pull: Tensor | None = None
         self.batches = 0
         self._squares: Tensor | None = None  # mean of (x - mu)^2 at the last evaluation, [units]
 
@@ -72,9 +77,13 @@ class LearnedGaussian(Energy):
         if self.variance is None:
             self.variance = x.new_ones(units, requires_grad=False)
         elif len(self.variance) != units:
-            told = f"energies: the variances given to '{name}' are of {len(self.variance)} units"
-            raise ConfigError(f"{told}, and its values have {units}: give it an object of its own.")
+            told = (
+                f"energies: the variances at '{name}' are of {len(self.variance)} units, but axis"
+            )
+            told = f"{told} dim={self.dim} of its values {tuple(x.shape)} has {units}"
+            raise ConfigError(f"{told}: name the axis of the units, or give it a new object.")
         self.variance = self.variance.to(x)
+        self.pull = torch.zeros_like(self.variance) if self.pull is None else self.pull.to(x)
 
     @override
     def evaluate(self, x: Tensor, mu: Tensor, scale: float | Tensor, weight: float = 1.0) -> Slopes:
@@ -84,18 +93,23 @@ class LearnedGaussian(Energy):
         total = (self._squares / variance.flatten()).sum().mul_(0.5 * weight * count)
         return Slopes(error.mul_(-scale * weight).div_(variance), None, total)
 
-    def learn(self, squares: Tensor, curvature: Tensor) -> None:
-        """Takes in a batch.
+    def learn(self, squares: Tensor, curvature: Tensor | None) -> None:
+        """Takes in a batch; nothing where its numbers are not finite.
 
         Args:
             squares: Mean of ``(x - mu)^2``, [units].
-            curvature: d2F/dx2 of each entry, [B, *].
+            curvature: d2F/dx2 of each entry, [B, *]; None of values that are samples.
         """
         assert self.variance is not None
-        # Its own part of the curvature is 1 / variance; where F bends down besides, that is all.
-        left = torch.minimum(1.0 / self._mean(curvature).clamp(min=1e-30), self.variance)
-        self.variance = self.variance.lerp(squares + left, self.momentum)
-        self.batches += 1
+        assert self.pull is not None
+        pull, target = self.pull, squares
+        if curvature is not None:
+            share = max(self.momentum, 1.0 / (self.batches + 1))
+            pull = pull.lerp(self._mean(curvature) - 1.0 / self.variance, share)
+            target = squares + 1.0 / (pull.clamp(min=0.0) + 1.0 / self.variance)
+        if target.isfinite().all():
+            self.variance, self.pull = self.variance.lerp(target, self.momentum), pull
+            self.batches += 1
 
     @property
     def squares(self) -> Tensor:
@@ -105,11 +119,12 @@ class LearnedGaussian(Energy):
 
     def state_dict(self) -> dict[str, Any]:
         """What it has learned."""
-        return {"variance": self.variance, "batches": self.batches}
+        return {"variance": self.variance, "pull": self.pull, "batches": self.batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state of `state_dict`."""
-        self.variance, self.batches = state["variance"], state["batches"]
+        self.variance, self.pull = state["variance"], state["pull"]
+        self.batches = state["batches"]
 
     @staticmethod
     def states(energies: Mapping[str, Energy]) -> dict[str, Any]:

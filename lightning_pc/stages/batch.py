@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,23 @@ class Batch:
         """What a piece reads: parameters, constants, and values."""
         env = {slot: self.watch.given[slot] for slot in piece.given}
         return env | {slot: self.nodes[number].x for slot, number in piece.values.items()}
+
+
+@dataclass
+class Waiting:
+    """A batch in hand, before its inference.
+
+    Attributes:
+        batch: The batch.
+        T: Inference steps.
+        count: Counts the terms of its loss.
+        alike: Groups of looks at pieces that run as one.
+    """
+
+    batch: Batch
+    T: int
+    count: Callable[[], float]
+    alike: list[list[Any]]
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -50,6 +50,36 @@ def early_message(parameters: set[Tensor], model: nn.Module) -> str:
     )
 
 
+def check_batch(
+    batch: Batch,
+    model: nn.Module,
+    energies: Iterable[str],
+    met: set[str],
+    held: set[nn.Parameter] | None,
+    unfit: bool,
+    pushes: bool,
+) -> None:
+    """What is asked for can be done with this batch.
+
+    Args:
+        batch: The batch.
+        model: Whose.
+        energies: Names of places that are given energies.
+        met: Names of nodes of all batches so far; it is added to.
+        held: Parameters that the optimizer moves, None for all.
+        unfit: The algorithm needs values that start at a prediction.
+        pushes: Some phase pushes values away from the target.
+
+    Raises:
+        PCError: Naming the place and what to do.
+    """
+    check_nodes(batch, model)
+    check_energies(batch, energies, met)
+    check_latents(batch, unfit, pushes)
+    if held is not None:
+        check_held(batch, held)
+
+
 def check_nodes(batch: Batch, model: nn.Module) -> None:
     """Every entry that the user wrote out has a node, and there is one at all.
 
@@ -85,23 +115,22 @@ def check_nodes(batch: Batch, model: nn.Module) -> None:
         )
 
 
-def check_energies(batch: Batch, energies: Iterable[str]) -> None:
-    """Every name to which ``energies`` gives an energy is that of a node, which it fits.
+def check_energies(batch: Batch, energies: Iterable[str], met: set[str]) -> None:
+    """Every name to which ``energies`` gives an energy is that of a node ``met``, which it fits.
 
     Raises:
         PlacementError: There is none.
         ConfigError: A `LearnedGaussian` is for other units, or for two nodes.
     """
     names = [site.name for site in batch.sites if not site.why]
-    names += [name.partition("#")[0] for name in names if "#" in name]
+    met.update(names, [name.partition("#")[0] for name in names])
     for name in energies:
-        if name not in names:
-            raise PlacementError(
-                f"energies: no value node is named {name!r}. {_meant(name, names)}"
-            )
-    learned = [(node, node.energy) for node in batch.nodes]
+        if name not in met:
+            told = f"energies: no value node is named {name!r}. {_meant(name, sorted(met))}"
+            raise PlacementError(told)
     at = dict[int, str]()
-    for node, energy in learned:
+    for node in batch.nodes:
+        energy = node.energy
         if isinstance(energy, LearnedGaussian):
             if (first := at.setdefault(id(energy), node.name)) != node.name:
                 told = f"energies: '{first}' and '{node.name}' learn one variance"
