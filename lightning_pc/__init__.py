@@ -1,8 +1,8 @@
 """Predictive coding for any unmodified ``nn.Module``.
 
 Importing the package registers ``Trainer(strategy="pc_auto")``, ``"ipc"``, ``"pc"``, ``"zil"``,
-``"epc"`` and ``"iepc"``. Lightning is loaded only where it is used, so `lightning_pc.optim` goes
-without.
+``"epc"`` and ``"iepc"``, on several devices ``"pc_auto_ddp"``, ``"ipc_ddp"`` and so on. Lightning
+is loaded only where it is used, so `lightning_pc.optim` goes without.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_pc.callbacks import RandomState as RandomState
     from lightning_pc.description import Description as Description
     from lightning_pc.description import describe as describe
+    from lightning_pc.distributed import PCDDPStrategy as PCDDPStrategy
     from lightning_pc.inferring import Inferred as Inferred
     from lightning_pc.inferring import infer as infer
     from lightning_pc.insight.explain import explain as explain
@@ -35,6 +36,7 @@ _WHERE = {
     "Description": "description",
     "describe": "description",
     "StepReport": "insight.report",
+    "PCDDPStrategy": "distributed",
     "PCStrategy": "strategy",
 }
 __all__ = list(_WHERE)
@@ -63,13 +65,13 @@ class _Registration(MetaPathFinder):
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
-                import_module("lightning_pc.strategy")
+                import_module("lightning_pc.distributed")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "lightning.pytorch" in sys.modules:
-    import_module("lightning_pc.strategy")
+    import_module("lightning_pc.distributed")
 else:
     sys.meta_path.insert(0, _Registration())

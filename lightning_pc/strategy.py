@@ -31,16 +31,23 @@ from lightning_pc.insight.explain import choice
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
 from lightning_pc.optim import once, refuse_optimizer, with_state, without_state
+from lightning_pc.ranks import ALONE, Ranks
 from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_set_up
 from lightning_pc.settings import Settings, refuse_unknown
 
 
-class _Learning(Strategy):
+class Learning(Strategy):
     """What the strategies of predictive coding have in common."""
 
     settings: Settings
     _learner: Learner | None = None
     _says_choice = True
+    _averages = True  # gradients, after each batch
+
+    @property
+    def _ranks(self) -> Ranks:
+        """The processes that train together."""
+        return ALONE
 
     def __repr__(self) -> str:
         # Stands in the error of a Trainer that is of the package pytorch_lightning.
@@ -69,7 +76,7 @@ class _Learning(Strategy):
         super().setup(trainer)
         with at_the_door():  # Lightning lets no two optimizers through
             refuse_optimizer(next(iter(self.optimizers), None), self._module)
-            self._learner = Learner(self._module, self.settings)
+            self._learner = Learner(self._module, self.settings, ranks=self._ranks)
             self._learner.check()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -110,14 +117,17 @@ class _Learning(Strategy):
             )
             optimizer.step(once(lambda: closure_loss, optimizer))
 
+        learner = self._require_learner()
         try:
-            self._require_learner().infer(1.0 / accumulated, update)
+            learner.infer(1.0 / accumulated, update)
+            if self._averages:
+                learner.ranks.average()
         except DivergenceError:
             if not self._tries_rates:
                 raise
             trainer.should_stop = True  # the curve of a learning rate finder ends here
             self._module.zero_grad()
-        self._say_choice(self._require_learner())
+        self._say_choice(learner)
         closure_loss = precision.post_backward(closure_loss, self._module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -154,10 +164,11 @@ class _Learning(Strategy):
             self._require_learner().load_state_dict(ours)
 
     @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc"`` and the other names; of ``auto`` it is ``"pc_auto"``."""
+    def register(cls, strategy_registry: Any, ending: str) -> None:
+        """Registers a name for each algorithm."""
         for algorithm, schedule in SCHEDULES.items():
             name = "pc_auto" if algorithm == "auto" else algorithm  # Lightning has its own "auto"
+            name += ending
             if name not in strategy_registry:
                 told = f"{name}: {schedule.paper}"
                 strategy_registry.register(name, cls, told, algorithm=algorithm)
@@ -178,7 +189,7 @@ class _Learning(Strategy):
         return self._learner
 
 
-class PCStrategy(_Learning, SingleDeviceStrategy):
+class PCStrategy(Learning, SingleDeviceStrategy):
     """Trains a LightningModule with predictive coding on one device.
 
     Args:
@@ -225,9 +236,14 @@ class PCStrategy(_Learning, SingleDeviceStrategy):
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         if devices and len(devices) > 1:
             told = f"PCStrategy trains on one device, the Trainer was given {len(devices)}"
-            raise MisconfigurationException(f"{told}: set devices=1.")
+            raise MisconfigurationException(f"{told}: use PCDDPStrategy, or set devices=1.")
         if devices:
             self._root_device = devices[0]
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Registers ``strategy="ipc"`` and the other names; of ``auto`` it is ``"pc_auto"``."""
+        cls.register(strategy_registry, "")
 
 
 def _loss_of(output: Any) -> Tensor | None:

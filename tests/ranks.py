@@ -1,0 +1,238 @@
+"""Trainings of one process or of several: ``torchrun --nproc_per_node=2 tests/ranks.py FOLDER``.
+
+Each process leaves what it has found of each training in ``FOLDER/NAME-RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning_problems import C, D, H, Module, data, loader, mlp
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+from lightning_pc import PCDDPStrategy, PCStrategy
+from lightning_pc.errors import PCError
+
+COUNT = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+STEPS = 20
+
+
+def parts(steps: int = STEPS, batch: int = 4) -> list[Any]:
+    """Batches of two parts, x [2, batch, D] and y [2, batch]."""
+    each = data(2 * steps, batch, torch.float64)
+    pairs = [zip(*each[2 * n : 2 * n + 2], strict=True) for n in range(steps)]
+    return [tuple(torch.stack(both) for both in pair) for pair in pairs]
+
+
+class Part(Module):
+    """Learns from its process's part of a batch; one process from all parts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = (both[RANK] if COUNT > 1 else both.flatten(0, 1) for both in batch)
+        return F.cross_entropy(self.net(x), y)
+
+
+class Adam(Part):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=1e-2)
+
+
+class Unlike(Part):
+    """The second process's data are another 30 times as large."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch[0] * (30 if RANK else 1), batch[1]), batch_idx)
+
+
+class Skips(Part):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        mine = super().training_step(batch, batch_idx)
+        return None if RANK and batch_idx == 3 else mine
+
+
+class NotFinite(Part):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        bad = float("nan") if RANK and batch_idx == 3 else 1.0
+        return super().training_step((batch[0] * bad, batch[1]), batch_idx)
+
+
+class Routed(nn.Module):
+    """Of three branches the first process takes the first one, the second process both others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.branches = nn.ModuleList(nn.Linear(D, 6) for _ in range(4))
+        self.head = nn.Linear(6, C)
+        self.rank = RANK
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        taken = [[0], [1, 2]][self.rank]
+        return self.head(torch.tanh(sum(torch.tanh(self.branches[n](x)) for n in taken)))
+
+
+def convolutions() -> nn.Module:
+    """Of images [B, D] that are one row."""
+    torch.manual_seed(3)
+    layers = [nn.Unflatten(1, (1, 1, D)), nn.Conv2d(1, 4, (1, 3), padding="same"), nn.GELU()]
+    layers += [nn.Conv2d(4, 4, (1, 3), padding="same"), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(4 * D, C))
+
+
+class Words(pl.LightningModule):
+    """A tiny BERT; the second process's sentences have fewer words to tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 8}
+        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = BertConfig(vocab_size=30, hidden_size=8, intermediate_size=16, **sizes, **dropout)
+        self.net = BertForMaskedLM(config).double()
+
+    def loss(self, ids: torch.Tensor, rank: int) -> torch.Tensor:
+        """Of one process's sentences."""
+        told = ids[rank].clone()
+        told[:, 2 + 3 * (1 - rank) :] = -100
+        return self.net(input_ids=ids[rank], labels=told).loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(batch, RANK)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def words(steps: int) -> list[torch.Tensor]:
+    """Sentences of both processes, [2, 3, 8]."""
+    g = torch.Generator().manual_seed(5)
+    return [torch.randint(1, 30, (2, 3, 8), generator=g) for _ in range(steps)]
+
+
+class Watch(pl.Callback):
+    """What each batch was inferred with."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        report = trainer.strategy.report
+        self.seen.append((report.steps, report.gamma))
+
+
+def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, Any]:
+    """Trains, and tells weights, what was inferred, how often gradients were exchanged."""
+    names = {
+        "max_epochs",
+        "accumulate_grad_batches",
+        "gradient_clip_val",
+        "ckpt",
+        "save",
+        "batches",
+    }
+    given = {name: others.pop(name) for name in names & others.keys()}
+    ckpt, save, batches = (given.pop(name, None) for name in ("ckpt", "save", "batches"))
+    kind = PCStrategy if COUNT == 1 else PCDDPStrategy
+    watch, exchanged, reduce = Watch(), [], dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **others: Any) -> Any:
+        exchanged.append(tensor.is_floating_point() and tensor.numel() > C)
+        return reduce(tensor, *args, **others)
+
+    trainer = pl.Trainer(
+        **{"max_epochs": 1, **given},
+        strategy=kind(algorithm, **others),
+        accelerator="cpu",
+        devices=COUNT,
+        precision="64-true",
+        callbacks=[watch],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    told = ""
+    dist.all_reduce = counted
+    try:
+        trainer.fit(module, loader(parts() if batches is None else batches), ckpt_path=ckpt)
+    except PCError as error:
+        told = f"{type(error).__name__}: {error}"
+    finally:
+        dist.all_reduce = reduce
+    if save:
+        trainer.save_checkpoint(save)
+    return {
+        "weights": {name: p.detach().clone() for name, p in module.named_parameters()},
+        "seen": watch.seen,
+        "exchanged": sum(exchanged),
+        "told": told,
+    }
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    """Two epochs at once, and one after the other."""
+
+    def train(**how: Any) -> dict[str, Any]:
+        # Lightning loads weights before it makes them float64.
+        return fit(Adam(net=mlp().double()), "ipc", **how)
+
+    whole, path = train(max_epochs=2), folder / f"half-{COUNT}.ckpt"
+    train(save=path)
+    return whole | {"resumed": train(max_epochs=2, ckpt=path)["weights"]}
+
+
+GIVEN = {"gamma": 0.1}
+#: Name -> the training, given a folder; all processes must end at the same weights.
+TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    # The same as of one process with all data.
+    "pc": lambda _: fit(Part(), "pc", **GIVEN),
+    "ipc": lambda _: fit(Part(), "ipc", **GIVEN),
+    "zil": lambda _: fit(Part(), "zil"),
+    "decay": lambda _: fit(Part(), "pc", gamma=0.4, gamma_decay=0.5),
+    "conjugate": lambda _: fit(Part(), "pc", gamma=0.3, momentum="conjugate"),
+    "until": lambda _: fit(Part(), "pc", gamma=0.2, T=60, until=1e-3),
+    "convolutions": lambda _: fit(Part(net=convolutions()), "ipc", **GIVEN),
+    "accumulated": lambda _: fit(Part(), "pc", accumulate_grad_batches=3, **GIVEN),
+    "clipped": lambda _: fit(Adam(), "ipc", gradient_clip_val=0.1, **GIVEN),
+    # Of several processes alone.
+    "words": lambda _: fit(Words(), "pc", batches=words(3), T=8, **GIVEN),
+    "unlike pc": lambda _: fit(Unlike(), "pc"),
+    "unlike ipc": lambda _: fit(Unlike(), "ipc"),
+    "unlike auto": lambda _: fit(Unlike(), "auto"),
+    "routed": lambda _: fit(Adam(net=Routed()), "pc", **GIVEN),
+    "normed": lambda _: fit(Part(net=mlp(nn.BatchNorm1d(H))), "pc", **GIVEN),
+    "skips": lambda _: fit(Skips(), "pc", **GIVEN),
+    "not finite": lambda _: fit(NotFinite(), "ipc", **GIVEN),
+    "resumed": resumed,
+}
+#: Those that end where one process does.
+SAME = [*TRAININGS][:9]
+
+
+def main() -> None:
+    """Runs all, in this process."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    for name, train in TRAININGS.items():
+        torch.save(copy.copy(train(folder)), folder / f"{name}-{RANK}.pt")
+
+
+if __name__ == "__main__":
+    main()

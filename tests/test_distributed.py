@@ -1,0 +1,212 @@
+"""Two processes with gloo against one with all of their data, and where they are refused."""
+
+import copy
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning_problems import Module, mlp
+from ranks import GIVEN, SAME, STEPS, TRAININGS, Adam, Routed, Words, parts, words
+from torch import nn
+
+from lightning_pc import PCDDPStrategy
+from lightning_pc.energies import LearnedGaussian
+from lightning_pc.nn import Latent
+from lightning_pc.optim import PC
+
+HERE = Path(__file__).parent
+
+
+def launched(script, folder, count=2):
+    """Runs a script in several processes."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    where = os.pathsep.join([str(HERE), str(HERE.parent)])
+    env = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*run, f"--nproc_per_node={count}", str(script), str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Name of a training -> what each of two processes has found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launched(HERE / "ranks.py", folder)
+    return {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(2)] for n in TRAININGS}
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", TRAININGS)
+def test_processes_agree(found, name):
+    one, other = found[name]
+    assert one["seen"] == other["seen"]
+    for key, weight in one["weights"].items():
+        assert torch.equal(weight, other["weights"][key])
+        assert weight.isfinite().all()
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", SAME)
+def test_as_one_process_with_all_data(found, name, tmp_path):
+    expected = TRAININGS[name](tmp_path)
+    assert found[name][0]["seen"] == expected["seen"]
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(found[name][0]["weights"][key], weight, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [("pc", STEPS), ("zil", STEPS), ("ipc", 8 * STEPS), ("conjugate", STEPS), ("accumulated", 7)],
+)
+def test_gradients_are_exchanged_once_for_each_update(found, name, times):
+    assert [one["exchanged"] for one in found[name]] == [times, times]
+
+
+def averaged(net, optimizer, steps, loss, **how):
+    """The mean of what two networks learn, each from its own part."""
+    for step in range(steps):
+        gradients = []
+        for rank in range(2):
+            own = copy.deepcopy(net)
+            pc = PC(torch.optim.SGD(own.parameters(), 0.0), own, **GIVEN, **how)
+            pc.step(lambda own=own, rank=rank, step=step: loss(own, step, rank))
+            gradients.append([p.grad for p in own.parameters()])
+        for p, *each in zip(net.parameters(), *gradients, strict=True):
+            there = [gradient for gradient in each if gradient is not None]
+            p.grad = sum(there) / 2 if there else None
+        optimizer.step()
+    return dict(net.named_parameters())
+
+
+@pytest.mark.xdist_group("ranks")
+def test_the_mean_of_means_of_unequal_counts(found):
+    module = Words()
+    ids = words(3)
+    optimizer = torch.optim.SGD(module.parameters(), 0.1)
+    expected = averaged(module, optimizer, 3, lambda m, step, rank: m.loss(ids[step], rank), T=8)
+    for key, weight in found["words"][0]["weights"].items():
+        torch.testing.assert_close(weight, expected[key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_branches_that_one_process_alone_takes(found):
+    module = Adam(net=Routed().double())
+    start, batches = copy.deepcopy(module.net), parts()
+    optimizer = module.configure_optimizers()
+
+    def loss(own, step, rank):
+        own.net.rank = rank
+        x, y = batches[step]
+        return F.cross_entropy(own.net(x[rank]), y[rank])
+
+    expected = averaged(module, optimizer, STEPS, loss)
+    weights = found["routed"][0]["weights"]
+    for key, weight in weights.items():
+        torch.testing.assert_close(weight, expected[key], rtol=1e-9, atol=1e-11)
+    for number, moves in enumerate([True, True, True, False]):  # the last is nobody's
+        same = torch.equal(weights[f"net.branches.{number}.weight"], start.branches[number].weight)
+        assert same is not moves
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_batch_that_one_process_skips(found):
+    for one in found["skips"]:
+        assert one["told"].startswith("ClosureError: Some processes have no loss for this batch")
+        assert len(one["seen"]) == 3
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_loss_that_is_not_finite_in_one_process(found):
+    one, other = (each["told"] for each in found["not finite"])
+    assert "F is not finite on another process. No weight has moved on it." in one
+    assert "the loss is not finite (loss nan). No weight has moved on it." in other
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_resumed_run_goes_on_to_the_bit(found):
+    for one in found["resumed"]:
+        assert all(map(torch.equal, one["weights"].values(), one["resumed"].values()))
+
+
+SCRIPT = """
+import sys
+import lightning.pytorch as pl
+import torch
+import lightning_pc
+from lightning_problems import Module, data, loader
+
+if __name__ == "__main__":
+    how = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = pl.Trainer(
+        strategy="ipc_ddp", accelerator="cpu", devices=2, max_epochs=1,
+        enable_checkpointing=False, **how,
+    )
+    module = Module()
+    trainer.fit(module, loader(data(6)))
+    torch.save(module.state_dict(), f"{sys.argv[1]}/{trainer.global_rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_starts_the_processes(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    subprocess.run([sys.executable, str(script), str(tmp_path)], env=env, check=True, timeout=300)
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert all(map(torch.equal, one.values(), other.values()))
+
+
+def test_names():
+    for name in ("pc_auto", "ipc", "pc", "zil", "epc", "iepc"):
+        made = StrategyRegistry.get(f"{name}_ddp")
+        assert isinstance(made, PCDDPStrategy)
+        assert made.settings.algorithm == name.removeprefix("pc_")
+    assert repr(PCDDPStrategy("pc", T=9)) == "PCDDPStrategy('pc', T=9)"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"algorithm": "ipcc"}, "ipcc"),
+        ({"T": 0}, "T=0: expected a whole number"),
+        ({"gama": 0.1}, "PCDDPStrategy has no argument gama=. Did you mean gamma=?"),
+    ],
+)
+def test_wrong_arguments(arguments, why):
+    with pytest.raises(MisconfigurationException, match=why):
+        PCDDPStrategy(**arguments)
+
+
+class Causes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.causes = Latent(3, samples=8)
+
+
+@pytest.mark.parametrize(
+    ("net", "settings", "why"),
+    [
+        (Causes(), {}, r"values of \['net.causes'\], Latents with samples="),
+        (mlp(), {"energies": {"net.1": LearnedGaussian()}}, r"variances at \['net.1'\]"),
+    ],
+)
+def test_what_each_process_would_learn_by_itself(net, settings, why):
+    strategy = PCDDPStrategy("pc", timeout=timedelta(seconds=30), **settings)
+    strategy.model = Module(net=net)
+    with pytest.raises(MisconfigurationException, match=why):
+        strategy.configure_ddp()
