@@ -202,6 +202,8 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pc": lambda _: fit(Part(), "pc", **GIVEN),
     "ipc": lambda _: fit(Part(), "ipc", **GIVEN),
     "zil": lambda _: fit(Part(), "zil"),
+    "epc": lambda _: fit(Part(), "epc", gamma=0.3),
+    "iepc": lambda _: fit(Part(), "iepc", gamma=0.3),
     "decay": lambda _: fit(Part(), "pc", gamma=0.4, gamma_decay=0.5),
     "conjugate": lambda _: fit(Part(), "pc", gamma=0.3, momentum="conjugate"),
     "until": lambda _: fit(Part(), "pc", gamma=0.2, T=60, until=1e-3),
@@ -220,7 +222,7 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "resumed": resumed,
 }
 #: Those that end where one process does.
-SAME = [*TRAININGS][:9]
+SAME = [*TRAININGS][:11]
 
 
 def main() -> None:

@@ -841,7 +841,9 @@ def test_own_optimizer_step_is_fine_where_there_is_one_step(algorithm):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_two_devices(algorithm):
-    with pytest.raises(MisconfigurationException, match=r"one device.*given 2: use PCDDPStrategy, or set devices=1"):
+    with pytest.raises(
+        MisconfigurationException, match=r"one device.*given 2: use PCDDPStrategy, or set devices=1"
+    ):
         trainer(algorithm, devices=2).fit(Module(), loader(data()))
 
 
