@@ -11,13 +11,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_pc.errors import refuse, require, shown
 from lightning_pc.plots import plot_history
 from lightning_pc.precisions import is_number
 from lightning_pc.refusals import at_the_door
-from lightning_pc.strategy import PCStrategy
+from lightning_pc.strategy import Learning
 
 #: Pictures that it can save.
 FORMATS = (".png", ".pdf", ".svg")
@@ -59,7 +60,7 @@ class EnergyMonitor(pl.Callback):
         self.history.clear()
         self._batches, self._every = 0, 1
         given, plot = self.plot is not None, f"EnergyMonitor(plot={shown(self.plot)})"
-        require(PCStrategy, trainer.strategy, "EnergyMonitor: expected a Trainer with a PCStrategy")
+        require(Learning, trainer.strategy, "EnergyMonitor: expected a Trainer with a PCStrategy")
         refused = {
             f"{plot}: expected a file name that ends in one of {', '.join(FORMATS)}.": (
                 given and not str(self.plot).endswith(FORMATS)
@@ -74,7 +75,7 @@ class EnergyMonitor(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
         """Logs the last step's report."""
-        assert isinstance(trainer.strategy, PCStrategy)
+        assert isinstance(trainer.strategy, Learning)
         report = trainer.strategy.report
         if report is None:
             return
@@ -95,9 +96,9 @@ class EnergyMonitor(pl.Callback):
             self._every *= 2
         self._batches += 1
 
-    def on_fit_end(self, *args: Any) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Saves the picture; where the fit failed, of how it came to that."""
-        if self.plot is None or not self.history:
+        if self.plot is None or not self.history or not trainer.is_global_zero:
             return
         from matplotlib.figure import Figure
 
@@ -106,9 +107,9 @@ class EnergyMonitor(pl.Callback):
         Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.plot, dpi=150)
 
-    def on_exception(self, *args: Any) -> None:
+    def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
         """Saves the picture."""
-        self.on_fit_end()
+        self.on_fit_end(trainer)
 
 
 class RandomState(pl.Callback):
@@ -116,14 +117,22 @@ class RandomState(pl.Callback):
 
     Plain Lightning resumes with whatever state they happen to have. With this callback dropout
     masks and shuffles are those of the run that was never interrupted, from a checkpoint of the end
-    of an epoch. In mid-epoch the order of what is left of it is the data loader's to keep.
+    of an epoch. In mid-epoch the order of what is left of it is the data loader's to keep, by a
+    ``state_dict`` of its own. Of several processes each goes on with its own generators.
     """
 
     def __init__(self) -> None:
         self._pending: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """States of torch's, numpy's and Python's generators, in plain types."""
+        """States of torch's, numpy's and Python's generators, in plain types, of each process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self._own()
+        each: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(each, self._own())
+        return {"each": each}
+
+    def _own(self) -> dict[str, Any]:
         name, keys, *rest = np.random.get_state(legacy=True)
         state = {
             "torch": torch.get_rng_state(),
@@ -141,6 +150,9 @@ class RandomState(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the generators, before the loaders draw; the sanity check does not touch them."""
         state, self._pending = self._pending, None
+        if state is not None and "each" in state:
+            own = state["each"][trainer.global_rank : trainer.global_rank + 1]
+            state = own[0] if own else None
         if state is None:
             return
         torch.set_rng_state(state["torch"].cpu())
