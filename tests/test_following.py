@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import never_looks
-from problems import MLP, Skipping, classifier, relative, vectors
+from problems import MLP, Skipping, UNet, classifier, relative, vectors
 from torch import nn
 
 from lightning_pc.inference.movers import Descent
@@ -339,3 +339,42 @@ def test_deep_residual_networks_learn():
     along, stayed = losses(), losses(momentum=0)
     assert along[0] == stayed[0]
     assert along[0] - along[-1] > 1.3 * (stayed[0] - stayed[-1])
+
+
+def reached(edges):
+    """The autograd nodes that gradients from there run through, but for leaves."""
+    found, left = set(), [edge.node for edge in edges]
+    while left:
+        node = left.pop()
+        if node not in found and "AccumulateGrad" not in node.name():
+            found.add(node)
+            left += [above for above, _ in node.next_functions if above is not None]
+    return found
+
+
+@pytest.mark.parametrize("make", [UNet, lambda: net(inplace=True)])
+def test_pieces_share_nothing_where_activations_write_in_place(make):
+    """What a prediction held before it was written to is no part of the graph below it."""
+    torch.manual_seed(0)
+    model = make()
+    x = torch.randn(2, 1, 8, 8) if isinstance(model, UNet) else torch.randn(2, 6)
+    how = {"reset": "never", "gamma": 0.05, "loss_terms": 2}
+    optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, **how)
+    optimizer.step(lambda: model(x).square().mean())
+    optimizer._learner.begin(lambda: model(x).square().mean(), lambda loss: loss)
+    batch = optimizer._learner.waiting.batch
+    edges = [[batch.site(n).edge for n in piece.nodes] for piece in batch.graph.pieces]
+    each = [reached([edge for edge in those if edge is not None]) for those in edges]
+    assert sum(map(bool, each)) > 1
+    for one, other in itertools.combinations(each, 2):
+        assert not one & other
+
+
+def test_values_that_are_kept_where_activations_write_in_place():
+    """All pieces run at the first step of the second batch, each on its own graph."""
+    torch.manual_seed(0)
+    model, x = UNet(), torch.randn(2, 1, 8, 8)
+    how = {"reset": "never", "gamma": 0.05, "loss_terms": 2}
+    learner = PC(torch.optim.SGD(model.parameters(), 0.1), model, **how)
+    for _ in range(8):
+        learner.step(lambda: model(x).square().mean())

@@ -177,8 +177,11 @@ class Cuts(Recorder):
 
     def _overwrite(self, tensor: Tensor, value: Tensor) -> Tensor:
         """Writes ``value`` to all of ``tensor``, as an in-place activation does."""
-        self.record(Tensor.copy_, (tensor, value), {})
         entry, base = self.entry(value), tensor._base
+        if entry is not None and base is None and value.requires_grad:
+            # Or a gradient of zero would go on to what it held, through the graphs of other pieces.
+            tensor.detach_()
+        self.record(Tensor.copy_, (tensor, value), {})
         if entry is not None and (base is None or base.numel() == tensor.numel()):
             self._know(tensor, entry.slot)  # it owes nothing to what it held
             if base is not None and base.grad_fn is not None:
