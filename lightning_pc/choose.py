@@ -13,7 +13,6 @@ from lightning_pc.settings import Settings
 from lightning_pc.stages.alike import Look, alike
 from lightning_pc.stages.batch import Batch
 from lightning_pc.stages.compiled import Compiler
-from lightning_pc.stages.graph import Graph
 from lightning_pc.stages.rows import obstacle
 
 #: ``parallel="auto"`` takes at least so many stages side by side, of at most so many weights and
@@ -21,12 +20,12 @@ from lightning_pc.stages.rows import obstacle
 FEWEST, WEIGHTS, ENTRIES = 6, 2**15, 2**13
 
 
-def mover_of(settings: Settings, graph: Graph) -> Mover:
-    """That of one batch of a form."""
+def mover_of(settings: Settings, even: bool) -> Mover:
+    """That of one batch, whose errors arrive depth by depth where it is ``even``."""
     if settings.inference is not None:
         return OptimizerMover(settings.inference)
     gamma, decay = settings.fixed_gamma or START, settings.chosen_decay
-    if settings.mover == "passing on" and graph.even:
+    if settings.mover == "passing on" and even:
         return PassingOn(gamma, decay, schedule(settings.algorithm).aim)
     if settings.mover != "plain":
         return Conjugate(gamma, decay)

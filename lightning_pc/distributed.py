@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
+from lightning_pc.errors import refuse, shown
 from lightning_pc.ranks import Processes, Ranks
 from lightning_pc.refusals import at_the_door, refuse_to_share
 from lightning_pc.settings import Settings, refuse_unknown
@@ -75,14 +76,28 @@ class PCDDPStrategy(Learning, DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
+        unused = "find_unused_parameters" in settings
         with at_the_door():
+            refuse(
+                {
+                    "find_unused_parameters= is not needed: leave it out.": unused,
+                    f"process_group_backend={shown(process_group_backend)}: expected None or one of"
+                    f" {dist.Backend.backend_list}.": (
+                        process_group_backend not in (None, *dist.Backend.backend_list)
+                    ),
+                    f"timeout={shown(timeout)}: expected a datetime.timedelta.": (
+                        not isinstance(timeout, timedelta | None)
+                    ),
+                }
+            )
             refuse_unknown("PCDDPStrategy", settings)
             self.settings = Settings(algorithm=algorithm, **settings)
 
     @override
     def configure_ddp(self) -> None:
         assert self.model is not None
-        refuse_to_share(self.model, self.settings)
+        if self.world_size > 1:
+            refuse_to_share(self.model, self.settings)
         _sync_module_states(self.model)
 
     @override

@@ -154,9 +154,8 @@ class Learner:
             if loss is not None or (must and watch.calls):
                 batch = self._recordings.prepare(watch, checked_loss(loss, must))
                 self.waiting = self._prepare(batch, given, batch_size)
-        steps = self.ranks.agree(None if self.waiting is None else self.waiting.T)
-        if self.waiting is not None and steps is not None:
-            self.waiting.T = steps
+            else:
+                self.ranks.agree([])
         return output
 
     def _prepare(self, batch: Batch, given: Any, batch_size: Callable[[], float | None]) -> Waiting:
@@ -165,14 +164,17 @@ class Learner:
         check_batch(batch, self.model, *asked, unfit=unfit, pushes=pushes)
         if self.schedule.wave:
             require_chain(batch)
-        T = self.schedule.steps(batch.graph.depth, self.settings.T, self._precisions.wave)
+        graph = batch.graph
+        T = self.schedule.steps(graph.depth, self.settings.T, self._precisions.wave)
+        T, longest, uneven = self.ranks.agree([T, graph.longest, not graph.even])
         if self.settings.reset == "batch":
             self.alerts.say("unreached", unreached(batch, T, self.model))
         if self._precisions.wave and not self.schedule.wave:
             self.alerts.say("shortcut", shortcut(batch))
         counted_calls(batch)
         groups = side_by_side(self.settings, batch, T)
-        return Waiting(batch, T, lambda: self._terms(batch, given, batch_size), groups)
+        count = partial(self._terms, batch, given, batch_size)
+        return Waiting(batch, T, longest, not uneven, count, groups)
 
     def infer(
         self, seed: float, update: Callable[[], None], sgd: PlainSGD | None = None
@@ -253,7 +255,7 @@ class Learner:
             inference = Inference(
                 evaluator,
                 self.schedule,
-                self._kept or mover_of(self.settings, batch.graph),
+                self._kept or mover_of(self.settings, waiting.even),
                 self._precisions,
                 self.auto,
                 self.alerts.look_due,
@@ -261,6 +263,7 @@ class Learner:
                 beta,
                 seed / len(betas),
                 terms,
+                waiting.longest,
                 T,
                 self.settings.until,
                 self._age if kept else None,

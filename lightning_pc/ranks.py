@@ -28,19 +28,20 @@ class Ranks:
         """The largest of all processes' numbers that are finite, nan where none is."""
         return number
 
-    def agree(self, steps: int | None) -> int | None:
-        """The most inference steps that some process needs; None where all skip the batch.
+    def agree(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The largest of each number of all processes; none of a process that skips the batch.
 
         Raises:
             ClosureError: Some skip it, others do not.
         """
-        return steps
+        return numbers
 
-    def average(self) -> None:
-        """Gives each parameter the mean of all processes' gradients.
+    def average(self) -> list[nn.Parameter]:
+        """Gives each parameter the mean of all processes' gradients; returns those it has given.
 
         A process that has none counts as zero; where no process has one there is none.
         """
+        return []
 
 
 #: A process that shares its batches with no other.
@@ -74,18 +75,18 @@ class Processes(Ranks):
         return found if math.isfinite(found) else math.nan
 
     @override
-    def agree(self, steps: int | None) -> int | None:
-        skips, learns, most = self._most([steps is None, steps is not None, steps or 0])
+    def agree(self, numbers: Sequence[int]) -> Sequence[int]:
+        skips, learns = self._most([not numbers, bool(numbers)])
         if skips and learns:
             raise ClosureError(
                 "Some processes have no loss for this batch, others have one: give all a loss, or "
                 "none."
             )
-        return int(most) if learns else None
+        return [int(number) for number in self._most(numbers)] if learns else []
 
     @override
     @torch.no_grad()
-    def average(self) -> None:
+    def average(self) -> list[nn.Parameter]:
         parameters = self._parameters()
         somewhere = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
         somewhere = somewhere.to(self._device)
@@ -102,6 +103,7 @@ class Processes(Ranks):
             parts = torch.split(flat, [gradient.numel() for gradient in gradients])
             for gradient, part in zip(gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
+        return [p for p in parameters if p.grad is not None]
 
     def _most(self, numbers: Sequence[float]) -> list[float]:
         found = torch.tensor(numbers, dtype=torch.float64, device=self._device)

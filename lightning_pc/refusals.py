@@ -77,9 +77,12 @@ def refuse_to_share(module: nn.Module, settings: Settings) -> None:
     numbered = [n for n, m in module.named_modules() if isinstance(m, Latent) and m.samples]
     energies = energies_of(settings.energies).items()
     learned = [name for name, energy in energies if isinstance(energy, LearnedGaussian)]
+    sparse = [n for n, m in module.named_modules() if getattr(m, "sparse", False) is True]
     told = "would learn in each process by itself. Train on one device"
     refuse(
         {
+            f"The gradients of {sparse} are sparse, which processes do not exchange: set "
+            "sparse=False.": sparse,
             f"The values of {numbered}, Latents with samples=, {told}.": numbered,
             f"The variances at {learned} {told}, or give another energy.": learned,
         }

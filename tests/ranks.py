@@ -22,7 +22,7 @@ from lightning_problems import C, D, H, Module, data, loader, mlp
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from lightning_pc import PCDDPStrategy, PCStrategy
+from lightning_pc import EnergyMonitor, PCDDPStrategy, PCStrategy
 from lightning_pc.errors import PCError
 
 COUNT = int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,6 +55,34 @@ class Unlike(Part):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return super().training_step((batch[0] * (30 if RANK else 1), batch[1]), batch_idx)
+
+
+class Apart(Part):
+    """Weights that begin otherwise in each process."""
+
+    def __init__(self) -> None:
+        super().__init__(net=mlp(nn.BatchNorm1d(H), seed=1 + RANK))
+        self.buffers_met: list[torch.Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.buffers_met.append(self.net[1].running_mean.clone())
+        return super().training_step(batch, batch_idx)
+
+
+class Depths(nn.Module):
+    """The first process runs through one layer, the second one through eight and past a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(6)
+        self.layers = nn.ModuleList(nn.Linear(D, D) for _ in range(8))
+        self.head = nn.Linear(D, C)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.layers[0](x))
+        for layer in self.layers[1:] if RANK else ():
+            x = torch.tanh(layer(x))
+        return self.head(x + torch.tanh(self.layers[1](x)) if RANK else x)
 
 
 class Skips(Part):
@@ -135,16 +163,10 @@ class Watch(pl.Callback):
 
 def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, Any]:
     """Trains, and tells weights, what was inferred, how often gradients were exchanged."""
-    names = {
-        "max_epochs",
-        "accumulate_grad_batches",
-        "gradient_clip_val",
-        "ckpt",
-        "save",
-        "batches",
-    }
-    given = {name: others.pop(name) for name in names & others.keys()}
-    ckpt, save, batches = (given.pop(name, None) for name in ("ckpt", "save", "batches"))
+    flags = {"max_epochs", "accumulate_grad_batches", "gradient_clip_val"}
+    own = ("ckpt", "save", "batches", "monitor")
+    ckpt, save, batches, monitor = (others.pop(name, None) for name in own)
+    given = {name: others.pop(name) for name in flags & others.keys()}
     kind = PCStrategy if COUNT == 1 else PCDDPStrategy
     watch, exchanged, reduce = Watch(), [], dist.all_reduce
 
@@ -158,7 +180,7 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
         accelerator="cpu",
         devices=COUNT,
         precision="64-true",
-        callbacks=[watch],
+        callbacks=[watch, *([EnergyMonitor(plot=str(monitor))] if monitor else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -177,6 +199,7 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
         trainer.save_checkpoint(save)
     return {
         "weights": {name: p.detach().clone() for name, p in module.named_parameters()},
+        "buffers": getattr(module, "buffers_met", []),
         "seen": watch.seen,
         "exchanged": sum(exchanged),
         "told": told,
@@ -216,7 +239,14 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "unlike ipc": lambda _: fit(Unlike(), "ipc"),
     "unlike auto": lambda _: fit(Unlike(), "auto"),
     "routed": lambda _: fit(Adam(net=Routed()), "pc", **GIVEN),
-    "normed": lambda _: fit(Part(net=mlp(nn.BatchNorm1d(H))), "pc", **GIVEN),
+    "routed ipc": lambda _: fit(Part(1e-8, Routed()), "ipc", batches=parts(1), T=8, **GIVEN),
+    "routed iepc": lambda _: fit(Part(1e-8, Routed()), "iepc", batches=parts(1), T=8, **GIVEN),
+    "apart": lambda _: fit(Apart(), "pc", **GIVEN),
+    "depths pc": lambda _: fit(Part(net=Depths()), "pc"),
+    "depths ipc": lambda _: fit(Part(net=Depths()), "ipc"),
+    "depths auto": lambda _: fit(Part(net=Depths()), "auto"),
+    "depths until": lambda _: fit(Part(net=Depths()), "epc", gamma=0.2, T=40, until=1e-3),
+    "monitored": lambda folder: fit(Part(), "pc", monitor=folder / "energy.png", **GIVEN),
     "skips": lambda _: fit(Skips(), "pc", **GIVEN),
     "not finite": lambda _: fit(NotFinite(), "ipc", **GIVEN),
     "resumed": resumed,

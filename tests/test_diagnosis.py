@@ -105,7 +105,7 @@ def test_a_rise_along_conjugate_gradients_is_not_gammas_fault():
 def inferred(trace, mover, algorithm="pc", nodes="ab", **others):
     """An inference that is over."""
     nodes = [Node(name, torch.zeros(1), Gaussian()) for name in nodes]
-    given = {"auto": None, "age": None, "seen": None} | others
+    given = {"auto": None, "age": None, "seen": None, "terms": 1.0} | others
     batch = SimpleNamespace(nodes=nodes, latent=False, guess=math.inf)
     evaluator, way = SimpleNamespace(nodes=nodes, batch=batch), schedule(algorithm)
     return SimpleNamespace(trace=trace, mover=mover, evaluator=evaluator, schedule=way, **given)

@@ -122,5 +122,5 @@ def test_only_where_errors_arrive_all_at_once(make, passes):
     learner = optimizer._learner
     with learner.undone():
         learner.begin(classifier(net, x, y), lambda loss: loss)
-        mover = mover_of(learner.settings, learner.waiting.batch.graph)
+        mover = mover_of(learner.settings, learner.waiting.even)
     assert isinstance(mover, PassingOn) is passes

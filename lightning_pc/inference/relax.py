@@ -69,6 +69,7 @@ class Inference:
         beta: Factor of the loss in F, not 0; weights learn from F / beta.
         seed: Factor of the loss in parameter gradients.
         terms: M, the number of terms that the loss is a mean of.
+        longest: Stages of the longest row without a skip, in any process.
         T: Inference steps, the most where ``until`` is given.
         until: The next step is the last where F has changed by no more than this share of itself at
             each of two steps on end; where weights rest, where the squared slope of F is below this
@@ -93,6 +94,7 @@ class Inference:
     beta: float
     seed: float
     terms: float
+    longest: int
     T: int
     until: float | None
     age: int | None
@@ -186,7 +188,7 @@ class Inference:
 
     def _begin(self) -> None:
         """Chooses the rate; the gradients of the first evaluation stand in the nodes throughout."""
-        nodes, auto, longest = self.evaluator.nodes, self.auto, self.evaluator.graph.longest
+        nodes, auto, longest = self.evaluator.nodes, self.auto, self.longest
         asked, mover = self._asked(0, True, False), self.mover
         deep = 1.0
         if auto is not None and self.schedule.deep is not None and self.age is None:
@@ -264,10 +266,10 @@ class Inference:
         return replace(asked, t=(self.age or 0) + reached)
 
     def _step(self) -> None:
-        self.ranks.average()
+        averaged = self.ranks.average()  # some of them may be other processes' alone
         stepped = self.evaluator.step(self.update)
         self.updates.update(map(id, stepped))
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
-        for parameter in stepped:
+        for parameter in (*stepped, *averaged):
             parameter.grad = None  # one that is not reached takes no step, not one of zero

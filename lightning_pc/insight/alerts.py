@@ -89,7 +89,8 @@ class Alerts:
         rounding, counts = report.rounding * abs(first), self._counts and not report.sampled
         rose = counts and last - first > rounding and size > self._known * self._first
         self._rising = self._rising + 1 if rose else 0
-        if self._rising >= self._patience and "rises" not in self._told:
+        here = report.free_energy[[0, -1]].diff() > 0  # or it rises in another process alone
+        if self._rising >= self._patience and "rises" not in self._told and here:
             since = self._batches - self._rising + 1
             self.say("rises", rises(report, mover, inference.seen, self._auto is not None, since))
         if self._auto is not None:

@@ -30,7 +30,7 @@ def divergence(inference: Inference) -> DivergenceError:
     names = [node.name for node in inference.evaluator.batch.nodes]
     automatic, algorithm = inference.auto is not None, inference.schedule.name
     losses, energies = torch.stack(trace.losses).cpu(), torch.stack(trace.energies).cpu()
-    free = torch.stack(trace.free).cpu()
+    free, pulls = torch.stack(trace.free).cpu(), torch.tensor(trace.pulls)
     t = int(free.isfinite().cumprod(0).sum())
     parts = torch.cat([energies[t], losses[t : t + 1]])
     if parts.sum().isfinite():
@@ -41,7 +41,8 @@ def divergence(inference: Inference) -> DivergenceError:
     if not t + start:
         why = "Inference has not begun: look at the batch, the model, the learning rate."
     elif t > 1 and free[t - 1] > free[t - 2]:
-        grew = _growth(names, losses[:t], energies[:t], free[:t])
+        own = energies.sum(1) + inference.terms * pulls.to(losses.dtype) * losses
+        grew = _growth(names, losses[:t], energies[:t], own[:t])
         why = f"F rose before: {grew}. {_cure(algorithm, automatic, mover, mover.start_gamma)}"
     return DivergenceError(
         f"At inference step t = {start + t} {_place(names, place)} is not finite (loss "

@@ -102,12 +102,16 @@ class Waiting:
     Attributes:
         batch: The batch.
         T: Inference steps.
+        longest: Stages of the longest row without a skip, in any process.
+        even: Errors arrive depth by depth, in each process.
         count: Counts the terms of its loss.
         alike: Groups of looks at pieces that run as one.
     """
 
     batch: Batch
     T: int
+    longest: int
+    even: bool
     count: Callable[[], float]
     alike: list[list[Any]]
 
