@@ -65,13 +65,13 @@ class _Registration(MetaPathFinder):
 
             def execute_and_register(module: Any) -> None:
                 execute(module)
-                import_module("lightning_pc.distributed")
+                import_module("lightning_pc.strategy")
 
             spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
 if "lightning.pytorch" in sys.modules:
-    import_module("lightning_pc.distributed")
+    import_module("lightning_pc.strategy")
 else:
     sys.meta_path.insert(0, _Registration())

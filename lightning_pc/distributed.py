@@ -13,7 +13,7 @@ from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
@@ -123,12 +123,3 @@ class PCDDPStrategy(Learning, DDPStrategy):
             return [p for group in self.optimizers[0].param_groups for p in group["params"]]
 
         return Processes(self.root_device, parameters)
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc_ddp"`` and the other names; of ``auto`` ``"pc_auto_ddp"``."""
-        cls.register(strategy_registry, "_ddp")
-
-
-PCDDPStrategy.register_strategies(StrategyRegistry)

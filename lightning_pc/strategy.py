@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -163,16 +164,6 @@ class Learning(Strategy):
         for _, ours in states:
             self._require_learner().load_state_dict(ours)
 
-    @classmethod
-    def register(cls, strategy_registry: Any, ending: str) -> None:
-        """Registers a name for each algorithm."""
-        for algorithm, schedule in SCHEDULES.items():
-            name = "pc_auto" if algorithm == "auto" else algorithm  # Lightning has its own "auto"
-            name += ending
-            if name not in strategy_registry:
-                told = f"{name}: {schedule.paper}"
-                strategy_registry.register(name, cls, told, algorithm=algorithm)
-
     @property
     def _tries_rates(self) -> bool:
         """Whether a learning rate finder is at work."""
@@ -242,8 +233,21 @@ class PCStrategy(Learning, SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc"`` and the other names; of ``auto`` it is ``"pc_auto"``."""
-        cls.register(strategy_registry, "")
+        """Registers ``strategy="ipc"`` and the others, and ``"ipc_ddp"`` for several devices.
+
+        Of ``auto`` it is ``"pc_auto"``, since Lightning has an ``"auto"`` of its own.
+        """
+        for algorithm, schedule in SCHEDULES.items():
+            for make, ending in ((cls, ""), (_of_several_devices, "_ddp")):
+                name = ("pc_auto" if algorithm == "auto" else algorithm) + ending
+                if name not in strategy_registry:
+                    told = f"{name}: {schedule.paper}"
+                    strategy_registry.register(name, make, told, algorithm=algorithm)
+
+
+def _of_several_devices(**settings: Any) -> Any:
+    # It builds on this module, which may be half imported when names are registered.
+    return import_module("lightning_pc.distributed").PCDDPStrategy(**settings)
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -1,5 +1,8 @@
 """The first step of an iPC value on a chain passes on what it can of an error."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import never_looks
@@ -124,3 +127,21 @@ def test_only_where_errors_arrive_all_at_once(make, passes):
         learner.begin(classifier(net, x, y), lambda loss: loss)
         mover = mover_of(learner.settings, learner.waiting.even)
     assert isinstance(mover, PassingOn) is passes
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "from lightning_pc import PCStrategy",
+        "from lightning_pc import PCDDPStrategy",
+        "import lightning_pc.strategy",
+        "import lightning_pc.callbacks",
+        "import lightning, lightning_pc",
+    ],
+)
+def test_whatever_is_imported_first(first):
+    """Lightning registers our names while some module of ours may be half imported."""
+    names = "from lightning.pytorch.strategies import StrategyRegistry as S"
+    made = "assert type(S.get('ipc_ddp')).__mro__[1] is type(S.get('pc_auto')).__mro__[1]"
+    script = f"{first}\nimport lightning_pc\n{names}\n{made}"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, timeout=120)
