@@ -22,13 +22,15 @@ from lightning_pc.nn import Latent
 from lightning_pc.optim import IEPC, IPC, PC
 
 HERE = Path(__file__).parent
+#: Processes talk to each other on this machine alone, whatever it is called.
+LOOP = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def launched(script, folder, count=2):
     """Runs a script in several processes."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     where = os.pathsep.join([str(HERE), str(HERE.parent)])
-    env = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", **LOOP}
     done = subprocess.run(
         [*run, f"--nproc_per_node={count}", str(script), str(folder)],
         env=env,
@@ -196,7 +198,7 @@ if __name__ == "__main__":
 def test_the_trainer_starts_the_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), **LOOP}
     subprocess.run([sys.executable, str(script), str(tmp_path)], env=env, check=True, timeout=300)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(map(torch.equal, one.values(), other.values()))

@@ -13,17 +13,20 @@ import torch
 from killed import HOOKS
 
 HERE = Path(__file__).parent
+#: Processes talk to each other on this machine alone, whatever it is called.
+LOOP = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
 
 
 def run(folder, algorithm, hook="on_train_batch_end", batch=-1, count=1):
     """Whether the training came to its end."""
     start = [sys.executable]
     if count > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        start += ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        start += [f"--nproc_per_node={count}"]
     where = os.pathsep.join([str(HERE), str(HERE.parent)])
     done = subprocess.run(
         [*start, str(HERE / "killed.py"), str(folder), algorithm, hook, str(batch)],
-        env={**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": where, "OMP_NUM_THREADS": "1", **LOOP},
         capture_output=True,
         text=True,
         timeout=300,
