@@ -50,10 +50,10 @@ class Batches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
+        self._given %= len(self._batches)
         while self._given < len(self._batches):
             self._given += 1
             yield self._batches[self._given - 1]
-        self._given = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"given": self._given % len(self._batches)}

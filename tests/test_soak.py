@@ -1,9 +1,7 @@
-"""Thousands of steps of changing shapes and control flow: memory stays, and so does the pace."""
+"""Thousands of steps of changing shapes and control flow: memory and all that is kept stay."""
 
 import gc
 import random
-import statistics
-import time
 from pathlib import Path
 
 import pytest
@@ -47,18 +45,15 @@ def resident():
 def test_thousands_of_steps(kind):
     model, draw = Changing(), random.Random(0)
     optimizer = kind(torch.optim.Adam(model.parameters(), 1e-3), model, T=4)
-    memory, seconds = {}, []
+    memory, objects = {}, {}
     for n in range(1, 5001):
         size, steps, branch = draw.randint(1, 40), draw.randint(0, 12), draw.randint(0, 1)
         x, y = torch.randn(size, 6), torch.randint(4, (size,))
-        begun = time.process_time()
         optimizer.step(lambda: F.cross_entropy(model(x, steps, branch), y))  # noqa: B023
-        seconds.append(time.process_time() - begun)
         if n in (500, 5000):
-            memory[n] = resident()
+            memory[n], objects[n] = resident(), len(gc.get_objects())
     assert memory[5000] < 1.02 * memory[500]
-    early, late = (statistics.median(part) for part in (seconds[500:1000], seconds[-500:]))
-    assert late < 1.5 * early  # twice as many forms, or a list that is searched, would be more
+    assert objects[5000] < 1.05 * objects[500]
 
 
 @pytest.mark.slow
