@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_pc.errors import refuse, require, shown
@@ -126,7 +127,7 @@ class RandomState(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """States of torch's, numpy's and Python's generators, in plain types, of each process."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not _several():
             return self._own()
         each: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(each, self._own())
@@ -150,14 +151,23 @@ class RandomState(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Sets the generators, before the loaders draw; the sanity check does not touch them."""
         state, self._pending = self._pending, None
-        if state is not None and "each" in state:
-            own = state["each"][trainer.global_rank : trainer.global_rank + 1]
-            state = own[0] if own else None
         if state is None:
             return
+        each = state.get("each", [state])
+        rank, count = (dist.get_rank(), dist.get_world_size()) if _several() else (0, 1)
+        if len(each) != count:
+            told = f"RandomState: the checkpoint is of {len(each)} processes, this run has {count}"
+            rank_zero_warn(f"{told}. Generators stay as they are.")
+            return
+        state = each[rank]
         torch.set_rng_state(state["torch"].cpu())
         name, keys, *rest = state["numpy"]
         np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         random.setstate(state["python"])
         if "cuda" in state:
             torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _several() -> bool:
+    """Whether other processes train as well."""
+    return dist.is_available() and dist.is_initialized()

@@ -238,3 +238,14 @@ def test_the_best_model_is_kept(algorithm, tmp_path):
     assert result["val_loss"] == pytest.approx(float(best.best_model_score), rel=1e-6)
     (tested,) = fit.validate(Net(), loader(data(1)), ckpt_path=best.best_model_path, verbose=False)
     assert tested == result
+
+
+def test_generators_of_another_number_of_processes_stay():
+    callback, module = RandomState(), Module()
+    own = callback.state_dict()
+    callback.load_state_dict({"each": [own, own]})
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="of 2 processes, this run has 1. Generators stay"):
+        callback.on_fit_start(trainer("pc"), module)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -142,6 +142,15 @@ def test_a_divergence_of_the_loss_or_of_a_sum_alone():
     assert "At inference step t = 2 the energy at value node 'b' is not finite (loss 1)" in told[1]
 
 
+def test_a_divergence_of_the_sum_of_the_loss_terms_is_of_this_process():
+    """The loss may be finite when its sum no longer is."""
+    trace = Trace()
+    for loss in (1.0, 1e38):
+        trace.take_in(torch.tensor(loss), torch.zeros(2), 1.0, 64.0)
+    message = str(divergence(inferred(trace, Descent(0.1), terms=64.0)))
+    assert "At inference step t = 1 the loss is not finite (loss 1e+38)" in message
+
+
 def test_a_divergence_of_an_optimizer_of_the_values_names_its_rate():
     torch.manual_seed(0)
     net, x = MLP((4, 8, 8, 3)), torch.randn(5, 4)

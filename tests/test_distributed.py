@@ -1,6 +1,7 @@
 """Two processes with gloo against one with all of their data, and where they are refused."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -192,6 +193,27 @@ if __name__ == "__main__":
     trainer.fit(module, loader(data(6)))
     torch.save(module.state_dict(), f"{sys.argv[1]}/{trainer.global_rank}.pt")
 """
+
+
+RECIPE = """
+import sys
+from recipes.efficiency import devices
+
+devices.WARM, devices.BATCHES, devices.ROUNDS = 1, 2, 1
+devices.NETWORKS = {"mlp": devices.NETWORKS["mlp"]}
+sys.argv = ["devices", "--write", f"{sys.argv[1]}/figures.json"]
+devices.main()
+"""
+
+
+def test_the_recipe_of_two_processes_against_one(tmp_path):
+    script = tmp_path / "recipe.py"
+    script.write_text(RECIPE)
+    launched(script, tmp_path)
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["algorithm"] for row in rows] == ["pc", "ipc", "zil", "auto"]
+    assert all(row["faster"] > 0 for row in rows)
+    assert rows[1]["megabytes"] == pytest.approx(8 * rows[0]["megabytes"], rel=0.1)
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from problems import (
     vectors,
 )
 
-from lightning_pc.errors import PCError
+from lightning_pc.errors import DivergenceError, PCError
 
 
 def pixels(n):
@@ -97,17 +97,21 @@ def fuzz(run):
     torch.manual_seed(0)
     module = Fuzzed(make(), optimizer)
     batches = [batch(4) for _ in range(3)]
-    before, trained = copy.deepcopy(module.state_dict()), True
+    before, told = copy.deepcopy(module.state_dict()), None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        fit = None
         try:
             fit = trainer(given, **flags)
             fit.fit(module, loader(batches))
         except (PCError, MisconfigurationException) as error:
-            trained = len(str(error)) < 20
-        else:
-            report = fit.strategy.report
-            assert report.free_energy.isfinite().all()
+            told = error
+    assert told is None or len(str(told)) > 20
+    if told is None:
+        assert fit.strategy.report.free_energy.isfinite().all()
+    elif not isinstance(told, DivergenceError) and flags["precision"] != "bf16-true":
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor.to(before[key].dtype), before[key])
     for part in module.modules():
         assert not part._forward_hooks
         assert not part._forward_pre_hooks
@@ -119,33 +123,29 @@ def fuzz(run):
         assert tensor.shape == before[key].shape
     assert all(p.requires_grad for p in module.parameters())
     copy.deepcopy(module)  # no tensor of a graph is left in it
-    return trained
+    return told is None
 
 
 SLOWLY = {"deadline": None, "suppress_health_check": [*HealthCheck], "derandomize": True}
 
 
-@settings(max_examples=40, **SLOWLY)
-@given(runs())
-def test_each_trains_or_says_why_not(run):
-    fuzz(run)
+def fuzz_many(count):
+    """Each trains or says why not, and a third trains, or there is little that this shows."""
+    found = []
+
+    @settings(max_examples=count, database=None, **SLOWLY)
+    @given(runs())
+    def each(run):
+        found.append(fuzz(run))
+
+    each()
+    assert sum(found) > len(found) / 3
+
+
+def test_each_trains_or_says_why_not():
+    fuzz_many(40)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, **SLOWLY)
-@given(runs())
-def test_many_more(run):
-    fuzz(run)
-
-
-def test_most_train():
-    """Or there would be little that the others show."""
-    found = []
-
-    @settings(max_examples=40, database=None, **SLOWLY)
-    @given(runs())
-    def count(run):
-        found.append(fuzz(run))
-
-    count()
-    assert sum(found) > len(found) / 3
+def test_many_more():
+    fuzz_many(400)

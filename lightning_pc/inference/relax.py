@@ -148,7 +148,7 @@ class Inference:
         # Of weights that rest, where F bends by 1 or more it can fall by no more than its slope.
         left = self._slope if self.schedule.rests else free.diff().abs().max()
         early = (self.age or 0) + t <= max(arrivals, default=0)
-        return not self.ranks.largest(float(early or bool(left > until * free[-1].abs())))
+        return not self.ranks.largest(float(early or not left <= until * free[-1].abs()))
 
     def _squared_slope(self) -> Tensor:
         """The squared norm of dF/dx, []."""
@@ -238,7 +238,7 @@ class Inference:
         ]
         if self.schedule.rests or not learned:
             return
-        everything = self._everything(self._asked(self.T, True, False))
+        everything = self._everything(self._asked(0, True, False))
         shares = [(node, node.followed) for node in self.evaluator.nodes]
         for node, _ in shares:
             node.follow(0.0)

@@ -89,10 +89,10 @@ class Alerts:
         rounding, counts = report.rounding * abs(first), self._counts and not report.sampled
         rose = counts and last - first > rounding and size > self._known * self._first
         self._rising = self._rising + 1 if rose else 0
-        here = report.free_energy[[0, -1]].diff() > 0  # or it rises in another process alone
-        if self._rising >= self._patience and "rises" not in self._told and here:
-            since = self._batches - self._rising + 1
-            self.say("rises", rises(report, mover, inference.seen, self._auto is not None, since))
+        if self._rising >= self._patience and "rises" not in self._told:
+            since, automatic = self._batches - self._rising + 1, self._auto is not None
+            if report.free_energy[-1] > report.free_energy[0]:  # else in another process alone
+                self.say("rises", rises(report, mover, inference.seen, automatic, since))
         if self._auto is not None:
             start = first if report.pulls[0] > 0 else max(first, 0.0)
             self._auto.after(report.steps, last - start > rounding)

@@ -33,7 +33,8 @@ def divergence(inference: Inference) -> DivergenceError:
     free, pulls = torch.stack(trace.free).cpu(), torch.tensor(trace.pulls)
     t = int(free.isfinite().cumprod(0).sum())
     parts = torch.cat([energies[t], losses[t : t + 1]])
-    if parts.sum().isfinite():
+    own = energies.sum(1) + inference.terms * pulls.to(losses.dtype) * losses
+    if own[t].isfinite():
         told = f"At inference step t = {start + t} F is not finite on another process"
         return DivergenceError(f"{told}. No weight has moved on it. Its error says why.")
     place = int(parts.nan_to_num(math.inf, math.inf, math.inf).argmax())
@@ -41,7 +42,6 @@ def divergence(inference: Inference) -> DivergenceError:
     if not t + start:
         why = "Inference has not begun: look at the batch, the model, the learning rate."
     elif t > 1 and free[t - 1] > free[t - 2]:
-        own = energies.sum(1) + inference.terms * pulls.to(losses.dtype) * losses
         grew = _growth(names, losses[:t], energies[:t], own[:t])
         why = f"F rose before: {grew}. {_cure(algorithm, automatic, mover, mover.start_gamma)}"
     return DivergenceError(
@@ -129,14 +129,16 @@ def choice(report: StepReport) -> str:
 
 def unlearns(report: StepReport) -> str:
     """Says that the training loss rises or stays too high, and what to do; "" where it does not."""
+    fault = _fault(report)
+    if not fault:
+        return ""
     noise = "Where targets hold noise, weights grow to explain it: use algorithm='auto'."
     cures = {
         NOISE: f"{noise} If the loss rises there as well, lower the learning rate.",
         RATE: "Lower the learning rate, unless the task has become harder.",
         GUESS: f"{noise + ' Else t' if _explains(report) else 'T'}ry another learning rate.",
     }
-    cure = cures.get(_fault(report))
-    return f"{report.trend} {cure}" if cure else ""
+    return f"{report.trend} {cures[fault]}"
 
 
 def _fault(report: StepReport) -> str:

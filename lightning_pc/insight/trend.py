@@ -8,7 +8,7 @@ from dataclasses import dataclass
 #: Batches of a mean, and how many on end must say that the loss has risen.
 MANY, ON_END = 20, 10
 #: Batches after which a loss should have fallen below that of a guess, with 5 % of room.
-LONG, ROOM = 100, 1.05
+LONG, ABOVE = 100, 1.05
 #: Standard errors by which the line through all losses must rise. Of 500 simulated runs whose loss
 #: is a constant and noise, 0.6 % have "risen" so within 400 batches, 1.2 % within 2,000. More do
 #: where batches on end are alike (data that are not shuffled).
@@ -75,7 +75,7 @@ class Trend:
         unlearned = climbs and self.mean > self.first
         worse = self.mean - self.least > max(0.3 * abs(self.least), 0.1 * size, 2 * self.spread)
         self.high = self.high + 1 if unlearned or worse else 0
-        useless = self.batches >= LONG and self.mean > ROOM * guess and slope >= 0
+        useless = self.batches >= LONG and self.mean > ABOVE * guess and slope >= 0
         self.above = self.above + 1 if useless else 0
 
     def _line(self) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_pc.errors import ConfigError, shown
 from lightning_pc.nodes.energies import Energy, Slopes
+from lightning_pc.precisions import is_number
 
 
 class LearnedGaussian(Energy):
@@ -42,13 +43,9 @@ class LearnedGaussian(Energy):
     masks = False
 
     def __init__(self, momentum: float = 0.1, dim: int = -1) -> None:
-        if (
-            isinstance(momentum, bool)
-            or not isinstance(momentum, float | int)
-            or not 0 < momentum <= 1
-        ):
+        if not (is_number(momentum) and 0 < momentum <= 1):
             raise ConfigError(f"momentum={shown(momentum)}: expected a number in (0, 1].")
-        if isinstance(dim, bool) or not isinstance(dim, int):
+        if not (is_number(dim) and isinstance(dim, int)):
             raise ConfigError(f"dim={shown(dim)}: expected a whole number.")
         self.momentum, self.dim = float(momentum), dim
         self.variance: Tensor | None = None
