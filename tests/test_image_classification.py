@@ -22,10 +22,11 @@ from torch import nn
 from lightning_pc.cli import main as lightning_pc_main
 from lightning_pc.errors import DivergenceError
 from lightning_pc.precisions import Spiking
+from recipes.common.model import SquaredError
 from recipes.common.queue import Results, key, ordered
 from recipes.common.queue import main as queue_main
 from recipes.common.training import train
-from recipes.image_classification import calibration, evaluate, files, model, study
+from recipes.image_classification import calibration, evaluate, files, long, model, study
 from recipes.image_classification.corruptions import INTENSITIES, SETTINGS, corrupt
 from recipes.image_classification.data import CIFAR10, MNIST, SVHN, FashionMNIST
 from recipes.image_classification.files import DataError
@@ -387,7 +388,7 @@ def test_damaged_and_missing_files(tmp_path, data_dir):
 
 def test_sizes_and_classes_that_do_not_fit(data_dir, tmp_path):
     folder = str(data_dir / "mnist")
-    for sizes in ({"val_size": 120}, {"val_size": 0}, {"val_size": 40, "train_size": 81}):
+    for sizes in ({"val_size": 120}, {"val_size": -1}, {"val_size": 40, "train_size": 81}):
         with pytest.raises(DataError, match="expected sizes above 0"):
             MNIST(folder, checksums=False, **sizes).setup("fit")
     with pytest.raises(ValueError, match="crop=-1"):
@@ -496,7 +497,7 @@ def test_after_a_divergence_the_best_epoch_so_far_is_tested(tiny, data_dir):
 
 
 def test_every_job_is_its_own():
-    for jobs in (study.jobs(), calibration.jobs()):
+    for jobs in (study.jobs(), calibration.jobs(), long.jobs()):
         assert len({key(job) for job in jobs}) == len(jobs)
 
 
@@ -559,3 +560,74 @@ def test_calibration_study_measures_every_epoch(tiny, data_dir, tmp_path, monkey
         assert len(only["measured"]) == 31
         assert all(0 <= e <= 1 and 0 <= a <= 100 for a, e in only["measured"].values())
     calibration.picture(rows).savefig(tmp_path / "boxes.png")
+
+
+@pytest.mark.parametrize("row", ["authors", "cnn"])
+def test_a_long_run_that_is_stopped_goes_on_as_if_it_had_not_been(
+    tiny, data_dir, tmp_path, monkeypatch, row
+):
+    job = next(j for j in long.jobs() if j["task"] == row and j["algorithm"] == "ipc")
+    job = tiny(job)
+    job["settings"] |= {"trainer.max_epochs": 3}
+    monkeypatch.setattr(long, "MODELS", tmp_path / "whole" / "models")
+    whole = long.run(job, str(data_dir))
+
+    monkeypatch.setattr(long, "MODELS", tmp_path / "stopped" / "models")
+    step, begun = model.ImageClassifier.training_step, []
+
+    def stopped(self, batch, batch_idx):
+        begun.append(batch_idx)
+        if len(begun) == 4:
+            raise InterruptedError
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.ImageClassifier, "training_step", stopped)
+        with pytest.raises(InterruptedError):
+            long.run(job, str(data_dir))
+    resumed = long.run(job, str(data_dir))
+    assert len(whole["val"]) == 3
+    for figure in ("val", "test", "last_test", "diverged"):
+        assert resumed[figure] == whole[figure], figure
+    first, second = (
+        torch.load(path, weights_only=True)["state_dict"] for path in tmp_path.rglob("last.ckpt")
+    )
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    long.tables([job | whole])
+    long.picture([job | whole])
+
+
+def test_batches_are_repeated_in_a_row(data_dir):
+    data = MNIST(str(data_dir / "mnist"), checksums=False, val_size=VAL, batch_size=30, repeat=3)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = [images for images, _ in loader]
+    assert len(loader) == len(batches) == 9
+    for number in range(0, 9, 3):
+        assert torch.equal(batches[number], batches[number + 1])
+        assert torch.equal(batches[number], batches[number + 2])
+    assert not torch.equal(batches[0], batches[3])
+    with pytest.raises(ValueError, match="repeat=0"):
+        MNIST(repeat=0)
+
+
+def test_raw_pixels_and_all_images(data_dir):
+    data = CIFAR10(str(data_dir / "cifar10"), checksums=False, val_size=0, raw=True)
+    data.setup("fit")
+    assert len(data.splits["train"]) == COUNTS["train"]
+    assert data.splits["val"] is data.splits["test"] or torch.equal(
+        data.splits["val"].tensors[0], data.splits["test"].tensors[0]
+    )
+    images, labels = next(iter(data.val_dataloader()))
+    scaled, _ = data.on_after_batch_transfer((images, labels), 0)
+    assert torch.equal(scaled, images.float() / 255)
+
+
+def test_squared_error_is_half_the_distance_to_the_label():
+    outputs, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    by_hand = sum(
+        0.5 * ((o - torch.eye(3)[n]) ** 2).sum() for o, n in zip(outputs, labels, strict=True)
+    )
+    torch.testing.assert_close(SquaredError("sum")(outputs, labels), by_hand)
+    torch.testing.assert_close(SquaredError()(outputs, labels), by_hand / 5)

@@ -89,9 +89,10 @@ class Evaluator:
 
     def step(self, update: Callable[[], None]) -> list[nn.Parameter]:
         """Has the optimizer take a step; returns the parameters that take part."""
-        stepped = [p for p in self.moving.values() if p.grad is not None]
+        before = [(p, p.grad is not None, p._version) for p in self.moving.values()]
         update()
-        return stepped
+        # A hook may give a gradient to one that had none, or move it.
+        return [p for p, had, v in before if had or p.grad is not None or p._version != v]
 
     def moved(self, nodes: Iterable[Node]) -> None:
         """Takes in that these values are about to move."""

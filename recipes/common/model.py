@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import lightning as L
 import torch
 from torch import Tensor, nn
@@ -9,12 +11,20 @@ from torch.nn import functional as F
 
 
 class Classification(L.LightningModule):
-    """Learns cross-entropy; a subclass maps images to logits in `forward`."""
+    """Learns to classify; a subclass maps images to logits in `forward`.
+
+    Args:
+        loss: Of logits [B, classes] and labels [B]; cross-entropy by default.
+    """
+
+    def __init__(self, loss: nn.Module | None = None) -> None:
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss() if loss is None else loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch (images, labels)."""
+        """The loss of a batch (images, labels)."""
         images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
+        loss: Tensor = self.loss(self(images), labels)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -31,7 +41,25 @@ class Classification(L.LightningModule):
         logits = self(images)
         correct = (logits.argmax(1) == labels).to(torch.float32)
         self.log(f"{split}_accuracy", correct.mean(), prog_bar=True, batch_size=len(labels))
-        self.log(f"{split}_loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{split}_loss", self.loss(logits, labels), batch_size=len(labels))
+
+
+class SquaredError(nn.Module):
+    """Half the squared distance of the outputs to 1 for the label's class and 0 for the others.
+
+    Args:
+        reduction: ``"mean"`` over images, or their ``"sum"``.
+    """
+
+    def __init__(self, reduction: Literal["mean", "sum"] = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Of outputs [B, classes] and labels [B]."""
+        wanted = F.one_hot(labels, outputs.shape[1]).to(outputs)
+        total = 0.5 * F.mse_loss(outputs, wanted, reduction="sum")
+        return total / len(outputs) if self.reduction == "mean" else total
 
 
 class Classifier(Classification):

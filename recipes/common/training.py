@@ -19,8 +19,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from torch import Tensor
 
-from lightning_pc import PCStrategy, StepReport
+from lightning_pc import PCStrategy, RandomState, StepReport
 from lightning_pc.errors import DivergenceError
+
+#: What of a `Run` a checkpoint keeps.
+KEPT = ("val_accuracy", "energy", "seconds", "cpu_seconds")
 
 
 @dataclass
@@ -34,11 +37,13 @@ class Run:
         val_accuracy: After each epoch, in percent.
         test_accuracy: Of the final weights, in percent; of the best ones on the validation images
             if the YAML has a ``ModelCheckpoint`` that monitors something.
+        last_test_accuracy: Of the final weights, in percent, where a run can be resumed.
         diverged: Whether training ended in a divergence, after best weights had been found.
         energy: Of all value nodes at the last inference step of a batch, per sample, the mean of
             each epoch; empty for backprop.
         first_report: What the last batch of the first epoch did; None for backprop.
-        seconds: Wall clock of ``Trainer.fit``, validation included.
+        seconds: Wall clock of all epochs, validation included.
+        cpu_seconds: Processor time of all epochs, of all threads.
     """
 
     config: Path
@@ -46,10 +51,12 @@ class Run:
     epochs: int = 0
     val_accuracy: list[float] = field(default_factory=list)
     test_accuracy: float = 0.0
+    last_test_accuracy: float = 0.0
     diverged: bool = False
     energy: list[float] = field(default_factory=list)
     first_report: StepReport | None = None
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def train(
@@ -59,6 +66,7 @@ def train(
     on_batch: Callable[[Run, float], None] = lambda run, share: None,
     keep: Path | None = None,
     callbacks: Sequence[L.Callback] = (),
+    resume: Path | None = None,
 ) -> Run:
     """Fits and tests what a YAML says.
 
@@ -69,6 +77,8 @@ def train(
         on_batch: Called after each batch with the run so far and the share of it that is done.
         keep: Where to leave the checkpoint of the best weights, if there is one.
         callbacks: Beside the YAML's.
+        resume: Folder of checkpoints, one an epoch: a run that was stopped goes on from its last
+            one, with the same numbers as if it had not been stopped. None keeps nothing.
 
     Returns:
         What came out.
@@ -86,24 +96,28 @@ def train(
             trainer_defaults=dict.fromkeys(silent, False)
             | {"callbacks": [_Record(run, on_batch), *callbacks]},
         )
-        best = _best_weights(cli.trainer, folder)
-        start = time.perf_counter()
+        best = _best_weights(cli.trainer, folder if resume is None else str(resume))
+        last = _last_weights(cli.trainer, resume) if resume else None
         try:
-            cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last)
         except DivergenceError:
             if best is None or not best.best_model_path:
                 raise
             run.diverged = True
-        run.seconds = time.perf_counter() - start
         path = best.best_model_path if best else None
-        results = cli.trainer.test(
-            cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False
-        )
+        if resume:
+            run.last_test_accuracy = _tested(cli, None)
+        run.test_accuracy = _tested(cli, path)
         if path and keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, keep)
-    run.test_accuracy = 100 * results[0]["test_accuracy"]
     return run
+
+
+def _tested(cli: LightningCLI, path: str | None) -> float:
+    """Test accuracy in percent, of the weights of now or of a checkpoint."""
+    found = cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+    return 100 * found[0]["test_accuracy"]
 
 
 def _best_weights(trainer: L.Trainer, folder: str) -> ModelCheckpoint | None:
@@ -116,15 +130,29 @@ def _best_weights(trainer: L.Trainer, folder: str) -> ModelCheckpoint | None:
     return best
 
 
+def _last_weights(trainer: L.Trainer, folder: Path) -> str | None:
+    """Saves each epoch to a folder; the checkpoint that is there already."""
+    last = folder / "last.ckpt"
+    saves = ModelCheckpoint(
+        folder, last.stem, save_on_train_epoch_end=True, enable_version_counter=False
+    )
+    trainer.callbacks = [RandomState(), *trainer.callbacks, saves]
+    return str(last) if last.exists() else None
+
+
 class _Record(L.Callback):
     """Fills in a `Run`."""
 
     def __init__(self, run: Run, on_batch: Callable[[Run, float], None]) -> None:
         self.run, self.on_batch = run, on_batch
         self._energies: list[Tensor] = []
+        self._begun, self._before = (0.0, 0.0), dict[str, Any]()
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        for name, value in self._before.items():
+            setattr(self.run, name, value)
         self.run.epochs = trainer.max_epochs or 0
+        self._begun = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         report = _report(trainer)
@@ -139,6 +167,16 @@ class _Record(L.Callback):
             self.run.energy.append(float(torch.stack(self._energies).mean()))
             self._energies.clear()
         self.run.first_report = self.run.first_report or _report(trainer)
+        wall, processor = self._begun
+        self._begun = time.perf_counter(), time.process_time()
+        self.run.seconds += self._begun[0] - wall
+        self.run.cpu_seconds += self._begun[1] - processor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self.run, name) for name in KEPT}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict  # for a fit: a test of best weights leaves the run alone
 
 
 def _report(trainer: L.Trainer) -> StepReport | None:

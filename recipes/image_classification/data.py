@@ -33,14 +33,17 @@ class Images(InMemory):
 
     Args:
         batch_size: Samples per training batch.
-        val_size: Training images held out for validation, the last ones.
+        val_size: Training images held out for validation, the last ones. 0 learns all
+            images and validates on the test images, as curves of the test error do.
         train_size: How many of the others are learned, the first ones; None for all.
         crop: Training images are padded by so many black pixels on each side and cropped to their
             size at a random place; 0 for none.
         flip: Training images are mirrored with probability 1/2.
+        raw: Pixels stay in 0..1 and are not normalised.
+        repeat: How many times in a row a training batch is learned.
 
     Raises:
-        ValueError: ``crop`` is negative.
+        ValueError: ``crop`` is negative, or ``repeat`` is not above 0.
     """
 
     mean: Channels
@@ -48,13 +51,20 @@ class Images(InMemory):
     classes: int = 10
 
     def __init__(
-        self, batch_size: int, val_size: int, train_size: int | None, crop: int, flip: bool
+        self,
+        batch_size: int,
+        val_size: int,
+        train_size: int | None,
+        crop: int,
+        flip: bool,
+        raw: bool = False,
+        repeat: int = 1,
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, repeat)
         if crop < 0:
             raise ValueError(f"crop={crop}: expected pixels of padding, 0 or more.")
         self.val_size, self.train_size = val_size, train_size
-        self.crop, self.flip = crop, flip
+        self.crop, self.flip, self.raw = crop, flip, raw
         self._augment: nn.Module | None = None
 
     def read(self, split: str) -> Pixels:
@@ -70,15 +80,16 @@ class Images(InMemory):
         images, labels = checked(self.read("train"), self.classes)
         held_in = len(images) - self.val_size
         learned = held_in if self.train_size is None else self.train_size
-        if not (0 < learned <= held_in < len(images)):
+        if not (0 < learned <= held_in <= len(images)):
             raise DataError(
                 f"val_size={self.val_size}, train_size={self.train_size}: expected sizes above 0 "
                 f"that take no more than the {len(images):,} training images."
             )
+        test = checked(self.read("test"), self.classes)
         return {
             "train": (images[:learned], labels[:learned]),
-            "val": (images[held_in:], labels[held_in:]),
-            "test": checked(self.read("test"), self.classes),
+            "val": (images[held_in:], labels[held_in:]) if self.val_size else test,
+            "test": test,
         }
 
     def on_after_batch_transfer(
@@ -95,7 +106,7 @@ class Images(InMemory):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images 0..1, [B, C, H, W], less this data set's mean and over its deviation."""
-        return normalised(images, self.mean, self.deviation)
+        return images if self.raw else normalised(images, self.mean, self.deviation)
 
     def augmented(self, images: Tensor) -> Tensor:
         """Images 0..1, [B, C, H, W], cropped and mirrored at random, each on its own."""
@@ -141,11 +152,14 @@ class _Known(Images):
     Args:
         data_dir: Folder of its files; None downloads it with `datasets`.
         batch_size: Samples per training batch.
-        val_size: Training images held out for validation, the last ones.
+        val_size: Training images held out for validation, the last ones. 0 learns all
+            images and validates on the test images, as curves of the test error do.
         train_size: How many of the others are learned, the first ones; None for all.
         crop: Black pixels of padding before the random crop; 0 for none.
         flip: Whether training images are mirrored at random.
         checksums: Whether the pixels must be the published ones.
+        raw: Whether pixels stay in 0..1.
+        repeat: How many times in a row a training batch is learned.
     """
 
     hub: ClassVar[tuple[str, str, str | None]]  # name, column of images, configuration
@@ -160,8 +174,10 @@ class _Known(Images):
         crop: int = 0,
         flip: bool = False,
         checksums: bool = True,
+        raw: bool = False,
+        repeat: int = 1,
     ) -> None:
-        super().__init__(batch_size, val_size, train_size, crop, flip)
+        super().__init__(batch_size, val_size, train_size, crop, flip, raw, repeat)
         self.data_dir, self.checksums = data_dir, checksums
 
     def read(self, split: str) -> Pixels:

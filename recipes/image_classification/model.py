@@ -17,10 +17,11 @@ class ImageClassifier(Classification):
 
     Args:
         net: Images [B, channels, H, W] to logits [B, classes].
+        loss: As of `Classification`.
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, net: nn.Module, loss: nn.Module | None = None) -> None:
+        super().__init__(loss)
         self.net = net
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,6 +97,7 @@ class ConvNet(nn.Sequential):
         classes: Number of classes.
         activation: A class of ``torch.nn``.
         strided: Numbers of the convolutions with a stride of 2.
+        bias: Whether convolutions have one.
     """
 
     def __init__(
@@ -108,12 +110,14 @@ class ConvNet(nn.Sequential):
         classes: int = 10,
         activation: type[nn.Module] = nn.GELU,
         strided: Collection[int] = (),
+        bias: bool = True,
     ) -> None:
         layers: list[nn.Module] = []
         side = size
         for number, (above, below) in enumerate(pairwise((channels, *kernels))):
             stride = 2 if number in strided else 1
-            layers += [nn.Conv2d(above, below, 3, stride, padding=1), activation()]
+            conv = nn.Conv2d(above, below, 3, stride, padding=1, bias=bias)
+            layers += [conv, activation()]
             side = -(-side // stride)
             if number in pooled:
                 layers.append(nn.MaxPool2d(2))
