@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning_problems import C, D, H, data, mlp, weights
+from oracle import Explicit
 from torch import nn
 from torch.optim import lr_scheduler
 
 from lightning_pc import StepReport
-from lightning_pc.errors import ClosureError
+from lightning_pc.errors import ClosureError, ConfigError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCoding
 
 WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
@@ -215,6 +216,61 @@ def test_step_hooks(wrapper):
     step(model, optimizer)
     updates = optimizer.report.steps if wrapper in (IPC, IEPC) else 1
     assert seen == [("pre", wrapper), *["inner"] * updates, ("post", wrapper)]
+
+
+@pytest.mark.parametrize("how", ["gradients of zero", "in place"])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_step_hooks_may_move_weights_that_no_error_has_reached(how, parallel):
+    """Against a loop in which every weight shrinks at every step, errors there or not."""
+    torch.manual_seed(0)
+    layers = [m for _ in range(4) for m in (nn.Linear(4, 4), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    by_hand = copy.deepcopy(model)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    decay = {"weight_decay": 1.0} if how == "gradients of zero" else {}
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, **decay)
+
+    def fill(optimizer, args, kwargs):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+
+    @torch.no_grad()
+    def shrink(optimizer, args, kwargs):
+        for p in model.parameters():
+            p.mul_(0.9)
+
+    if decay:
+        sgd.register_step_pre_hook(fill)
+    else:
+        sgd.register_step_post_hook(shrink)
+    optimizer = IPC(sgd, model, gamma=0.3, T=6, parallel=parallel)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+    def forward(model, at, x, y):
+        for layer in model:
+            x = at(x) if isinstance(layer, nn.Tanh) else x
+            x = layer(x)
+        return F.cross_entropy(x, y, reduction="sum"), len(y)
+
+    explicit, rate = Explicit(forward), 0.1
+    for _ in range(6):
+        free, terms = explicit.free_energy(by_hand, (x, y))
+        values = explicit.values
+        dx = torch.autograd.grad(free, values, retain_graph=True)
+        dw = torch.autograd.grad(free / terms, [*by_hand.parameters()])
+        with torch.no_grad():
+            for value, slope in zip(values, dx, strict=True):
+                value -= 0.3 * slope
+            for p, slope in zip(by_hand.parameters(), dw, strict=True):
+                start = p.clone()
+                p -= rate * slope
+                p -= rate * start if decay else 0.1 * p
+    for mine, wanted in zip(model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
+    short = IPC(sgd, model, gamma=0.3, T=3)
+    with pytest.raises(ConfigError, match="give T=4 or more"):
+        short.step(lambda: F.cross_entropy(model(x), y))
+    IPC(sgd, model, gamma=0.3, T=4).step(lambda: F.cross_entropy(model(x), y))
 
 
 @every

@@ -105,6 +105,7 @@ class Inference:
     updates: Counter[int] = field(default_factory=Counter)
     _pull: float = 1.0
     _slope: Tensor | float = 0.0
+    _early: bool = False  # errors stand at all nodes, before any has come from the loss
 
     def relax(self) -> bool:
         """Runs; the gradients of the last update are left in ``.grad``.
@@ -131,7 +132,7 @@ class Inference:
                 self.mover.observe(free)
                 self.mover.move(nodes, self.terms * self.beta / self.seed)
             if schedule.updates(t, self.T) and t < self.T - 1:
-                self._step()
+                self._step(t)
             for node in nodes:
                 node.forget()
             t += 1
@@ -176,7 +177,10 @@ class Inference:
 
     def _asked(self, t: int, moves: bool, learns: bool) -> Asked:
         root, last = self.seed / self.beta, learns and t == self.T - 1
-        return Asked((self.age or 0) + t, moves, learns, last, root * self._pull, root / self.terms)
+        asked = Asked(
+            (self.age or 0) + t, moves, learns, last, root * self._pull, root / self.terms
+        )
+        return self._everything(asked) if self._early else asked
 
     def _evaluate(self, t: int, moves: bool, learns: bool) -> Tensor:
         asked = self._asked(t, moves, learns)
@@ -265,9 +269,10 @@ class Inference:
         reached = self.T if self.age is None else len(self.evaluator.batch.nodes)
         return replace(asked, t=(self.age or 0) + reached)
 
-    def _step(self) -> None:
+    def _step(self, t: int) -> None:
         averaged = self.ranks.average()  # some of them may be other processes' alone
         stepped = self.evaluator.step(self.update)
+        self._early = self._early or self.evaluator.early(stepped, (self.age or 0) + t)
         self.updates.update(map(id, stepped))
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)

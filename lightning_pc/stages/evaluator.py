@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from lightning_pc.errors import ConfigError
 from lightning_pc.nodes.node import Node
 from lightning_pc.stages.batch import Batch, memory_of
 from lightning_pc.stages.graph import Piece
@@ -93,6 +94,27 @@ class Evaluator:
         update()
         # A hook may give a gradient to one that had none, or move it.
         return [p for p, had, v in before if had or p.grad is not None or p._version != v]
+
+    def early(self, stepped: Iterable[nn.Parameter], t: int) -> bool:
+        """Whether one of these has moved before step ``t`` has brought it an error.
+
+        Raises:
+            ConfigError: Values that its predictions have left are no longer at hand.
+        """
+        if t >= self._deepest:
+            return False
+        moved, reached = set(stepped), self.graph.reached
+        if not any(reached[slot] > t and p in moved for slot, p in self.moving.items()):
+            return False
+        if any(not node.x.numel() for node in self.nodes):
+            most = max(node.arrival for node in self.nodes)
+            told = "A hook moves weights that no error has reached, which makes an error of its own"
+            raise ConfigError(f"{told}: give T={most} or more, for errors to reach every node.")
+        return True
+
+    @cached_property
+    def _deepest(self) -> int:
+        return max(self.graph.reached.values(), default=0)
 
     def moved(self, nodes: Iterable[Node]) -> None:
         """Takes in that these values are about to move."""
