@@ -22,8 +22,9 @@ from lightning_pc.stages.in_place import PlainSGD
 STATE = "lightning_pc"
 _CLOSURE = (
     "Write optimizer.step(lambda: loss_fn(model(x), y)). Loops that call loss.backward() and "
-    "step() themselves (transformers.Trainer, gradient scalers) cannot train with predictive "
-    "coding: write the loop, or use Lightning's Trainer with PCStrategy."
+    "step() themselves (gradient scalers, some Trainers) cannot train with predictive coding: "
+    "write the loop, or use Lightning's Trainer with PCStrategy. In place of the Trainer of "
+    "transformers use lightning_pc.hugging_face.PCTrainer."
 )
 
 

@@ -35,7 +35,8 @@ def batches():
 def test_python_examples(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    space: dict = {"__name__": "readme", "batches": batches()}
+    rows = [{k: v[i] for k, v in batch.items()} for batch in batches() for i in range(8)]
+    space: dict = {"__name__": "readme", "batches": batches(), "sentences": rows}
     pretrained().save_pretrained("pretrained")
     for number, block in enumerate(blocks("python")):
         exec(compile(block, f"README.md, example {number}", "exec"), space)
@@ -44,6 +45,8 @@ def test_python_examples(tmp_path, monkeypatch, capsys):
     table = [line.split() for line in blocks("text")[0].splitlines() if "│" in line]
     for row in table:
         assert any(line.split() == row for line in printed.splitlines()), row
+    assert space["tuner"].report.nodes == ["bert.pooler"]
+    assert space["tuner"].state.global_step == 5
     report = space["trainer"].strategy.report
     assert all(energy > 0 for energy in report.peak_energy.values())
     accuracy = (
