@@ -19,8 +19,9 @@ from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
 from lightning_pc.errors import refuse, shown
+from lightning_pc.hosts import refuse_to_share
 from lightning_pc.ranks import Processes, Ranks
-from lightning_pc.refusals import at_the_door, refuse_to_share
+from lightning_pc.refusals import at_the_door
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.strategy import Learning
 
@@ -97,7 +98,8 @@ class PCDDPStrategy(Learning, DDPStrategy):
     def configure_ddp(self) -> None:
         assert self.model is not None
         if self.world_size > 1:
-            refuse_to_share(self.model, self.settings)
+            with at_the_door():
+                refuse_to_share(self.model, self.settings)
         _sync_module_states(self.model)
 
     @override

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from lightning_pc.errors import FLOAT16, refuse
+from lightning_pc.hosts import met
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
@@ -58,17 +59,14 @@ class PCMixin:
 
     def _refuse_set_up(self) -> None:
         name, given, algorithm = type(self).__name__, self.args, self.settings.algorithm
-        devices = max(given.n_gpu, self.accelerator.num_processes)
         accumulated = given.gradient_accumulation_steps
         sharded = getattr(self, "is_deepspeed_enabled", False) or getattr(
             self, "is_fsdp_enabled", False
         )
         refuse(
             {
-                f"{name} trains on one device, and found {devices}: make one visible "
-                "(CUDA_VISIBLE_DEVICES=0), or use Lightning's Trainer with PCDDPStrategy.": (
-                    devices > 1
-                ),
+                f"{name} found {given.n_gpu} devices for one process: start a process for each (by "
+                "torchrun), or make one visible (CUDA_VISIBLE_DEVICES=0).": given.n_gpu > 1,
                 f"{name} cannot train with DeepSpeed or FSDP: leave them out.": sharded,
                 FLOAT16.format(name): given.fp16,
                 f"{name} needs the module itself, which torch_compile hides: leave it out, and give"
@@ -134,12 +132,15 @@ class PCMixin:
 
         self.compute_loss = record
         try:
-            told: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+            with met(learner):
+                told: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.compute_loss
         (leaf,) = leaves
         assert leaf.grad is not None
         learner.infer(float(leaf.grad), lambda: self._update(model))
+        if self.accelerator.sync_gradients:
+            learner.ranks.average()
         return told
 
     def _update(self, model: nn.Module) -> None:

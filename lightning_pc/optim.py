@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import ref
 
@@ -13,8 +11,10 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_pc.errors import ClosureError, ConfigError, PCError, misfit, refuse, require
+from lightning_pc.hosts import fabric_agrees, met, refuse_accumulation
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
+from lightning_pc.ranks import ALONE
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.stages.in_place import PlainSGD
 
@@ -111,10 +111,11 @@ class PredictiveCoding(Optimizer):
         if not callable(closure):
             got = f"needs a closure that returns the loss, got {type(closure).__name__}"
             raise ClosureError(f"{door}.step {got}. {_CLOSURE}")
-        _refuse_accumulation()
+        refuse_accumulation()
         with torch.enable_grad():
             try:
-                loss = self._learner.begin(closure, lambda loss: loss, must=f"{door}.step")
+                with met(self._learner):
+                    loss = self._learner.begin(closure, lambda loss: loss, must=f"{door}.step")
             except PCError:
                 self.zero_grad()  # a closure that ran backward itself has left gradients
                 raise
@@ -132,8 +133,10 @@ class PredictiveCoding(Optimizer):
                 self.optimizer.step(once(lambda: first, self.optimizer))
                 torch.clear_autocast_cache()  # or the next forward sees old weights' bf16 copies
 
-            with _fabric_agrees():
-                self._learner.infer(1.0, update, PlainSGD.of(self.optimizer))
+            alone = self._learner.ranks is ALONE
+            with fabric_agrees():
+                self._learner.infer(1.0, update, PlainSGD.of(self.optimizer) if alone else None)
+            self._learner.ranks.average()
             update()
             self._left = [(ref(gradient), gradient._version) for gradient in self._gradients()]
         return first
@@ -216,30 +219,6 @@ class IEPC(PredictiveCoding):
     """
 
     algorithm = "iepc"
-
-
-def _refuse_accumulation() -> None:
-    """Accelerate runs the closure of the last of several batches alone, and never says so."""
-    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
-    batches = state().num_steps if state and state._shared_state else 1
-    if batches > 1:
-        told = f"Accelerate would run the closure of the last of {batches} batches alone"
-        raise ConfigError(f"{told}: set gradient_accumulation_steps=1, and take larger batches.")
-
-
-@contextmanager
-def _fabric_agrees() -> Iterator[None]:
-    """Fabric's mixed precision raises on a backward that is not its own, where it is loaded."""
-    names = ("lightning.fabric.wrappers", "lightning_fabric.wrappers")
-    loaded: list[Any] = [sys.modules[name] for name in names if name in sys.modules]
-    before = [getattr(wrappers, "_in_fabric_backward", False) for wrappers in loaded]
-    for wrappers in loaded:
-        wrappers._in_fabric_backward = True
-    try:
-        yield
-    finally:
-        for wrappers, flag in zip(loaded, before, strict=True):
-            wrappers._in_fabric_backward = flag
 
 
 def with_state(state_dict: dict[str, Any], learner: Learner) -> dict[str, Any]:

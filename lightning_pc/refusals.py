@@ -12,14 +12,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import nn
 
 from lightning_pc.errors import FLOAT16, ConfigError, PCError, refuse
 from lightning_pc.inference.schedules import SCHEDULES
-from lightning_pc.nodes.latent import Latent
-from lightning_pc.nodes.learned import LearnedGaussian
-from lightning_pc.nodes.registry import energies_of
-from lightning_pc.settings import Settings
 
 
 @contextmanager
@@ -69,24 +64,6 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     plans = [c.scheduling for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     planned = [batches for plan in plans for batches in plan.values()]
     refuse_accumulation(algorithm, max([trainer.accumulate_grad_batches, *planned]))
-
-
-@at_the_door()
-def refuse_to_share(module: nn.Module, settings: Settings) -> None:
-    """Refuses what is learned of single samples or nodes, where each process has its own."""
-    numbered = [n for n, m in module.named_modules() if isinstance(m, Latent) and m.samples]
-    energies = energies_of(settings.energies).items()
-    learned = [name for name, energy in energies if isinstance(energy, LearnedGaussian)]
-    sparse = [n for n, m in module.named_modules() if getattr(m, "sparse", False) is True]
-    told = "would learn in each process by itself. Train on one device"
-    refuse(
-        {
-            f"The gradients of {sparse} are sparse, which processes do not exchange: set "
-            "sparse=False.": sparse,
-            f"The values of {numbered}, Latents with samples=, {told}.": numbered,
-            f"The variances at {learned} {told}, or give another energy.": learned,
-        }
-    )
 
 
 @at_the_door()

@@ -6,11 +6,13 @@ Each process leaves what it has found of each training in ``FOLDER/NAME-RANK.pt`
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,22 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning import Fabric
 from lightning_problems import C, D, H, Module, data, loader, mlp
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainingArguments,
+)
 
 from lightning_pc import EnergyMonitor, PCDDPStrategy, PCStrategy
 from lightning_pc.errors import PCError
+from lightning_pc.hugging_face import PCTrainer
+from lightning_pc.optim import IPC, PC, ZIL, PredictiveCoding
 
 COUNT = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -168,12 +180,7 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
     ckpt, save, batches, monitor = (others.pop(name, None) for name in own)
     given = {name: others.pop(name) for name in flags & others.keys()}
     kind = PCStrategy if COUNT == 1 else PCDDPStrategy
-    watch, exchanged, reduce = Watch(), [], dist.all_reduce
-
-    def counted(tensor: torch.Tensor, *args: Any, **others: Any) -> Any:
-        exchanged.append(tensor.is_floating_point() and tensor.numel() > C)
-        return reduce(tensor, *args, **others)
-
+    watch = Watch()
     trainer = pl.Trainer(
         **{"max_epochs": 1, **given},
         strategy=kind(algorithm, **others),
@@ -188,13 +195,11 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
         use_distributed_sampler=False,
     )
     told = ""
-    dist.all_reduce = counted
-    try:
-        trainer.fit(module, loader(parts() if batches is None else batches), ckpt_path=ckpt)
-    except PCError as error:
-        told = f"{type(error).__name__}: {error}"
-    finally:
-        dist.all_reduce = reduce
+    with counted() as exchanged:
+        try:
+            trainer.fit(module, loader(parts() if batches is None else batches), ckpt_path=ckpt)
+        except PCError as error:
+            told = f"{type(error).__name__}: {error}"
     if save:
         trainer.save_checkpoint(save)
     return {
@@ -204,6 +209,70 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
         "exchanged": sum(exchanged),
         "told": told,
     }
+
+
+@contextmanager
+def counted() -> Iterator[list[bool]]:
+    """Each exchange inside; True of one of gradients."""
+    exchanged, reduce = list[bool](), dist.all_reduce
+
+    def count(tensor: torch.Tensor, *args: Any, **others: Any) -> Any:
+        exchanged.append(tensor.is_floating_point() and tensor.numel() > C)
+        return reduce(tensor, *args, **others)
+
+    dist.all_reduce = count
+    try:
+        yield exchanged
+    finally:
+        dist.all_reduce = reduce
+
+
+def wrapped(kind: type[PredictiveCoding], fabric: bool = False) -> dict[str, Any]:
+    """A wrapper around an optimizer, and the network in DistributedDataParallel."""
+    net = mlp(nn.BatchNorm1d(H)).double() if kind is ZIL else mlp().double()
+    net.eval()  # running statistics, which have no say in whose data they are
+    settings = {} if kind is ZIL else GIVEN
+    optimizer, whole = kind(torch.optim.SGD(net.parameters(), 0.1), net, **settings), net
+    inner = optimizer
+    if fabric:
+        how = {"devices": COUNT, "strategy": "ddp" if COUNT > 1 else "auto"}
+        made = Fabric(accelerator="cpu", precision="64-true", **how)
+        made.launch()
+        whole, optimizer = made.setup(net, optimizer)
+    elif COUNT > 1:
+        whole = DistributedDataParallel(net)
+    seen = []
+    with counted() as exchanged:
+        for batch in parts():
+            x, y = (both[RANK] if COUNT > 1 else both.flatten(0, 1) for both in batch)
+            optimizer.step(lambda x=x, y=y: F.cross_entropy(whole(x), y))
+            seen.append((inner.report.steps, inner.report.gamma))
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    rests = not isinstance(whole, DistributedDataParallel) or whole.require_backward_grad_sync
+    return {"weights": weights, "seen": seen, "exchanged": sum(exchanged), "told": str(rests)}
+
+
+def transformed(folder: Path) -> dict[str, Any]:
+    """The Trainer of transformers, whose processes deal sentences out among themselves."""
+    torch.manual_seed(8)
+    sizes = {"n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 8, "vocab_size": 30}
+    dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    words = GPT2LMHeadModel(GPT2Config(**sizes, **dropouts)).double()
+    ids = torch.randint(1, 30, (24, 8), generator=torch.Generator().manual_seed(7))
+    told = ids.clone()
+    for number, row in enumerate(told):
+        row[: number % 7] = -100  # sentences differ in how many words count
+    rows = [{"input_ids": i, "labels": t} for i, t in zip(ids, told, strict=True)]
+    settings = {"max_steps": 6, "optim": "sgd", "learning_rate": 0.1, "use_cpu": True}
+    settings |= {"report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    settings["per_device_train_batch_size"] = 8 // COUNT
+    arguments = TrainingArguments(str(folder), **settings)
+    trainer = PCTrainer(words, arguments, train_dataset=rows, algorithm="ipc", T=6, **GIVEN)
+    with counted() as exchanged:
+        trainer.train()
+    weights = {name: p.detach().clone() for name, p in words.named_parameters()}
+    seen = [(trainer.report.steps, trainer.report.gamma)]
+    return {"weights": weights, "seen": seen, "exchanged": sum(exchanged), "told": ""}
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -233,6 +302,12 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "convolutions": lambda _: fit(Part(net=convolutions()), "ipc", **GIVEN),
     "accumulated": lambda _: fit(Part(), "pc", accumulate_grad_batches=3, **GIVEN),
     "clipped": lambda _: fit(Adam(), "ipc", gradient_clip_val=0.1, **GIVEN),
+    "wrapped pc": lambda _: wrapped(PC),
+    "wrapped ipc": lambda _: wrapped(IPC),
+    "wrapped zil": lambda _: wrapped(ZIL),
+    "fabric pc": lambda _: wrapped(PC, fabric=True),
+    "fabric ipc": lambda _: wrapped(IPC, fabric=True),
+    "transformed": transformed,
     # Of several processes alone.
     "words": lambda _: fit(Words(), "pc", batches=words(3), T=8, **GIVEN),
     "unlike pc": lambda _: fit(Unlike(), "pc"),
@@ -252,7 +327,7 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "resumed": resumed,
 }
 #: Those that end where one process does.
-SAME = [*TRAININGS][:11]
+SAME = [*TRAININGS][:17]
 
 
 def main() -> None:
@@ -264,6 +339,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for name, train in TRAININGS.items():
         torch.save(copy.copy(train(folder)), folder / f"{name}-{RANK}.pt")
+    gc.collect()  # DistributedDataParallel holds on to the processes' group
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
