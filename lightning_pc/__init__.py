@@ -1,8 +1,8 @@
 """Predictive coding for any unmodified ``nn.Module``.
 
 Importing the package registers ``Trainer(strategy="pc_auto")``, ``"ipc"``, ``"pc"``, ``"zil"``,
-``"epc"`` and ``"iepc"``, on several devices ``"pc_auto_ddp"``, ``"ipc_ddp"`` and so on. Lightning
-is loaded only where it is used, so `lightning_pc.optim` goes without.
+``"epc"`` and ``"iepc"``, on several devices ``"ipc_ddp"`` and so on, with sharded weights
+``"ipc_sharded"``. Lightning is loaded only where it is used, so `lightning_pc.optim` goes without.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_pc.inferring import infer as infer
     from lightning_pc.insight.explain import explain as explain
     from lightning_pc.insight.report import StepReport as StepReport
+    from lightning_pc.sharded import PCShardedStrategy as PCShardedStrategy
     from lightning_pc.strategy import PCStrategy as PCStrategy
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ _WHERE = {
     "describe": "description",
     "StepReport": "insight.report",
     "PCDDPStrategy": "distributed",
+    "PCShardedStrategy": "sharded",
     "PCStrategy": "strategy",
 }
 __all__ = list(_WHERE)

@@ -50,6 +50,13 @@ class Learning(Strategy):
         """The processes that train together."""
         return ALONE
 
+    def _held(self, optimizer: Optimizer) -> Any:
+        """What has the parameters that learn in its ``param_groups``."""
+        return optimizer
+
+    def _stepped(self) -> None:
+        """Between two updates of a batch."""
+
     def __repr__(self) -> str:
         # Stands in the error of a Trainer that is of the package pytorch_lightning.
         other = "pytorch_lightning" in sys.modules
@@ -90,7 +97,7 @@ class Learning(Strategy):
             return None
 
         learner = self._require_learner()
-        learner.optimizer = self.optimizers[0]  # a callback may have replaced it
+        learner.optimizer = self._held(self.optimizers[0])  # a callback may have replaced it
         learner.alerts.follows_trend = not self._tries_rates
         output = learner.begin(lambda: step(*args, **kwargs), _loss_of, args, batch_size)
         loss = _loss_of(output)
@@ -117,6 +124,7 @@ class Learning(Strategy):
                 gradient_clip_algorithm=trainer.gradient_clip_algorithm,
             )
             optimizer.step(once(lambda: closure_loss, optimizer))
+            self._stepped()
 
         learner = self._require_learner()
         try:
@@ -233,21 +241,27 @@ class PCStrategy(Learning, SingleDeviceStrategy):
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:
-        """Registers ``strategy="ipc"`` and the others, and ``"ipc_ddp"`` for several devices.
+        """Registers ``strategy="ipc"`` and the others, for several devices with an ending.
 
         Of ``auto`` it is ``"pc_auto"``, since Lightning has an ``"auto"`` of its own.
         """
         for algorithm, schedule in SCHEDULES.items():
-            for make, ending in ((cls, ""), (_of_several_devices, "_ddp")):
+            for make, ending in ((cls, ""), (_ddp, "_ddp"), (_sharded, "_sharded")):
                 name = ("pc_auto" if algorithm == "auto" else algorithm) + ending
                 if name not in strategy_registry:
                     told = f"{name}: {schedule.paper}"
                     strategy_registry.register(name, make, told, algorithm=algorithm)
 
 
-def _of_several_devices(**settings: Any) -> Any:
-    # It builds on this module, which may be half imported when names are registered.
+# Both build on this module, which may be half imported when names are registered.
+
+
+def _ddp(**settings: Any) -> Any:
     return import_module("lightning_pc.distributed").PCDDPStrategy(**settings)
+
+
+def _sharded(**settings: Any) -> Any:
+    return import_module("lightning_pc.sharded").PCShardedStrategy(**settings)
 
 
 def _loss_of(output: Any) -> Tensor | None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from lightning import Fabric
 from lightning_problems import C, D, H, Module, data, loader, mlp
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     BertConfig,
@@ -36,6 +37,7 @@ from lightning_pc import EnergyMonitor, PCDDPStrategy, PCStrategy
 from lightning_pc.errors import PCError
 from lightning_pc.hugging_face import PCTrainer
 from lightning_pc.optim import IPC, PC, ZIL, PredictiveCoding
+from lightning_pc.sharded import PCShardedStrategy
 
 COUNT = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -176,17 +178,17 @@ class Watch(pl.Callback):
 def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, Any]:
     """Trains, and tells weights, what was inferred, how often gradients were exchanged."""
     flags = {"max_epochs", "accumulate_grad_batches", "gradient_clip_val"}
-    own = ("ckpt", "save", "batches", "monitor")
-    ckpt, save, batches, monitor = (others.pop(name, None) for name in own)
+    own = ("ckpt", "save", "batches", "monitor", "sharded")
+    ckpt, save, batches, monitor, sharded = (others.pop(name, None) for name in own)
     given = {name: others.pop(name) for name in flags & others.keys()}
-    kind = PCStrategy if COUNT == 1 else PCDDPStrategy
+    kind = PCStrategy if COUNT == 1 else PCShardedStrategy if sharded else PCDDPStrategy
     watch = Watch()
     trainer = pl.Trainer(
         **{"max_epochs": 1, **given},
         strategy=kind(algorithm, **others),
         accelerator="cpu",
         devices=COUNT,
-        precision="64-true",
+        precision="32-true" if sharded else "64-true",  # Lightning shards no 64-true
         callbacks=[watch, *([EnergyMonitor(plot=str(monitor))] if monitor else [])],
         logger=False,
         enable_checkpointing=False,
@@ -195,6 +197,7 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
         use_distributed_sampler=False,
     )
     told = ""
+    module = module.double()
     with counted() as exchanged:
         try:
             trainer.fit(module, loader(parts() if batches is None else batches), ckpt_path=ckpt)
@@ -202,13 +205,21 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
             told = f"{type(error).__name__}: {error}"
     if save:
         trainer.save_checkpoint(save)
+    state = [*trainer.optimizers[0].state.values()]
     return {
-        "weights": {name: p.detach().clone() for name, p in module.named_parameters()},
+        "weights": {name: _whole(p) for name, p in module.named_parameters()},
+        "moments": sum(each["exp_avg"].to_local().numel() for each in state) if sharded else 0,
+        "scores": getattr(module, "scores", []),
         "buffers": getattr(module, "buffers_met", []),
         "seen": watch.seen,
         "exchanged": sum(exchanged),
         "told": told,
     }
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    found = parameter.detach()
+    return found.full_tensor() if isinstance(found, DTensor) else found.clone()
 
 
 @contextmanager
@@ -287,6 +298,31 @@ def resumed(folder: Path) -> dict[str, Any]:
     return whole | {"resumed": train(max_epochs=2, ckpt=path)["weights"]}
 
 
+class Scored(Adam):
+    """Validates on what it learns from."""
+
+    def __init__(self) -> None:
+        super().__init__(net=mlp().double())
+        self.scores: list[float] = []
+
+    def val_dataloader(self) -> Any:
+        return loader(parts()[:2])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.scores.append(float(F.cross_entropy(self.net(batch[0][0]), batch[1][0])))
+
+
+def shared_out(folder: Path) -> dict[str, Any]:
+    """Two epochs with shards at once, and one after the other, by a folder and by one file."""
+    how = {"sharded": True, **GIVEN}
+    whole, found = fit(Scored(), "ipc", max_epochs=2, **how), {}
+    for name, distributed in (("folder", True), ("file", False)):
+        more = how | {"save_distributed_checkpoint": distributed}
+        fit(Scored(), "ipc", save=folder / name, **more)
+        found[name] = fit(Scored(), "ipc", max_epochs=2, ckpt=folder / name, **more)["weights"]
+    return whole | found
+
+
 GIVEN = {"gamma": 0.1}
 #: Name -> the training, given a folder; all processes must end at the same weights.
 TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
@@ -325,6 +361,21 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "skips": lambda _: fit(Skips(), "pc", **GIVEN),
     "not finite": lambda _: fit(NotFinite(), "ipc", **GIVEN),
     "resumed": resumed,
+    # Of shards, the same as without.
+    "sharded pc": lambda _: fit(Part(), "pc", sharded=True, **GIVEN),
+    "sharded ipc": lambda _: fit(Part(), "ipc", sharded=True, **GIVEN),
+    "sharded zil": lambda _: fit(Part(), "zil", sharded=True),
+    "sharded iepc": lambda _: fit(Part(), "iepc", gamma=0.3, sharded=True),
+    "sharded accumulated": lambda _: fit(
+        Part(), "pc", accumulate_grad_batches=3, sharded=True, **GIVEN
+    ),
+    "sharded clipped": lambda _: fit(Adam(), "ipc", gradient_clip_val=0.1, sharded=True, **GIVEN),
+    "sharded words": lambda _: fit(Words(), "pc", batches=words(3), T=8, sharded=True, **GIVEN),
+    "sharded routed": lambda _: fit(Adam(net=Routed()), "pc", sharded=True, **GIVEN),
+    "sharded unlike auto": lambda _: fit(Unlike(), "auto", sharded=True),
+    "sharded apart": lambda _: fit(Apart(), "pc", sharded=True, **GIVEN),
+    "sharded skips": lambda _: fit(Skips(), "pc", sharded=True, **GIVEN),
+    "shared out": shared_out,
 }
 #: Those that end where one process does.
 SAME = [*TRAININGS][:17]

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from datetime import timedelta
@@ -17,7 +18,7 @@ from lightning_problems import Module, mlp
 from ranks import GIVEN, SAME, STEPS, TRAININGS, Adam, Routed, Words, parts, words
 from torch import nn
 
-from lightning_pc import PCDDPStrategy
+from lightning_pc import PCDDPStrategy, PCShardedStrategy
 from lightning_pc.energies import LearnedGaussian
 from lightning_pc.nn import Latent
 from lightning_pc.optim import IEPC, IPC, PC
@@ -189,6 +190,29 @@ def test_a_resumed_run_goes_on_to_the_bit(found):
         assert all(map(torch.equal, one["weights"].values(), one["resumed"].values()))
 
 
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("name", [n for n in TRAININGS if n.startswith("sharded ")])
+def test_shards_learn_what_whole_weights_do(found, name):
+    for shards, whole in zip(found[name], found[name.removeprefix("sharded ")], strict=True):
+        assert shards["seen"] == whole["seen"]
+        assert shards["told"] == whole["told"]
+        for key, weight in shards["weights"].items():
+            torch.testing.assert_close(weight, whole["weights"][key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_each_process_has_its_share_and_resumes(found):
+    one, other = found["shared out"]
+    count = sum(weight.numel() for weight in one["weights"].values())
+    assert one["moments"] + other["moments"] == count
+    assert abs(one["moments"] - other["moments"]) < count / 5
+    for each in (one, other):
+        assert len(each["scores"]) == 6  # two before training, two after each epoch
+        assert each["scores"][-1] < each["scores"][0]
+        for kind in ("folder", "file"):
+            assert all(map(torch.equal, each["weights"].values(), each[kind].values()))
+
+
 SCRIPT = """
 import sys
 import lightning.pytorch as pl
@@ -241,26 +265,39 @@ def test_the_trainer_starts_the_processes(tmp_path):
 
 def test_names():
     for name in ("pc_auto", "ipc", "pc", "zil", "epc", "iepc"):
-        made = StrategyRegistry.get(f"{name}_ddp")
-        assert isinstance(made, PCDDPStrategy)
-        assert made.settings.algorithm == name.removeprefix("pc_")
+        for ending, kind in (("ddp", PCDDPStrategy), ("sharded", PCShardedStrategy)):
+            made = StrategyRegistry.get(f"{name}_{ending}")
+            assert isinstance(made, kind)
+            assert made.settings.algorithm == name.removeprefix("pc_")
     assert repr(PCDDPStrategy("pc", T=9)).startswith("PCDDPStrategy('pc', T=9)")
 
 
+@pytest.mark.parametrize("kind", [PCDDPStrategy, PCShardedStrategy])
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
         ({"algorithm": "ipcc"}, "ipcc"),
         ({"T": 0}, "T=0: expected a whole number"),
-        ({"gama": 0.1}, "PCDDPStrategy has no argument gama=. Did you mean gamma=?"),
-        ({"find_unused_parameters": True}, "is not needed: leave it out"),
+        ({"gama": 0.1}, "Strategy has no argument gama=. Did you mean gamma=?"),
         ({"process_group_backend": "glo"}, "'glo': expected None or one of"),
         ({"timeout": 5}, "timeout=5: expected a datetime.timedelta"),
     ],
 )
-def test_wrong_arguments(arguments, why):
+def test_wrong_arguments(kind, arguments, why):
+    with pytest.raises(MisconfigurationException, match=re.escape(why)):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "why"),
+    [
+        (PCDDPStrategy, {"find_unused_parameters": True}, "is not needed: leave it out"),
+        (PCShardedStrategy, {"tensor_parallel_size": 2}, "has no tensor_parallel_size: all"),
+    ],
+)
+def test_arguments_of_lightnings_own_strategies(kind, arguments, why):
     with pytest.raises(MisconfigurationException, match=why):
-        PCDDPStrategy(**arguments)
+        kind(**arguments)
 
 
 class Causes(nn.Module):

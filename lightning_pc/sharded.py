@@ -1,0 +1,292 @@
+"""Predictive coding with sharded weights: ``Trainer(devices=2, strategy=PCShardedStrategy())``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_pc.errors import refuse, shown
+from lightning_pc.hosts import refuse_to_share
+from lightning_pc.optim import STATE, without_state
+from lightning_pc.ranks import Processes
+from lightning_pc.refusals import at_the_door
+from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.strategy import Learning
+
+
+class Shards(Processes):
+    """Each parameter of a module in shards; whole while a batch is inferred.
+
+    Args:
+        module: Its parameters become shards, which `DTensor` calls ``Shard(0)``. Those of the first
+            process count.
+        mesh: The processes, one-dimensional.
+        device: Of tensors that are exchanged.
+    """
+
+    def __init__(self, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+        super().__init__(device, lambda: [whole for whole, _, _ in self._all])
+        self._mesh = mesh
+        places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    places.setdefault(parameter, []).append((part, name))
+        self._all = [(whole, self._shard(whole), where) for whole, where in places.items()]
+        self.release()
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+    def _shard(self, whole: nn.Parameter) -> nn.Parameter:
+        shard = distribute_tensor(whole.detach(), self._mesh, [_placement(whole)])
+        return nn.Parameter(shard, requires_grad=whole.requires_grad)
+
+    def held(self, optimizer: Optimizer) -> Any:
+        """What stands for an optimizer of the shards where the whole parameters learn."""
+        whole_of = {shard: whole for whole, shard, _ in self._all}
+        groups = optimizer.param_groups
+        each = [{"params": [whole_of.get(p, p) for p in group["params"]]} for group in groups]
+        return SimpleNamespace(param_groups=each)
+
+    def gather(self) -> None:
+        """All parameters are whole, with what their shards hold now."""
+        for whole, shard, places in self._all:
+            whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+            _fill(whole, shard)
+            for part, name in places:
+                part._parameters[name] = whole
+
+    def release(self) -> None:
+        """All are in shards; the whole ones take no memory."""
+        for whole, shard, places in self._all:
+            for part, name in places:
+                part._parameters[name] = shard
+            whole.grad = None
+            whole.untyped_storage().resize_(0)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All are whole inside."""
+        self.gather()
+        try:
+            yield
+        finally:
+            self.release()
+
+    @override
+    @torch.no_grad()
+    def average(self) -> list[nn.Parameter]:
+        """Adds the mean of all processes' gradients to the shards' own."""
+        somewhere = self._most([float(whole.grad is not None) for whole, _, _ in self._all])
+        given = [entry for entry, has in zip(self._all, somewhere, strict=True) if has]
+        for whole, shard, _ in given:
+            gradient = torch.zeros_like(whole) if whole.grad is None else whole.grad
+            parts = DTensor.from_local(gradient / self._count, self._mesh, [Partial()])
+            mine = parts.redistribute(placements=[_placement(whole)])
+            shard.grad = mine if shard.grad is None else shard.grad + mine
+        return [whole for whole, _, _ in given]
+
+    def stepped(self) -> None:
+        """Takes in that the optimizer has moved the shards that had gradients."""
+        for whole, shard, _ in self._all:
+            if shard.grad is not None:
+                shard.grad = None
+                _fill(whole, shard)
+
+
+class _Sharding(ModelParallelStrategy):
+    """Shards a module as it is; nobody has to write ``configure_model``."""
+
+    shards: Shards
+
+    @override
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        self._tensor_parallel_size = 1
+        super().setup_environment()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.model is not None
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self.shards = Shards(self.model, self.device_mesh["data_parallel"], self.root_device)
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+
+class PCShardedStrategy(Learning, _Sharding):
+    """Trains with predictive coding in several processes that share the weights out.
+
+    Weights, gradients and the optimizer's state are in shards, `torch.distributed.tensor.DTensor`,
+    one for each process. While a batch runs its process has all weights whole. A gradient is
+    averaged and dealt out once for each optimizer step, after which the weights are gathered.
+    Values stay in their process. What processes agree on is as of `PCDDPStrategy`. The module needs
+    no ``configure_model`` and no ``fully_shard``.
+
+    Args:
+        algorithm: As of `PCStrategy`.
+        save_distributed_checkpoint: A checkpoint is a folder, to which each process writes its
+            shards; False for one file, as a single device writes it.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; by default the one that fits the devices.
+        timeout: How long a process waits for the others.
+        settings: By name: ``T``, ``gamma``, ``value_nodes`` and the others, as of `PCStrategy`.
+
+    Raises:
+        MisconfigurationException: An argument, or later the model or the Trainer, does not fit.
+    """
+
+    strategy_name = "pc_sharded"
+
+    def __init__(
+        self,
+        algorithm: Literal["auto", "ipc", "pc", "zil", "epc", "iepc"] = "auto",
+        *,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        sizes = [name for name in settings if name.endswith("_parallel_size")]
+        with at_the_door():
+            refuse(
+                {
+                    f"PCShardedStrategy has no {', '.join(sizes)}: all processes share all "
+                    "weights out.": sizes,
+                    f"process_group_backend={shown(process_group_backend)}: expected None or one of"
+                    f" {dist.Backend.backend_list}.": (
+                        process_group_backend not in (None, *dist.Backend.backend_list)
+                    ),
+                    f"timeout={shown(timeout)}: expected a datetime.timedelta.": (
+                        not isinstance(timeout, timedelta | None)
+                    ),
+                }
+            )
+            refuse_unknown("PCShardedStrategy", settings)
+            self.settings = Settings(algorithm=algorithm, **settings)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        module = self._module
+        with at_the_door():
+            refuse_to_share(module, self.settings)
+            cut = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
+            refuse(
+                {
+                    f"{cut[:1]} is sharded already: PCShardedStrategy does that itself, so leave "
+                    "fully_shard and distribute_tensor out.": cut
+                }
+            )
+        super().setup(trainer)
+
+    @property
+    @override
+    def _ranks(self) -> Shards:
+        return self.shards
+
+    @override
+    def _held(self, optimizer: Optimizer) -> Any:
+        return self.shards.held(optimizer)
+
+    @override
+    def _stepped(self) -> None:
+        self.shards.stepped()
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.shards.gather()
+        for buffer in self._module.buffers():
+            dist.broadcast(buffer, 0)
+        output = None
+        try:
+            output = super().training_step(*args, **kwargs)
+        finally:
+            if output is None:  # no backward comes
+                self.shards.release()
+        return output
+
+    @override
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return super().backward(closure_loss, *args, **kwargs)
+        finally:
+            self.shards.release()
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.shards.whole():
+            return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.shards.whole():
+            return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.shards.whole():
+            return super().predict_step(*args, **kwargs)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        split = [without_state(state) for state in checkpoint.get("optimizer_states", [])]
+        if split:
+            checkpoint = {**checkpoint, "optimizer_states": [rest for rest, _ in split]}
+            checkpoint[STATE] = split[0][1]
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    @override
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        found = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._learner is not None:
+            self._learner.load_state_dict(found.get(STATE, {}))
+        return found
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """`load_checkpoint` has done so."""
+
+
+@torch.no_grad()
+def _fill(whole: nn.Parameter, shard: nn.Parameter) -> None:
+    assert isinstance(shard.data, DTensor)
+    whole.copy_(shard.data.full_tensor())
+
+
+def _placement(whole: Tensor) -> Placement:
+    return Shard(0) if whole.dim() else Replicate()
