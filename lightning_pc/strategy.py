@@ -159,6 +159,12 @@ class Learning(Strategy):
         torch.clear_autocast_cache()
         return result
 
+    def teardown(self) -> None:
+        """Lets go of a forward that no inference followed (errors, passes for BatchNorm alone)."""
+        if self._learner is not None:
+            self._learner.waiting = None
+        super().teardown()
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state, as a checkpoint keeps it, with the automatic gamma beside it."""
         state = super().optimizer_state(optimizer)
