@@ -7,6 +7,7 @@ Two seams: `PCStrategy.training_step` runs the first forward with the nodes in p
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -92,7 +93,8 @@ class Learning(Strategy):
         step = super().training_step
 
         def batch_size() -> float | None:
-            with suppress(MisconfigurationException, IndexError):
+            with suppress(MisconfigurationException, IndexError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what it advises is for self.log
                 return extract_batch_size(args[0])
             return None
 
