@@ -18,7 +18,7 @@ from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import Schedule, schedule
 from lightning_pc.insight.alerts import Alerts
-from lightning_pc.insight.explain import divergence
+from lightning_pc.insight.explain import divergence, out_of_memory
 from lightning_pc.insight.report import StepReport, make_report
 from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.model import Model
@@ -30,12 +30,7 @@ from lightning_pc.recording.losses import count_terms
 from lightning_pc.settings import Settings
 from lightning_pc.stages.batch import Batch, Waiting, counted_calls
 from lightning_pc.stages.chain import require_chain
-from lightning_pc.stages.checks import (
-    check_batch,
-    checked_loss,
-    shortcut,
-    unreached,
-)
+from lightning_pc.stages.checks import check_batch, checked_loss, shortcut, unreached
 from lightning_pc.stages.evaluator import Evaluator
 from lightning_pc.stages.in_place import PlainSGD
 from lightning_pc.stages.local import LocalErrors
@@ -211,6 +206,8 @@ class Learner:
                 self.auto.after_divergence()
             self._recordings.forget()
             self._age, self._kept = 0, None
+            if told := out_of_memory(error, waiting.batch):
+                raise told from error
             raise
         finally:
             evaluator.finish()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from by_hand import SETTINGS, Ends, Net, by_hand, each_algorithm, same
 from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.utilities.memory import is_oom_error
 from lightning_problems import data, loader, traces, trainer, weights
 from torch.utils.data import DataLoader, _utils
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -102,12 +103,18 @@ def test_inference_that_breaks_off(name, algorithm, monkeypatch, tmp_path, graph
     fit = trainer(SETTINGS[algorithm], callbacks=[saves], enable_checkpointing=True)
     monkeypatch.setattr(LocalErrors, "__call__", breaks)
     try:
-        with pytest.raises(raised):
+        with pytest.raises(raised) as told:
             fit.fit(module, loader(data()))
+        message, found = str(told.value), is_oom_error(told.value)
+        del told  # and the frames that it holds
     finally:
         signal.signal(signal.SIGINT, handler)
         monkeypatch.undo()
     assert fit.state.status == "interrupted"
+    if name == "memory":  # the device's own words first
+        assert message.startswith("CUDA out of memory.")
+        assert "The largest is 'net.1' [4, 7], 0.000107 MiB" in message
+        assert found  # so that a search for the batch size goes on
     assert fit.strategy.report is None
     saved = torch.load(tmp_path / "broken.ckpt", weights_only=True)
     assert all(map(torch.equal, saved["state_dict"].values(), module.state_dict().values()))

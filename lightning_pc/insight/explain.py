@@ -19,6 +19,7 @@ from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.nodes.node import Node
+from lightning_pc.stages.batch import Batch
 
 #: What is wrong with the training loss: verdicts.
 NOISE, RATE, GUESS = "weights explain noise", "lower the learning rate", "no better than a guess"
@@ -47,6 +48,25 @@ def divergence(inference: Inference) -> DivergenceError:
     return DivergenceError(
         f"At inference step t = {start + t} {_place(names, place)} is not finite (loss "
         f"{float(losses[t]):g}). No weight has moved on it. {why}"
+    )
+
+
+def out_of_memory(error: BaseException, batch: Batch) -> RuntimeError | None:
+    """The same error with the sizes of the values in hand, None where it is about another matter.
+
+    What searches for a batch size goes by the device's own words, so they come first.
+    """
+    device = isinstance(error, torch.OutOfMemoryError)
+    if not isinstance(error, RuntimeError) or not (device or "t allocate memory" in str(error)):
+        return None
+    bytes_of = {node: node.x.numel() * node.x.element_size() for node in batch.nodes}
+    largest = max(bytes_of, key=bytes_of.__getitem__)
+    total, most = (f"{b / 2**20:.3g} MiB" for b in (sum(bytes_of.values()), bytes_of[largest]))
+    return type(error)(
+        f"{error}\nThis was in inference. The values of the batch's {len(bytes_of)} nodes take "
+        f"{total}, each about three times: itself, its prediction, its gradient. The largest is "
+        f"'{largest.name}' {[*largest.x.shape]}, {most}. Take smaller batches, or fewer nodes, such"
+        " as value_nodes='blocks'."
     )
 
 
