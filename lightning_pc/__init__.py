@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_WHERE]
+    return [*_WHERE, "__version__"]
 
 
 class _Registration(MetaPathFinder):

@@ -16,13 +16,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_pc.errors import refuse, require, shown
+from lightning_pc.insight.report import StepReport
+from lightning_pc.page import write_page
 from lightning_pc.plots import plot_history
 from lightning_pc.precisions import is_number
 from lightning_pc.refusals import at_the_door
 from lightning_pc.strategy import Learning
 
 #: Pictures that it can save.
-FORMATS = (".png", ".pdf", ".svg")
+FORMATS = (".png", ".pdf", ".svg", ".html")
 
 
 class EnergyMonitor(pl.Callback):
@@ -35,7 +37,9 @@ class EnergyMonitor(pl.Callback):
     Args:
         per_node: Log ``pc/energy/<node>`` as well.
         plot: A picture of each node's energy over training is saved there (.png, .pdf or .svg) when
-            the fit ends, or fails; needs matplotlib (the ``plots`` extra). None for no picture.
+            the fit ends, or fails; needs matplotlib (the ``plots`` extra). None for no picture. An
+            .html is a page of all that is known of the run: energies, loss, gamma and curvature
+            over training, the last batch, what learned, the warnings met, and `explain`'s words.
         most: Batches that ``history`` remembers.
 
     Attributes:
@@ -52,6 +56,8 @@ class EnergyMonitor(pl.Callback):
         with at_the_door():
             refuse({told: not (is_number(most) and most >= 1)})
         self.history: list[tuple[int, dict[str, Tensor]]] = []
+        self._course: dict[int, tuple[Tensor, float, float | None]] = {}
+        self._report: StepReport | None = None
 
     @at_the_door()
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -59,7 +65,8 @@ class EnergyMonitor(pl.Callback):
         if stage != "fit":
             return
         self.history.clear()
-        self._batches, self._every = 0, 1
+        self._course.clear()
+        self._batches, self._every, self._report = 0, 1, None
         given, plot = self.plot is not None, f"EnergyMonitor(plot={shown(self.plot)})"
         require(Learning, trainer.strategy, "EnergyMonitor: expected a Trainer with a PCStrategy")
         refused = {
@@ -80,6 +87,7 @@ class EnergyMonitor(pl.Callback):
         report = trainer.strategy.report
         if report is None:
             return
+        self._report = report
         last = report.energies[-1] / report.loss_terms
         each = dict(zip(report.nodes, last, strict=True))
         log = partial(pl_module.log, on_step=True, on_epoch=False, batch_size=1)
@@ -92,6 +100,7 @@ class EnergyMonitor(pl.Callback):
             log(f"pc/energy/{name}", energy)
         if self._batches % self._every == 0:
             self.history.append((self._batches, each))
+            self._course[self._batches] = report.loss[0], report.gamma, report.curvature
         if len(self.history) > self.most:
             del self.history[1::2]
             self._every *= 2
@@ -101,12 +110,25 @@ class EnergyMonitor(pl.Callback):
         """Saves the picture; where the fit failed, of how it came to that."""
         if self.plot is None or not self.history or not trainer.is_global_zero:
             return
+        Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
+        if self.plot.endswith(".html"):
+            self._write_page(trainer)
+            return
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         plot_history(self.history, figure.subplots())
-        Path(self.plot).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(self.plot, dpi=150)
+
+    def _write_page(self, trainer: pl.Trainer) -> None:
+        assert isinstance(trainer.strategy, Learning)
+        assert self.plot is not None
+        if self._report is None:
+            return
+        kept = {batch: self._course[batch] for batch, _ in self.history}
+        course = {b: (float(loss), gamma, c) for b, (loss, gamma, c) in kept.items()}
+        told = trainer.strategy.told
+        write_page(Path(self.plot), self._report, self.history, course, told)
 
     def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
         """Saves the picture."""

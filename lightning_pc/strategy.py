@@ -71,6 +71,11 @@ class Learning(Strategy):
         return None if self._learner is None else self._learner.report
 
     @property
+    def told(self) -> list[str]:
+        """The warnings that this fit has met."""
+        return [] if self._learner is None else [*self._learner.alerts.told.values()]
+
+    @property
     def values(self) -> dict[str, Tensor]:
         """Node name -> value of the last batch, [B, *]; none of those that T never reaches."""
         return {} if self._learner is None else self._learner.values

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_problems import ALGORITHMS, Memory, Module, data, loader, trainer
 
 import lightning_pc.callbacks
-from lightning_pc import EnergyMonitor
+from lightning_pc import EnergyMonitor, explain
 from lightning_pc.errors import ConfigError
 from lightning_pc.plots import plot_energy, plot_history
 
@@ -110,6 +112,24 @@ def test_history_is_spread_over_the_fit(tmp_path):
     axes = plot_history(monitor.history)
     assert [line.get_label() for line in axes.lines] == module.reports[0].nodes
     assert list(axes.lines[0].get_xdata()) == [0, 4, 8]
+
+
+def test_a_page_tells_what_the_run_did(tmp_path):
+    page = tmp_path / "run.html"
+    module, monitor = Reports(), EnergyMonitor(plot=str(page), most=4)
+    trainer("ipc", callbacks=[monitor], max_epochs=3).fit(module, loader(data(3)))
+    text = page.read_text()
+    report = module.reports[-1]
+    for sentence in explain(report).splitlines():
+        assert html.escape(sentence) in text
+    for name, count in report.learned.items():
+        assert f"<td>{name}</td><td>{count}</td>" in text
+    assert text.count("<svg") == 2
+    assert not re.search(r"<script|<link|<img| src=", text)  # it needs nothing else
+    assert "<p>None.</p>" in text
+    with pytest.warns(UserWarning, match="never reach"):
+        trainer({"algorithm": "ipc", "T": 1}, callbacks=[monitor]).fit(module, loader(data(3)))
+    assert "T=1 inference steps never reach" in page.read_text()
 
 
 def test_a_picture_needs_matplotlib(monkeypatch):

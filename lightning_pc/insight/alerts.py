@@ -27,6 +27,7 @@ class Alerts:
     Attributes:
         trend: Of the training loss.
         follows_trend: Not while learning rates are tried, which raises it on purpose.
+        told: What the user has been told, by kind.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Alerts:
         # An automatic gamma mends a rise by itself, unless weights move at the same time.
         self._counts = schedule.incremental or auto is None
         self._varies = varies
-        self._told: set[str] = set()
+        self.told: dict[str, str] = {}
         self._batches = self._rising = 0  # all, and those on end in which F rose
         self._first = 0.0  # F at the very start
         self.trend, self.follows_trend = Trend(), True
@@ -49,7 +50,7 @@ class Alerts:
     @property
     def look_due(self) -> bool:
         """Whether the next batch is to look at the curvature, for a warning's sake."""
-        return self._rising == self._patience - 1 and "rises" not in self._told
+        return self._rising == self._patience - 1 and "rises" not in self.told
 
     def state_dict(self) -> dict[str, Any]:
         """The trend, as plain numbers."""
@@ -62,8 +63,8 @@ class Alerts:
 
     def say(self, key: str, message: str) -> None:
         """Warns, unless there is nothing to say or this kind of thing has been said."""
-        if message and key not in self._told:
-            self._told.add(key)
+        if message and key not in self.told:
+            self.told[key] = message
             # Python would tell only once in all what it has told from here before.
             warnings.warn_explicit(message, UserWarning, __name__, 0, registry={})
 
@@ -89,7 +90,7 @@ class Alerts:
         rounding, counts = report.rounding * abs(first), self._counts and not report.sampled
         rose = counts and last - first > rounding and size > self._known * self._first
         self._rising = self._rising + 1 if rose else 0
-        if self._rising >= self._patience and "rises" not in self._told:
+        if self._rising >= self._patience and "rises" not in self.told:
             since, automatic = self._batches - self._rising + 1, self._auto is not None
             if report.free_energy[-1] > report.free_energy[0]:  # else in another process alone
                 self.say("rises", rises(report, mover, inference.seen, automatic, since))
