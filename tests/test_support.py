@@ -1,4 +1,4 @@
-"""What goes with what: each cell of README's table is a training, or one of our errors."""
+"""What goes with what: each cell of the page's table is a training, or one of our errors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 from lightning_pc import PCStrategy
 from lightning_pc.errors import PCError
 
+PAGE = Path(__file__).parent.parent / "docs" / "guides" / "several_devices.md"
 ALGORITHMS = ("auto", "ipc", "pc", "zil", "epc", "iepc")
 GAMMA = {"gamma": 0.1}
 #: Row of the table -> the Trainer's flags, and settings of predictive coding.
@@ -80,8 +81,8 @@ def outcome(algorithm: str, flags: dict[str, Any], settings: dict[str, Any]) -> 
 
 
 def table() -> dict[str, list[str]]:
-    """README's, row by row."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    """The page's, row by row."""
+    text = PAGE.read_text()
     head = "| with | " + " | ".join(f"`{name}`" for name in ALGORITHMS) + " |\n"
     lines = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]
     return {row: cells for row, *cells in (re.split(r" ?\| ?", line)[1:-1] for line in lines)}
