@@ -2,13 +2,15 @@
 
     python -m recipes.report
 
-Reads the results files of the studies and writes ``recipes/REPORT.md``. What was not run says so.
+Reads the results files of the studies and writes ``docs/results/report.md``. What was not run
+says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -20,7 +22,7 @@ from recipes.image_classification.study import spread
 from recipes.language_modeling import study as language
 from recipes.stability import learning_rates
 
-HERE = Path(__file__).parent
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "report.md"
 #: YAML of a row -> its column.
 ALGORITHMS = {
     "bp": "BP",
@@ -80,19 +82,35 @@ def largest(rows: Sequence[Row], name: str) -> list[Row]:
     return [row for row in mine if row["size"] == size]
 
 
-def provenance(rows: Sequence[Row], sittings: Sequence[dict[str, Any]], picture: Path) -> Lines:
-    """Commands and machines of these rows, and their figure."""
-    lines = []
+def link(path: Path) -> str:
+    """A file as the page names it."""
+    return Path(os.path.relpath(path, PAGE.parent)).as_posix()
+
+
+def machine(sitting: dict[str, Any]) -> str:
+    """Device and number of threads."""
+    threads = sitting["torch_threads"]
+    return (
+        f"{sitting.get('gpu') or sitting['machine']}, {threads} thread{'s' if threads > 1 else ''}"
+    )
+
+
+def provenance(rows: Sequence[Row], sittings: Sequence[dict[str, Any]], results: Path) -> Lines:
+    """Commands of these rows by machine, their results file and their picture."""
+    commands: dict[str, Lines] = {}
     for number in sorted({row["sitting"] for row in rows}):
         sitting = sittings[number]
-        device = sitting["gpu"] or sitting["machine"] if "gpu" in sitting else sitting["machine"]
-        lines.append(
-            f"- `{sitting['command']}` ({device}, {sitting['torch_threads']} threads, torch "
-            f"{sitting['versions']['torch']})"
-        )
+        where = f"{machine(sitting)}, torch {sitting['versions']['torch']}"
+        commands.setdefault(where, []).append(f"- `{sitting['command']}`")
+    lines: Lines = []
+    for where, those in commands.items():
+        lines += [f"On {where}:", "", *those, ""]
+    if rows and results.exists():
+        lines += [f"All figures: [{results.name}]({link(results)}).", ""]
+    picture = results.with_suffix(".png")
     if rows and picture.exists():
-        lines += ["", f"![{picture.stem}]({picture.relative_to(HERE).as_posix()})"]
-    return [*lines, ""]
+        lines += [f"![{picture.stem.replace('_', ' ')}]({link(picture)})", ""]
+    return lines
 
 
 def _learned(rows: Sequence[Row]) -> str:
@@ -130,12 +148,13 @@ def classification() -> Iterator[str]:
     yield from (
         "## Table 1: test accuracy, %",
         "",
-        "Mean ± standard deviation over seeds, in brackets their number; the weights are those of "
-        "the epoch with the best validation accuracy. \\* with crop and flip. Our MNIST has "
-        "images shifted by up to a pixel and scaled by 0.1, which the paper's has not; iPC sees "
-        "FashionMNIST scaled, iePC flipped. Spiking: iPC with `precisions: spiking`. Rows "
-        "learned from fewer images or epochs are no comparison with the paper's figures, only "
-        "with each other.",
+        "Mean ± standard deviation over seeds; their number is in brackets. The weights are those "
+        "of the epoch with the best validation accuracy. \\* is with crop and flip.",
+        "",
+        "Our MNIST has images shifted by up to a pixel and scaled by 0.1; the paper's has not. "
+        "iPC sees FashionMNIST scaled, iePC flipped. Spiking is iPC with `precisions: spiking`. "
+        "Rows learned from fewer images or epochs are compared with each other alone, not with "
+        "the paper's figures.",
         "",
     )
     used: list[Row] = []
@@ -156,7 +175,7 @@ def classification() -> Iterator[str]:
         paper = ("67.92", "70.61") if width == 1 else ("", "")
         lines.append([str(width), *paper, *_ours(mine, rows), _learned(mine)])
     yield from table(["C", "BP", "iPC", *ours], lines)
-    yield from provenance(used, sittings, study.STUDY.results.with_suffix(".png"))
+    yield from provenance(used, sittings, study.STUDY.results)
 
 
 def convergence() -> Iterator[str]:
@@ -176,7 +195,7 @@ def convergence() -> Iterator[str]:
         counts.append(f"{won} of {all_}" if all_ else NOT_RUN)
     what = f"ours, **reduced**: small CNN, {rows[0]['train']} images, one seed" if rows else "ours"
     yield from table(["", "PC", "iPC"], [*lines, [what, *counts]])
-    yield from provenance(rows, sittings, learning_rates.STUDY.results.with_suffix(".png"))
+    yield from provenance(rows, sittings, learning_rates.STUDY.results)
 
 
 def calibrated() -> Iterator[str]:
@@ -196,8 +215,8 @@ def calibrated() -> Iterator[str]:
     count = len({row["seed"] for row in rows})
     seeds = f"{count} seeds" if count > 1 else "one seed"
     yield (
-        f"{network}, {rows[0]['test']:,} test images, {seeds}. Medians over six "
-        "corruptions and the seeds by intensity; 0 is clean."
+        f"{network}, {rows[0]['test']:,} test images, {seeds}. Figures are medians over six "
+        "corruptions and the seeds, by intensity; 0 is clean."
     )
     yield ""
     for title, pair in calibration.compared(rows).items():
@@ -212,7 +231,7 @@ def calibrated() -> Iterator[str]:
         yield from table([f"models of {title}", *map(str, range(6))], lines)
     if calibration.matched(rows) is None:
         yield from ("No pair of epochs matches in test accuracy within half a point.", "")
-    yield from provenance(rows, sittings, calibration.STUDY.results.with_suffix(".png"))
+    yield from provenance(rows, sittings, calibration.STUDY.results)
 
 
 def speed() -> Iterator[str]:
@@ -231,12 +250,14 @@ def speed() -> Iterator[str]:
         lines.append([name, f"{ms[name]:.0f}", f"{ms['data']:.1f}", share, f"{pace:.0f}", epoch])
     head = ["", "step, ms", "data + augmentation, ms", "their share", "images / s", "an epoch"]
     yield from table(head, lines)
-    device = found["gpu"] or found["machine"]
-    yield (
-        f"- `{found['command']}` ({device}, {found['torch_threads']} threads), batches of "
-        f"{found['batch']}; an epoch is 45,000 images"
+    yield from (
+        f"On {machine(found)}, in batches of {found['batch']}; an epoch is 45,000 images:",
+        "",
+        f"- `{found['command']}`",
+        "",
+        f"All figures: [{path.name}]({link(path)}).",
+        "",
     )
-    yield ""
 
 
 def compared(rows: Sequence[Row], task: str) -> list[Row]:
@@ -248,7 +269,7 @@ def compared(rows: Sequence[Row], task: str) -> list[Row]:
 def language_models() -> Iterator[str]:
     """Table 3."""
     yield from ("## Table 3: test perplexity of language models", "")
-    yield "In brackets how many converged, of ten in the paper; ours of how many."
+    yield "In brackets is how many converged: in the paper of ten, here of how many."
     yield ""
     rows, sittings = read(language.STUDY.results)
     lines, used = [], []
@@ -269,13 +290,19 @@ def language_models() -> Iterator[str]:
         parts = [f"{n} ({', '.join(who)})" if len(learned) > 1 else n for n, who in learned.items()]
         lines.append([*paper, *cells, "; ".join(parts) or NOT_RUN])
     yield from table(["", "BP", "PC", "iPC", "ours: BP", "PC", "iPC", "ours learned from"], lines)
-    yield from provenance(used, sittings, language.STUDY.results.with_suffix(".png"))
+    yield from provenance(used, sittings, language.STUDY.results)
 
 
 def page() -> str:
     """The whole page."""
     sections = (classification, convergence, calibrated, speed, language_models)
-    lines = ["# Report", "", "Written by `python -m recipes.report`.", ""]
+    lines = [
+        "# Report",
+        "",
+        "The paper's tables and ours beside them. `python -m recipes.report` writes this page from "
+        "the results files of the studies. What was not run says so.",
+        "",
+    ]
     return (
         "\n".join([*lines, *(line for section in sections for line in section())]).rstrip() + "\n"
     )
@@ -284,7 +311,7 @@ def page() -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """Writes the page from the command line."""
     parser = argparse.ArgumentParser(prog="python -m recipes.report", description=__doc__)
-    parser.add_argument("--out", type=Path, default=HERE / "REPORT.md")
+    parser.add_argument("--out", type=Path, default=PAGE)
     options = parser.parse_args(args)
     options.out.write_text(page())
     print(f"Written to {options.out}")

@@ -21,7 +21,6 @@ MACHINE = {
 @pytest.fixture
 def results(tmp_path, monkeypatch):
     """Writes jobs and figures where the report looks for them; all other results are missing."""
-    monkeypatch.setattr(report, "HERE", tmp_path)
     for module in (study, calibration, report.language, report.learning_rates):
         where = tmp_path / f"{module.__name__}.json"
         monkeypatch.setattr(module, "STUDY", _Placed(module.STUDY, where))
@@ -98,7 +97,8 @@ def test_means_deviations_seeds_and_reductions(results):
         *("67.92", "70.61", "not run", "not run", "33.00 (1)", "not run", "not run"),
         "**reduced**: 5,000 images, 6 epochs",
     ]
-    assert "`python -m x --size 0` (x86_64 CPU, 2 cores, 1 threads, torch 2.13.0)" in page
+    machine = "On x86_64 CPU, 2 cores, 1 thread, torch 2.13.0:"
+    assert f"{machine}\n\n- `python -m x --size 0`\n" in page
 
 
 def test_divergence_is_told(results):
@@ -106,12 +106,13 @@ def test_divergence_is_told(results):
     assert line(report.page(), "CNN on CIFAR-10")[5] == "30.00 (2), 1 diverged"
 
 
-def test_the_committed_results_make_a_page(tmp_path):
-    report.main(["--out", str(tmp_path / "REPORT.md")])
-    page = (tmp_path / "REPORT.md").read_text()
+def test_the_committed_results_make_the_page(tmp_path):
+    report.main(["--out", str(tmp_path / "report.md")])
+    page = (tmp_path / "report.md").read_text()
+    assert page == report.PAGE.read_text(), "run python -m recipes.report"
     assert "55 of 96" in page
     assert "75 of 96" in page
-    figures = json.loads((report.HERE / "image_classification" / "speed.json").read_text())
+    figures = json.loads((study.HERE / "speed.json").read_text())
     assert f"`{figures['command']}`" in page
     assert max(figures["data_share"].values()) < 0.1
 
