@@ -6,12 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from lightning_pc.errors import ConfigError, refuse
+from lightning_pc.errors import ClosureError, ConfigError, refuse
 from lightning_pc.learner import Learner
 from lightning_pc.nodes.latent import Latent
 from lightning_pc.nodes.learned import LearnedGaussian
@@ -37,11 +38,19 @@ def refuse_to_share(module: nn.Module, settings: Settings) -> None:
     )
 
 
+#: Learners that have skipped a batch before they met other processes.
+_SKIPPED = WeakSet[Learner]()
+
+
 @contextmanager
-def met(learner: Learner) -> Iterator[None]:
+def met(learner: Learner, door: str) -> Iterator[None]:
     """A DistributedDataParallel that runs inside has ``learner`` share its gradients.
 
     Its own reducer would average after the first of several backward passes alone, so it rests.
+
+    Args:
+        learner: Whose model runs.
+        door: Who the user asked to train, for what is told.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield
@@ -56,6 +65,11 @@ def met(learner: Learner) -> Iterator[None]:
             _refuse(module)
             assert isinstance(module, DDP)
             if learner.ranks is ALONE:
+                if learner in _SKIPPED:
+                    told = "skipped a batch before its DistributedDataParallel ran once"
+                    raise ClosureError(
+                        f"{door} {told}: give each process a loss in the first batch."
+                    )
                 refuse_to_share(learner.model, learner.settings)
                 device = next(module.parameters()).device
                 learner.ranks = Processes(device, lambda: _parameters(learner))
@@ -71,11 +85,20 @@ def met(learner: Learner) -> Iterator[None]:
         handle.remove()
         for module in resting:
             module.require_backward_grad_sync = True
+    if learner.ranks is ALONE:
+        if learner.waiting is None:
+            _SKIPPED.add(learner)
+        told = f"{dist.get_world_size()} processes run, and each learns by itself: {door} has met"
+        cure = "To learn together wrap the model in it, and call the wrapped one."
+        learner.alerts.say("alone", f"{told} no DistributedDataParallel of this model. {cure}")
 
 
 def _parameters(learner: Learner) -> list[nn.Parameter]:
+    """Those that the optimizer moves, in the order of the model, which is all processes' own."""
     groups = learner.optimizer.param_groups if learner.optimizer else []
-    return [p for group in groups for p in group["params"]]
+    held = dict.fromkeys(p for group in groups for p in group["params"])
+    ours = {p: None for p in learner.model.parameters() if p in held}
+    return [*ours, *(p for p in held if p not in ours)]
 
 
 def _refuse(module: nn.Module) -> None:
@@ -87,6 +110,12 @@ def _refuse(module: nn.Module) -> None:
             "PCStrategy on one device.": not isinstance(module, DDP),
             f"{name} has a process group of its own, and predictive coding agrees among all: leave "
             "it out.": group not in (None, dist.group.WORLD),
+            f"{name} counts on one backward a forward by static_graph=True: leave it out.": getattr(
+                module, "static_graph", False
+            ),
+            f"{name} has a communication hook, which nothing would call: leave it out.": getattr(
+                module, "_comm_hooks", []
+            ),
         }
     )
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
+from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers import Trainer
 
-from lightning_pc.errors import FLOAT16, refuse
+from lightning_pc.errors import ClosureError, ConfigError, refuse
 from lightning_pc.hosts import met
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
 from lightning_pc.learner import Learner
 from lightning_pc.optim import refuse_optimizer, with_state, without_state
-from lightning_pc.settings import Settings, refuse_unknown
+from lightning_pc.ranks import ALONE
+from lightning_pc.settings import Settings
 
 
 class PCMixin:
@@ -47,28 +51,46 @@ class PCMixin:
     accelerator: Any
     compute_loss: Any
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        late = Trainer in order and order.index(Trainer) < order.index(PCMixin)
+        refuse(
+            {
+                f"class {cls.__name__}: PCMixin must stand before the Trainer, or backprop would "
+                f"train. Write class {cls.__name__}(PCMixin, ...).": late
+            }
+        )
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        ours = {f.name for f in fields(Settings)} & kwargs.keys()
-        self.settings = Settings(**{name: kwargs.pop(name) for name in ours})
+        ours, name = {f.name for f in fields(Settings)}, type(self).__name__
+        self.settings = Settings(**{n: kwargs.pop(n) for n in ours & kwargs.keys()})
         self._learner: Learner | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._inferring = False
         takes = signature(super().__init__).parameters
         if not any(p.kind is Parameter.VAR_KEYWORD for p in takes.values()):
-            refuse_unknown(type(self).__name__, kwargs.keys() - takes.keys())
+            for unknown in kwargs.keys() - takes.keys():
+                close = get_close_matches(unknown, [*takes, *ours], n=1)
+                meant = f" Did you mean {close[0]}=?" if close else ""
+                told = f"{name} has no argument {unknown}=.{meant} It takes the Trainer's, and"
+                raise ConfigError(f"{told} {', '.join(sorted(ours))}.")
         super().__init__(*args, **kwargs)
         self._refuse_set_up()
 
     def _refuse_set_up(self) -> None:
         name, given, algorithm = type(self).__name__, self.args, self.settings.algorithm
         accumulated = given.gradient_accumulation_steps
-        sharded = getattr(self, "is_deepspeed_enabled", False) or getattr(
-            self, "is_fsdp_enabled", False
-        )
+        hosts = ("is_deepspeed_enabled", "is_fsdp_enabled")
         refuse(
             {
                 f"{name} found {given.n_gpu} devices for one process: start a process for each (by "
                 "torchrun), or make one visible (CUDA_VISIBLE_DEVICES=0).": given.n_gpu > 1,
-                f"{name} cannot train with DeepSpeed or FSDP: leave them out.": sharded,
-                FLOAT16.format(name): given.fp16,
+                f"{name} cannot train with DeepSpeed or FSDP: leave them out.": any(
+                    getattr(self, host, False) for host in hosts
+                ),
+                f"{name} does not train in float16: prediction errors fall below its range. Use "
+                "bf16=True.": given.fp16,
                 f"{name} needs the module itself, which torch_compile hides: leave it out, and give"
                 f" {name} compile=True.": given.torch_compile,
                 f"gradient_accumulation_steps={accumulated}: {algorithm} moves the weights at each "
@@ -90,21 +112,52 @@ class PCMixin:
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's; predictive coding learns with it."""
+        self._refuse_set_up()  # arguments may have changed since
         made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # of one that is prepared
+        self._attach()
+        return made
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's."""
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._let_go()
+
+    def _attach(self) -> Learner:
+        """The learner of the optimizer of now."""
+        prepared = isinstance(self.optimizer, AcceleratedOptimizer)
+        inner = self.optimizer.optimizer if prepared else self.optimizer
         if self._learner is None or self._learner.optimizer is not inner:
             refuse_optimizer(inner, self.model)
-            self._learner = learner = Learner(self.model, self.settings, inner)
-            learner.check()
+            self._learner = Learner(self.model, self.settings, inner)
+            self._learner.check()
+            self._let_go()
+        if not self._hooks:
+            learner = self._learner
 
             def load(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
                 rest, known = without_state(state)
                 learner.load_state_dict(known)
                 return rest
 
-            inner.register_state_dict_post_hook(lambda _, state: with_state(state, learner))
-            inner.register_load_state_dict_pre_hook(load)
-        return made
+            def step(*_: Any) -> None:
+                if not self._inferring and learner.report is None:
+                    name = type(self).__name__
+                    told = f"{name}.training_step has run backprop in place of PCMixin's"
+                    raise ClosureError(f"{told}: call super().training_step(...) in it.")
+
+            self._hooks = [
+                inner.register_state_dict_post_hook(lambda _, state: with_state(state, learner)),
+                inner.register_load_state_dict_pre_hook(load),
+                inner.register_step_pre_hook(step),
+            ]
+        return self._learner
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The Trainer's, with inference in place of the backward pass.
@@ -113,32 +166,43 @@ class PCMixin:
             PCError: DivergenceError where the loss or an energy is not finite; others of the
                 module.
         """
-        learner, compute = self._learner, self.compute_loss
-        assert learner is not None, "create_optimizer() has not run"
+        learner, name, compute = self._attach(), type(self).__name__, self.compute_loss
+        own = vars(self).get("compute_loss")
         leaves: list[Tensor] = []
 
+        def batch_size() -> float | None:
+            with suppress(TypeError):
+                return find_batch_size(inputs)  # type: ignore[no-any-return]
+            return None
+
         def record(*given: Any, **named: Any) -> Any:
+            must = f"{name}.compute_loss"
             output = learner.begin(
-                lambda: compute(*given, **named),
-                _loss_of,
-                (inputs,),
-                lambda: find_batch_size(inputs),
-                f"{type(self).__name__}.compute_loss",
+                lambda: compute(*given, **named), _loss_of, (inputs,), batch_size, must
             )
             loss = _loss_of(output)
-            assert loss is not None  # or `begin` had refused it
+            if loss is None:
+                raise ClosureError(f"{must} gave no loss: return a tensor, or it and the outputs.")
             leaves.append(loss.detach().requires_grad_())  # the learner owns the loss's graph
             return (leaves[0], *output[1:]) if isinstance(output, tuple) else leaves[0]
 
         self.compute_loss = record
         try:
-            with met(learner):
+            with met(learner, name):
                 told: Tensor = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.compute_loss
+            if own is not None:
+                self.compute_loss = own
+        alone = learner.ranks is ALONE and self.accelerator.num_processes > 1
+        refuse({f"{name}.compute_loss must run the model that it is given, not self.model.": alone})
         (leaf,) = leaves
         assert leaf.grad is not None
-        learner.infer(float(leaf.grad), lambda: self._update(model))
+        self._inferring = True
+        try:
+            learner.infer(float(leaf.grad), lambda: self._update(model))
+        finally:
+            self._inferring = False
         if self.accelerator.sync_gradients:
             learner.ranks.average()
         return told
@@ -168,6 +232,4 @@ class PCTrainer(PCMixin, Trainer):
 
 def _loss_of(output: Any) -> Tensor | None:
     first = output[0] if isinstance(output, tuple) else output
-    if isinstance(first, Mapping):
-        first = first.get("loss")
     return first if isinstance(first, Tensor) else None

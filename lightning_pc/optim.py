@@ -114,7 +114,7 @@ class PredictiveCoding(Optimizer):
         refuse_accumulation()
         with torch.enable_grad():
             try:
-                with met(self._learner):
+                with met(self._learner, door):
                     loss = self._learner.begin(closure, lambda loss: loss, must=f"{door}.step")
             except PCError:
                 self.zero_grad()  # a closure that ran backward itself has left gradients

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -11,8 +11,10 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch import callbacks
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh
@@ -24,6 +26,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -34,6 +37,15 @@ from lightning_pc.ranks import Processes
 from lightning_pc.refusals import at_the_door
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.strategy import Learning
+
+#: A shard's attribute that holds its whole parameter.
+_WHOLE = "_lightning_pc_whole"
+#: Callbacks that compute with a module's weights where these are shards.
+_CALLBACKS = tuple(
+    getattr(callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging", "ModelPruning")
+    if hasattr(callbacks, name)
+)
 
 
 class Shards(Processes):
@@ -49,19 +61,24 @@ class Shards(Processes):
     def __init__(self, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         super().__init__(device, lambda: [whole for whole, _, _ in self._all])
         self._mesh = mesh
+        undo(module)
         places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
         for part in module.modules():
             for name, parameter in part._parameters.items():
                 if parameter is not None:
                     places.setdefault(parameter, []).append((part, name))
         self._all = [(whole, self._shard(whole), where) for whole, where in places.items()]
+        for whole in places:  # whose memory was maybe another's as well
+            whole.data = torch.empty_like(whole)
         self.release()
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
     def _shard(self, whole: nn.Parameter) -> nn.Parameter:
-        shard = distribute_tensor(whole.detach(), self._mesh, [_placement(whole)])
-        return nn.Parameter(shard, requires_grad=whole.requires_grad)
+        dealt = distribute_tensor(whole.detach(), self._mesh, [_placement(whole)])
+        shard = nn.Parameter(dealt, requires_grad=whole.requires_grad)
+        setattr(shard, _WHOLE, whole)
+        return shard
 
     def held(self, optimizer: Optimizer) -> Any:
         """What stands for an optimizer of the shards where the whole parameters learn."""
@@ -70,21 +87,42 @@ class Shards(Processes):
         each = [{"params": [whole_of.get(p, p) for p in group["params"]]} for group in groups]
         return SimpleNamespace(param_groups=each)
 
+    def check(self, optimizer: Optimizer) -> None:
+        """Refuses an optimizer of parameters that are in no module, and so in no shards.
+
+        Raises:
+            ConfigError: Telling how many.
+        """
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        strange = len(held - {shard for _, shard, _ in self._all})
+        told = "weights that were shared out since, or never were the module's"
+        refuse(
+            {
+                f"The optimizer holds {strange} parameters that are in no module ({told}): give it "
+                "self.parameters(), asked for in configure_optimizers.": strange
+            }
+        )
+
     def gather(self) -> None:
         """All parameters are whole, with what their shards hold now."""
-        for whole, shard, places in self._all:
+        for whole, shard, _ in self._all:
             whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+            whole.requires_grad_(shard.requires_grad)
             _fill(whole, shard)
-            for part, name in places:
-                part._parameters[name] = whole
+        self._place(whole=True)
 
     def release(self) -> None:
         """All are in shards; the whole ones take no memory."""
-        for whole, shard, places in self._all:
-            for part, name in places:
-                part._parameters[name] = shard
+        self._place(whole=False)
+        for whole, _, _ in self._all:
             whole.grad = None
             whole.untyped_storage().resize_(0)
+
+    def _place(self, whole: bool) -> None:
+        self._are_whole = whole
+        for each, shard, places in self._all:
+            for part, name in places:
+                part._parameters[name] = each if whole else shard
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -94,6 +132,25 @@ class Shards(Processes):
             yield
         finally:
             self.release()
+
+    @contextmanager
+    def dealt(self) -> Iterator[None]:
+        """The module has its shards inside, for an optimizer or a checkpoint; then what it had."""
+        before = self._are_whole
+        self._place(whole=False)
+        try:
+            yield
+        finally:
+            self._place(before)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """The optimizer moves the shards inside; afterwards the whole parameters follow."""
+        with self.dealt():
+            yield
+        for whole, shard, _ in self._all:
+            shard.grad = None
+            _fill(whole, shard)
 
     @override
     @torch.no_grad()
@@ -107,13 +164,6 @@ class Shards(Processes):
             mine = parts.redistribute(placements=[_placement(whole)])
             shard.grad = mine if shard.grad is None else shard.grad + mine
         return [whole for whole, _, _ in given]
-
-    def stepped(self) -> None:
-        """Takes in that the optimizer has moved the shards that had gradients."""
-        for whole, shard, _ in self._all:
-            if shard.grad is not None:
-                shard.grad = None
-                _fill(whole, shard)
 
 
 class _Sharding(ModelParallelStrategy):
@@ -138,6 +188,8 @@ class _Sharding(ModelParallelStrategy):
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            with at_the_door():
+                self.shards.check(self.optimizers[0])
         self.setup_precision_plugin()
 
 
@@ -148,12 +200,14 @@ class PCShardedStrategy(Learning, _Sharding):
     one for each process. While a batch runs its process has all weights whole. A gradient is
     averaged and dealt out once for each optimizer step, after which the weights are gathered.
     Values stay in their process. What processes agree on is as of `PCDDPStrategy`. The module needs
-    no ``configure_model`` and no ``fully_shard``.
+    no ``configure_model`` and no ``fully_shard``. Between batches its parameters are shards, with
+    which it does not run: use ``with trainer.strategy.whole():`` there. After a fit they are whole.
 
     Args:
         algorithm: As of `PCStrategy`.
         save_distributed_checkpoint: A checkpoint is a folder, to which each process writes its
-            shards; False for one file, as a single device writes it.
+            shards; False for one file, as a single device writes it, which `PCStrategy` and
+            `PCDDPStrategy` load as well.
         process_group_backend: ``"gloo"`` or ``"nccl"``; by default the one that fits the devices.
         timeout: How long a process waits for the others.
         settings: By name: ``T``, ``gamma``, ``value_nodes`` and the others, as of `PCStrategy`.
@@ -198,14 +252,21 @@ class PCShardedStrategy(Learning, _Sharding):
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        module = self._module
+        module, parameters = self._module, [*self._module.named_parameters()]
+        cut = [n for n, p in parameters if isinstance(p, DTensor) and not hasattr(p, _WHOLE)]
+        met: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        unfit = [type(c).__name__ for c in met if isinstance(c, (*_CALLBACKS, _LRCallback))]
+        lazy = [n for n, p in parameters if is_lazy(p)]
         with at_the_door():
             refuse_to_share(module, self.settings)
-            cut = [n for n, p in module.named_parameters() if isinstance(p, DTensor)]
             refuse(
                 {
                     f"{cut[:1]} is sharded already: PCShardedStrategy does that itself, so leave "
-                    "fully_shard and distribute_tensor out.": cut
+                    "fully_shard and distribute_tensor out.": cut,
+                    f"{unfit[:1]} computes with whole weights, and these are shared out: use "
+                    "PCDDPStrategy.": unfit,
+                    f"{lazy[:1]} has no size yet: run the module once on a batch, and make the "
+                    "Trainer then.": lazy,
                 }
             )
         super().setup(trainer)
@@ -220,21 +281,27 @@ class PCShardedStrategy(Learning, _Sharding):
         return self.shards.held(optimizer)
 
     @override
-    def _stepped(self) -> None:
-        self.shards.stepped()
+    def _stepping(self) -> AbstractContextManager[None]:
+        return self.shards.stepping()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Whole weights inside, for callbacks and hooks that run the module between batches.
+
+        All processes must enter it. After ``fit``, ``validate``, ``test`` and ``predict`` the
+        weights are whole anyway.
+        """
+        return self.shards.whole()
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self.shards.gather()
         for buffer in self._module.buffers():
             dist.broadcast(buffer, 0)
-        output = None
         try:
-            output = super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)
         finally:
-            if output is None:  # no backward comes
+            if self._require_learner().waiting is None:  # no backward comes
                 self.shards.release()
-        return output
 
     @override
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -259,11 +326,42 @@ class PCShardedStrategy(Learning, _Sharding):
             return super().predict_step(*args, **kwargs)
 
     @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.shards.gather()
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self._module.trainer.state.fn == TrainerFn.VALIDATING:
+            self.shards.gather()
+
+    @override
+    def on_test_end(self) -> None:
+        super().on_test_end()
+        self.shards.gather()
+
+    @override
+    def on_predict_end(self) -> None:
+        super().on_predict_end()
+        self.shards.gather()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        with self.shards.dealt():
+            return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        with self.shards.dealt():
+            return super().optimizer_state(optimizer)
+
+    @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
         split = [without_state(state) for state in checkpoint.get("optimizer_states", [])]
-        if split:
+        if split and self._save_distributed_checkpoint:  # a folder takes tensors alone
             checkpoint = {**checkpoint, "optimizer_states": [rest for rest, _ in split]}
             checkpoint[STATE] = split[0][1]
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -274,7 +372,8 @@ class PCShardedStrategy(Learning, _Sharding):
     ) -> dict[str, Any]:
         found = super().load_checkpoint(checkpoint_path, weights_only)
         if self._learner is not None:
-            self._learner.load_state_dict(found.get(STATE, {}))
+            (state,) = found.get("optimizer_states", [found])
+            self._learner.load_state_dict(state.get(STATE, {}))
         return found
 
     @override
@@ -282,10 +381,23 @@ class PCShardedStrategy(Learning, _Sharding):
         """`load_checkpoint` has done so."""
 
 
+def undo(module: nn.Module) -> None:
+    """Puts the whole parameters back, where a fit that failed has left shards of ours."""
+    for part in module.modules():
+        for name, shard in part._parameters.items():
+            whole = getattr(shard, _WHOLE, None)
+            if whole is not None and shard is not None:
+                whole.untyped_storage().resize_(whole.numel() * whole.element_size())
+                _fill(whole, shard)
+                part._parameters[name] = whole
+
+
 @torch.no_grad()
 def _fill(whole: nn.Parameter, shard: nn.Parameter) -> None:
     assert isinstance(shard.data, DTensor)
-    whole.copy_(shard.data.full_tensor())
+    now = shard.data.full_tensor()
+    if not torch.equal(whole, now):  # writing to it counts as a move
+        whole.copy_(now)
 
 
 def _placement(whole: Tensor) -> Placement:

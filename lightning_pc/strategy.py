@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib import import_module
 from typing import Any, Literal
 
@@ -55,8 +55,9 @@ class Learning(Strategy):
         """What has the parameters that learn in its ``param_groups``."""
         return optimizer
 
-    def _stepped(self) -> None:
-        """Between two updates of a batch."""
+    def _stepping(self) -> AbstractContextManager[None]:
+        """Around each update of a batch but the last."""
+        return nullcontext()
 
     def __repr__(self) -> str:
         # Stands in the error of a Trainer that is of the package pytorch_lightning.
@@ -125,13 +126,13 @@ class Learning(Strategy):
 
         def update() -> None:
             assert optimizer is not None
-            self._module.configure_gradient_clipping(
-                optimizer,
-                gradient_clip_val=trainer.gradient_clip_val,
-                gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-            )
-            optimizer.step(once(lambda: closure_loss, optimizer))
-            self._stepped()
+            with self._stepping():
+                self._module.configure_gradient_clipping(
+                    optimizer,
+                    gradient_clip_val=trainer.gradient_clip_val,
+                    gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+                )
+                optimizer.step(once(lambda: closure_loss, optimizer))
 
         learner = self._require_learner()
         try:

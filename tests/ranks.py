@@ -298,6 +298,49 @@ def resumed(folder: Path) -> dict[str, Any]:
     return whole | {"resumed": train(max_epochs=2, ckpt=path)["weights"]}
 
 
+class Odd(nn.Module):
+    """Has a number of its own, and two weights that share their memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(9)
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+        both = torch.randn(2, D, D, dtype=torch.float64) / 3
+        self.one, self.other = (nn.Parameter(part) for part in both)
+        self.head = nn.Linear(D, C).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(torch.tanh(x @ self.one) @ self.other) * self.scale)
+
+
+class Hooked(Part):
+    """All weights shrink at each step, whether an error has reached them or not."""
+
+    def configure_optimizers(self) -> Any:
+        sgd = super().configure_optimizers()
+        sgd.register_step_post_hook(self.shrink)
+        return sgd
+
+    @torch.no_grad()
+    def shrink(self, optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.mul_(0.9)
+
+
+class OwnClipping(Part):
+    def configure_gradient_clipping(self, optimizer: Any, **_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.01)
+
+
+class Thaws(Part):
+    """The first layer learns in the second epoch alone."""
+
+    def on_train_epoch_start(self) -> None:
+        for p in self.net[0].parameters():
+            p.requires_grad_(self.current_epoch > 0)
+
+
 class Scored(Adam):
     """Validates on what it learns from."""
 
@@ -320,7 +363,42 @@ def shared_out(folder: Path) -> dict[str, Any]:
         more = how | {"save_distributed_checkpoint": distributed}
         fit(Scored(), "ipc", save=folder / name, **more)
         found[name] = fit(Scored(), "ipc", max_epochs=2, ckpt=folder / name, **more)["weights"]
-    return whole | found
+    plain = fit(Scored(), "ipc", max_epochs=2, ckpt=folder / "file", **GIVEN)["weights"]
+    return whole | found | {"without shards": plain, **used_again()}
+
+
+def used_again() -> dict[str, Any]:
+    """A module that is trained twice, tested in between, and read in between."""
+    module, quiet = Scored(), ("logger", "enable_progress_bar", "enable_model_summary")
+    x = parts()[0][0][0]
+    read: list[torch.Tensor] = []
+
+    class Reads(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            with trainer.strategy.whole():
+                read.append(pl_module.net(x).detach())
+
+    def trainer() -> pl.Trainer:
+        return pl.Trainer(
+            max_epochs=1,
+            strategy=PCShardedStrategy("pc", **GIVEN),
+            accelerator="cpu",
+            devices=COUNT,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            callbacks=[Reads()],
+            **dict.fromkeys(quiet, False),
+        )
+
+    first, batches = trainer(), loader(parts())
+    first.fit(module, batches)
+    after = module.net(x).detach()
+    kinds = {type(value) for value in module.state_dict().values()}
+    first.validate(module, verbose=False)
+    same = torch.equal(module.net(x), after)
+    trainer().fit(module, batches)
+    moved = not torch.equal(module.net(x), after)
+    return {"used": (torch.equal(read[0], after), kinds == {torch.Tensor}, same, moved)}
 
 
 GIVEN = {"gamma": 0.1}
@@ -362,6 +440,14 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "not finite": lambda _: fit(NotFinite(), "ipc", **GIVEN),
     "resumed": resumed,
     # Of shards, the same as without.
+    "odd": lambda _: fit(Part(net=Odd()), "ipc", **GIVEN),
+    "sharded odd": lambda _: fit(Part(net=Odd()), "ipc", sharded=True, **GIVEN),
+    "hooked": lambda _: fit(Hooked(), "ipc", **GIVEN),
+    "sharded hooked": lambda _: fit(Hooked(), "ipc", sharded=True, **GIVEN),
+    "own clipping": lambda _: fit(OwnClipping(), "ipc", **GIVEN),
+    "sharded own clipping": lambda _: fit(OwnClipping(), "ipc", sharded=True, **GIVEN),
+    "thaws": lambda _: fit(Thaws(), "pc", max_epochs=2, **GIVEN),
+    "sharded thaws": lambda _: fit(Thaws(), "pc", max_epochs=2, sharded=True, **GIVEN),
     "sharded pc": lambda _: fit(Part(), "pc", sharded=True, **GIVEN),
     "sharded ipc": lambda _: fit(Part(), "ipc", sharded=True, **GIVEN),
     "sharded zil": lambda _: fit(Part(), "zil", sharded=True),

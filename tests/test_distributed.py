@@ -8,18 +8,21 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning_problems import Module, mlp
+from lightning_problems import D, Module, mlp
 from ranks import GIVEN, SAME, STEPS, TRAININGS, Adam, Routed, Words, parts, words
 from torch import nn
 
-from lightning_pc import PCDDPStrategy, PCShardedStrategy
+from lightning_pc import PCDDPStrategy, PCShardedStrategy, hosts
 from lightning_pc.energies import LearnedGaussian
+from lightning_pc.errors import ClosureError, ConfigError
 from lightning_pc.nn import Latent
 from lightning_pc.optim import IEPC, IPC, PC
 
@@ -209,8 +212,80 @@ def test_each_process_has_its_share_and_resumes(found):
     for each in (one, other):
         assert len(each["scores"]) == 6  # two before training, two after each epoch
         assert each["scores"][-1] < each["scores"][0]
-        for kind in ("folder", "file"):
-            assert all(map(torch.equal, each["weights"].values(), each[kind].values()))
+        assert each["used"] == (True, True, True, True)
+        for kind in ("folder", "file", "without shards"):
+            for weight, again in zip(each["weights"].values(), each[kind].values(), strict=True):
+                torch.testing.assert_close(weight, again, rtol=1e-12, atol=0)
+
+
+def processes(monkeypatch, wrapped):
+    """As if two ran."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+    monkeypatch.setattr(hosts, "DDP", wrapped)
+
+
+class Wrapped(nn.Module):
+    """Stands for DistributedDataParallel."""
+
+    def __init__(self, module, **flags):
+        super().__init__()
+        self.module, self.process_group = module, None
+        self.require_backward_grad_sync = self.require_forward_param_sync = True
+        vars(self).update(flags)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"process_group": object()}, "a process group of its own"),
+        ({"static_graph": True}, "leave it out"),
+        ({"_comm_hooks": [print]}, "a communication hook"),
+    ],
+)
+def test_wrappers_that_are_refused(flags, why, monkeypatch):
+    processes(monkeypatch, Wrapped)
+    net = mlp()
+    optimizer, whole = PC(torch.optim.SGD(net.parameters(), 0.1), net), Wrapped(net, **flags)
+    x, y = torch.randn(4, D), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(ConfigError, match=why):
+        optimizer.step(lambda: F.cross_entropy(whole(x), y))
+
+
+def test_processes_that_learn_by_themselves_are_told(monkeypatch):
+    processes(monkeypatch, Wrapped)
+    net, other = mlp(), mlp()
+    optimizer = PC(torch.optim.SGD(net.parameters(), 0.1), net)
+    x, y = torch.randn(4, D), torch.zeros(4, dtype=torch.long)
+    with pytest.warns(
+        UserWarning, match="2 processes run, and each learns by itself: PC has met no"
+    ):
+        optimizer.step(lambda: F.cross_entropy(net(x) + 0 * Wrapped(other)(x).detach(), y))
+
+
+def test_a_batch_that_is_skipped_before_the_processes_meet(monkeypatch):
+    processes(monkeypatch, Wrapped)
+    net = mlp()
+    optimizer, whole = PC(torch.optim.SGD(net.parameters(), 0.1), net), Wrapped(net)
+    x, y = torch.randn(4, D), torch.zeros(4, dtype=torch.long)
+    with pytest.warns(UserWarning, match="learns by itself"):
+        optimizer.step(lambda: None)
+    with pytest.raises(ClosureError, match="skipped a batch before"):
+        optimizer.step(lambda: F.cross_entropy(whole(x), y))
+    assert whole.require_backward_grad_sync
+
+
+def test_callbacks_that_need_whole_weights():
+    trainer = SimpleNamespace(callbacks=[StochasticWeightAveraging(1e-2)])
+    strategy = PCShardedStrategy("pc")
+    strategy.connect(Module())
+    with pytest.raises(
+        MisconfigurationException, match=r"StochasticWeightAveraging.*PCDDPStrategy"
+    ):
+        strategy.setup(trainer)
 
 
 SCRIPT = """

@@ -15,7 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from lightning_pc.errors import ConfigError, DivergenceError, PCError
+from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
 from lightning_pc.hugging_face import PCMixin, PCTrainer
 from lightning_pc.optim import IPC, PC
 
@@ -209,6 +209,7 @@ def test_lora(tmp_path):
     ("given", "settings", "told"),
     [
         ({}, {"gama": 0.1}, r"PCTrainer has no argument gama=. Did you mean gamma=\?"),
+        ({}, {"eval_datset": []}, r"no argument eval_datset=. Did you mean eval_dataset=\?"),
         ({}, {"algorithm": "ipcc"}, "expected"),
         ({}, {"algorithm": "ipc", "T": 0}, "T=0"),
         ({"gradient_accumulation_steps": 2}, {"algorithm": "ipc"}, "accumulates nothing"),
@@ -224,9 +225,57 @@ def test_refusals(given, settings, told, tmp_path):
     same(model, before, rtol=0, atol=0)
 
 
+def test_accumulation_that_is_set_later_is_refused(tmp_path):
+    made = PCTrainer(still(), arguments(tmp_path), train_dataset=sentences(), algorithm="ipc")
+    made.args.gradient_accumulation_steps = 2
+    with pytest.raises(ConfigError, match="accumulates nothing"):
+        made.train()
+
+
+def test_backprop_by_accident_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"PCMixin must stand before .* class Late\(PCMixin"):
+
+        class Late(Trainer, PCMixin):
+            pass
+
+    class Own(PCTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    with pytest.raises(ClosureError, match=r"Own.training_step has run backprop"):
+        trained(Own, still(), tmp_path)
+    model = still()
+    ipc = IPC(torch.optim.SGD(model.parameters(), 0.1), model)
+    with pytest.raises(ConfigError, match="twice"):
+        trained(PCTrainer, model, tmp_path, optimizers=(ipc, None))
+
+
+def test_a_compute_loss_of_the_instance_counts_each_time(tmp_path):
+    made = PCTrainer(still(), arguments(tmp_path), train_dataset=sentences(), algorithm="pc", T=3)
+    seen, whole = [], made.compute_loss
+    made.compute_loss = lambda *given, **named: seen.append(1) or whole(*given, **named)
+    made.train()
+    assert len(seen) == 10
+
+
+def test_an_optimizer_made_by_a_subclass_alone(tmp_path):
+    class Own(PCTrainer):
+        def create_optimizer(self):
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            return self.optimizer
+
+    made = trained(Own, still(), tmp_path, algorithm="ipc", T=4, gamma=0.1)
+    assert min(made.report.peak_energy.values()) > 0
+    optimizer = made.optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks  # nothing of ours is left
+    assert not optimizer._optimizer_state_dict_post_hooks
+
+
 def test_several_devices_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ConfigError, match="one device, and found 2"):
+    with pytest.raises(ConfigError, match="found 2 devices for one process"):
         PCTrainer(still(), arguments(tmp_path), train_dataset=sentences())
 
 

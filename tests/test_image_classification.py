@@ -586,6 +586,8 @@ def test_a_long_run_that_is_stopped_goes_on_as_if_it_had_not_been(
         with pytest.raises(InterruptedError):
             long.run(job, str(data_dir))
     resumed = long.run(job, str(data_dir))
+    again = long.run(job, str(data_dir))  # it had ended, and its record was lost
+    assert again["val"] == whole["val"]
     assert len(whole["val"]) == 3
     for figure in ("val", "test", "last_test", "diverged"):
         assert resumed[figure] == whole[figure], figure

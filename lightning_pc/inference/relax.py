@@ -180,7 +180,9 @@ class Inference:
         asked = Asked(
             (self.age or 0) + t, moves, learns, last, root * self._pull, root / self.terms
         )
-        return self._everything(asked) if self._early else asked
+        if self._early:  # then errors stand at all nodes, also at those that T would not reach
+            asked.t = (self.age or 0) + len(self.evaluator.batch.nodes)
+        return asked
 
     def _evaluate(self, t: int, moves: bool, learns: bool) -> Tensor:
         asked = self._asked(t, moves, learns)

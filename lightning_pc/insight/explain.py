@@ -62,7 +62,8 @@ def out_of_memory(error: BaseException, batch: Batch) -> RuntimeError | None:
     bytes_of = {node: node.x.numel() * node.x.element_size() for node in batch.nodes}
     largest = max(bytes_of, key=bytes_of.__getitem__)
     total, most = (f"{b / 2**20:.3g} MiB" for b in (sum(bytes_of.values()), bytes_of[largest]))
-    return type(error)(
+    kind = torch.OutOfMemoryError if device else RuntimeError
+    return kind(
         f"{error}\nThis was in inference. The values of the batch's {len(bytes_of)} nodes take "
         f"{total}, each about three times: itself, its prediction, its gradient. The largest is "
         f"'{largest.name}' {[*largest.x.shape]}, {most}. Take smaller batches, or fewer nodes, such"

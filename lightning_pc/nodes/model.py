@@ -27,8 +27,8 @@ def _check(model: nn.Module) -> None:
             )
         if kind.endswith(_SHARDED):
             raise UnsupportedError(
-                f"{where} is wrapped by {kind}: predictive coding runs on one device for now, give "
-                "it the bare module."
+                f"{where} is wrapped by {kind}: give the bare module here, and call the wrapped "
+                "one in the closure."
             )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UnsupportedError(

@@ -107,9 +107,9 @@ class Evaluator:
         if not any(reached[slot] > t and p in moved for slot, p in self.moving.items()):
             return False
         if any(not node.x.numel() for node in self.nodes):
-            most = max(node.arrival for node in self.nodes)
+            least = max(node.arrival for node in self.nodes) - 1
             told = "A hook moves weights that no error has reached, which makes an error of its own"
-            raise ConfigError(f"{told}: give T={most} or more, for errors to reach every node.")
+            raise ConfigError(f"{told}: give T={least} or more, for every value to be at hand.")
         return True
 
     @cached_property

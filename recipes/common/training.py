@@ -78,7 +78,8 @@ def train(
         keep: Where to leave the checkpoint of the best weights, if there is one.
         callbacks: Beside the YAML's.
         resume: Folder of checkpoints, one an epoch: a run that was stopped goes on from its last
-            one, with the same numbers as if it had not been stopped. None keeps nothing.
+            one, with the same numbers as if it had not been stopped. A run to fewer epochs than
+            that begins anew. None keeps nothing.
 
     Returns:
         What came out.
@@ -94,16 +95,19 @@ def train(
             run=False,
             save_config_callback=None,
             trainer_defaults=dict.fromkeys(silent, False)
-            | {"callbacks": [_Record(run, on_batch), *callbacks]},
+            | {"callbacks": [record := _Record(run, on_batch), *callbacks]},
         )
         best = _best_weights(cli.trainer, folder if resume is None else str(resume))
         last = _last_weights(cli.trainer, resume) if resume else None
+        if last and torch.load(last, weights_only=True)["epoch"] >= cli.trainer.max_epochs:
+            last = None
         try:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=last)
         except DivergenceError:
             if best is None or not best.best_model_path:
                 raise
             run.diverged = True
+        record.restore()  # of a run that had ended before
         path = best.best_model_path if best else None
         if resume:
             run.last_test_accuracy = _tested(cli, None)
@@ -149,8 +153,7 @@ class _Record(L.Callback):
         self._begun, self._before = (0.0, 0.0), dict[str, Any]()
 
     def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
-        for name, value in self._before.items():
-            setattr(self.run, name, value)
+        self.restore()
         self.run.epochs = trainer.max_epochs or 0
         self._begun = time.perf_counter(), time.process_time()
 
@@ -171,6 +174,12 @@ class _Record(L.Callback):
         self._begun = time.perf_counter(), time.process_time()
         self.run.seconds += self._begun[0] - wall
         self.run.cpu_seconds += self._begun[1] - processor
+
+    def restore(self) -> None:
+        """What the run had come to when it was stopped; nothing that came since is lost."""
+        for name, value in self._before.items():
+            setattr(self.run, name, value)
+        self._before = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self.run, name) for name in KEPT}

@@ -10,6 +10,7 @@ on CIFAR-10, 40 epochs, with a learning rate that falls to 0.
 
 from __future__ import annotations
 
+import fcntl
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -66,10 +67,13 @@ def run(job: Job, data_dir: str | None) -> Figures:
     """
     name = f"{job['row']}_{job['algorithm']}_{job['seed']}".replace(", ", "_").replace(" ", "_")
     config, folder = HERE / job["task"] / f"{job['algorithm']}.yaml", MODELS.parent / "long" / name
-    try:
-        done = train(config, job["seed"], arguments(job, data_dir), resume=folder)
-    except DivergenceError:
-        return {"val": [], "test": None, "last_test": None, "diverged": True}
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # jobs of other lengths go on from each other
+        try:
+            done = train(config, job["seed"], arguments(job, data_dir), resume=folder)
+        except DivergenceError:
+            return {"val": [], "test": None, "last_test": None, "diverged": True}
     return {
         "val": [round(value, 3) for value in done.val_accuracy],
         "test": round(done.test_accuracy, 3),
