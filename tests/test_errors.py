@@ -924,7 +924,7 @@ def test_distributed_model():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(mlp())
-        with pytest.raises(UnsupportedError, match="one device"):
+        with pytest.raises(UnsupportedError, match="give the bare module here"):
             IPC(torch.optim.SGD(model.parameters(), 0.1), model)
     finally:
         torch.distributed.destroy_process_group()
