@@ -9,10 +9,10 @@ demo: $(VENV)/installed
 	$(RUN) -m recipes.digits.demo
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical -m "not slow"
 
 test-slow: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical --dist loadgroup -m slow
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical -m slow
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

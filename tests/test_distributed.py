@@ -1,6 +1,7 @@
 """Two processes with gloo against one with all of their data, and where they are refused."""
 
 import copy
+import fcntl
 import json
 import os
 import re
@@ -49,13 +50,23 @@ def launched(script, folder, count=2):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Name of a training -> what each of two processes has found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    launched(HERE / "ranks.py", folder)
+    """Name of a training -> what each of two processes has found.
+
+    Workers that run tests side by side share it: the first one makes it, the others wait.
+    """
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    folder = tmp_path_factory.getbasetemp().parent / f"ranks-{run}"
+    if run is None:
+        folder = tmp_path_factory.mktemp("ranks")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            launched(HERE / "ranks.py", folder)
+            (folder / "done").touch()
     return {n: [torch.load(folder / f"{n}-{rank}.pt") for rank in range(2)] for n in TRAININGS}
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", TRAININGS)
 def test_processes_agree(found, name):
     one, other = found[name]
@@ -65,7 +76,6 @@ def test_processes_agree(found, name):
         assert weight.isfinite().all()
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", SAME)
 def test_as_one_process_with_all_data(found, name, tmp_path):
     expected = TRAININGS[name](tmp_path)
@@ -77,7 +87,6 @@ def test_as_one_process_with_all_data(found, name, tmp_path):
         torch.testing.assert_close(found[name][0]["weights"][key], weight, **close)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     ("name", "times"),
     [
@@ -106,7 +115,6 @@ def averaged(net, optimizer, steps, loss, **how):
     return dict(net.named_parameters())
 
 
-@pytest.mark.xdist_group("ranks")
 def test_the_mean_of_means_of_unequal_counts(found):
     module = Words()
     ids = words(3)
@@ -116,7 +124,6 @@ def test_the_mean_of_means_of_unequal_counts(found):
         torch.testing.assert_close(weight, expected[key], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_branches_that_one_process_alone_takes(found):
     module = Adam(net=Routed().double())
     start, batches = copy.deepcopy(module.net), parts()
@@ -136,7 +143,6 @@ def test_branches_that_one_process_alone_takes(found):
         assert same is not moves
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("name", "kind"), [("routed ipc", IPC), ("routed iepc", IEPC)])
 def test_branches_at_each_of_several_updates(found, name, kind):
     """At a tiny rate the updates add up: to the mean of what both learn alone."""
@@ -153,7 +159,6 @@ def test_branches_at_each_of_several_updates(found, name, kind):
         torch.testing.assert_close(update, sum(each) / 2, rtol=1e-5, atol=1e-16)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_buffers_are_those_of_the_first_process(found):
     one, other = (each["buffers"] for each in found["apart"])
     assert len(one) == STEPS
@@ -161,39 +166,33 @@ def test_buffers_are_those_of_the_first_process(found):
     assert not torch.equal(one[1], one[2])
 
 
-@pytest.mark.xdist_group("ranks")
 def test_all_take_as_many_steps_as_the_deepest(found):
     """Eight nodes in a row: depth + 1 and not 8, the usual number."""
     assert {steps for steps, _ in found["depths pc"][0]["seen"]} == {9}
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", ["wrapped pc", "wrapped ipc", "wrapped zil"])
 def test_a_wrapped_network_reduces_by_itself_again_afterwards(found, name):
     assert [one["told"] for one in found[name]] == ["True", "True"]
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_batch_that_one_process_skips(found):
     for one in found["skips"]:
         assert one["told"].startswith("ClosureError: Some processes have no loss for this batch")
         assert len(one["seen"]) == 3
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_loss_that_is_not_finite_in_one_process(found):
     one, other = (each["told"] for each in found["not finite"])
     assert "F is not finite on another process. No weight has moved on it." in one
     assert "the loss is not finite (loss nan). No weight has moved on it." in other
 
 
-@pytest.mark.xdist_group("ranks")
 def test_a_resumed_run_goes_on_to_the_bit(found):
     for one in found["resumed"]:
         assert all(map(torch.equal, one["weights"].values(), one["resumed"].values()))
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("name", [n for n in TRAININGS if n.startswith("sharded ")])
 def test_shards_learn_what_whole_weights_do(found, name):
     for shards, whole in zip(found[name], found[name.removeprefix("sharded ")], strict=True):
@@ -203,7 +202,6 @@ def test_shards_learn_what_whole_weights_do(found, name):
             torch.testing.assert_close(weight, whole["weights"][key], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.xdist_group("ranks")
 def test_each_process_has_its_share_and_resumes(found):
     one, other = found["shared out"]
     count = sum(weight.numel() for weight in one["weights"].values())
