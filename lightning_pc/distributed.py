@@ -18,10 +18,10 @@ from torch import nn
 from torch.distributed.constants import default_pg_timeout
 from typing_extensions import override
 
-from lightning_pc.errors import refuse, shown
+from lightning_pc.errors import refuse
 from lightning_pc.hosts import refuse_to_share
 from lightning_pc.ranks import Processes, Ranks
-from lightning_pc.refusals import at_the_door
+from lightning_pc.refusals import at_the_door, refuse_group
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.strategy import Learning
 
@@ -82,15 +82,9 @@ class PCDDPStrategy(Learning, DDPStrategy):
             refuse(
                 {
                     "find_unused_parameters= is not needed: leave it out.": unused,
-                    f"process_group_backend={shown(process_group_backend)}: expected None or one of"
-                    f" {dist.Backend.backend_list}.": (
-                        process_group_backend not in (None, *dist.Backend.backend_list)
-                    ),
-                    f"timeout={shown(timeout)}: expected a datetime.timedelta.": (
-                        not isinstance(timeout, timedelta | None)
-                    ),
                 }
             )
+            refuse_group(process_group_backend, timeout)
             refuse_unknown("PCDDPStrategy", settings)
             self.settings = Settings(algorithm=algorithm, **settings)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins import precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_pc.errors import FLOAT16, ConfigError, PCError, refuse
+from lightning_pc.errors import FLOAT16, ConfigError, PCError, refuse, shown
 from lightning_pc.inference.schedules import SCHEDULES
 
 
@@ -64,6 +66,20 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
     plans = [c.scheduling for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     planned = [batches for plan in plans for batches in plan.values()]
     refuse_accumulation(algorithm, max([trainer.accumulate_grad_batches, *planned]))
+
+
+def refuse_group(backend: str | None, timeout: timedelta | None) -> None:
+    """Refuses what no group of processes can be made with."""
+    known = (None, *dist.Backend.backend_list)
+    refuse(
+        {
+            f"process_group_backend={shown(backend)}: expected None or one of "
+            f"{dist.Backend.backend_list}.": backend not in known,
+            f"timeout={shown(timeout)}: expected a datetime.timedelta.": (
+                not isinstance(timeout, timedelta | None)
+            ),
+        }
+    )
 
 
 @at_the_door()
