@@ -103,6 +103,7 @@ class EnergyMonitor(pl.Callback):
             self._course[self._batches] = report.loss[0], report.gamma, report.curvature
         if len(self.history) > self.most:
             del self.history[1::2]
+            self._course = {batch: self._course[batch] for batch, _ in self.history}
             self._every *= 2
         self._batches += 1
 
@@ -125,8 +126,7 @@ class EnergyMonitor(pl.Callback):
         assert self.plot is not None
         if self._report is None:
             return
-        kept = {batch: self._course[batch] for batch, _ in self.history}
-        course = {b: (float(loss), gamma, c) for b, (loss, gamma, c) in kept.items()}
+        course = {b: (float(loss), gamma, c) for b, (loss, gamma, c) in self._course.items()}
         told = trainer.strategy.told
         write_page(Path(self.plot), self._report, self.history, course, told)
 
