@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable, Mapping
 
 FLOAT16 = (
-    "{} does not train in float16: prediction errors fall below its range, and a gradient scaler "
-    "would skip single updates within a batch. Use bfloat16 or float32 (precision='bf16-mixed', "
-    "'bf16-true' or '32-true')."
+    "{} does not train in float16 without a gradient scaler: prediction errors fall below its "
+    "range. Use bfloat16 or float32 (precision='bf16-mixed', 'bf16-true' or '32-true'), or "
+    "PCStrategy and the Trainer's precision='16-mixed', which has one."
 )
 
 

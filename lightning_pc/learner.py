@@ -27,6 +27,7 @@ from lightning_pc.precisions import Wave, precisions
 from lightning_pc.ranks import ALONE, Ranks
 from lightning_pc.recording.draws import RandomStates
 from lightning_pc.recording.losses import count_terms
+from lightning_pc.scaling import UNSCALED, Scaling
 from lightning_pc.settings import Settings
 from lightning_pc.stages.batch import Batch, Waiting, counted_calls
 from lightning_pc.stages.chain import require_chain
@@ -50,6 +51,7 @@ class Learner:
         optimizer: Who moves the parameters. The report speaks of those that it holds; the others
             keep the gradients that they had, and gain those of the last evaluation.
         ranks: The processes that train it together.
+        scaling: Of gradients, which float16 asks for.
 
     Attributes:
         report: What the last step did.
@@ -66,8 +68,9 @@ class Learner:
         settings: Settings,
         optimizer: Optimizer | None = None,
         ranks: Ranks = ALONE,
+        scaling: Scaling = UNSCALED,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.scaling = ranks, scaling
         self.model, self.settings, self.optimizer = model, settings, optimizer
         self.schedule: Schedule = schedule(settings.algorithm)
         self.kind: type[Evaluator] = ThroughErrors if self.schedule.through else LocalErrors
@@ -79,14 +82,9 @@ class Learner:
         # One wave, and error coordinates, are exact for energies of x - mu alone.
         gaussian = self.schedule.wave or self.schedule.through
         softmax = "gaussian" if gaussian else settings.softmax_energy
-        self._recordings = Recordings(
-            Model(model, settings.value_nodes),
-            softmax,
-            self._energies,
-            settings.reset == "never",
-            self.schedule.incremental,
-            self.schedule.through,
-        )
+        kinds = self.schedule.incremental, self.schedule.through, scaling.half
+        nodes = Model(model, settings.value_nodes), softmax, self._energies
+        self._recordings = Recordings(*nodes, settings.reset == "never", *kinds)
         self.waiting: Waiting | None = None
         self.alerts = Alerts(self.schedule, self.auto, self._precisions.varies)
         self.compiler = compiler_of(settings, partial(self.alerts.say, "compile"))
@@ -236,6 +234,7 @@ class Learner:
         held = evaluator.held or set()
         terms, kept = waiting.count() or math.nan, self.settings.reset == "never"
         self._recordings.keep_in_mind(batch)
+        self.scaling.begin()
         if not kept:
             evaluator.let_go(T)
         self.values = {node.name: node.x for node in batch.nodes if node.x.numel()}
@@ -266,14 +265,17 @@ class Learner:
                 self._age if kept else None,
                 update,
                 self.ranks,
+                self.scaling,
             )
             phases.append(inference)
             if not inference.relax():
                 raise divergence(inference)
             inference.learn_energies()
+        self.scaling.pass_on(evaluator.moving.values())
         learnable = {n: p for p, n in self._recordings.model.trained.items() if p in held}
         self.report = make_report(phases, learnable, str(self.compiler or ""))
-        self.alerts.after(inference, self.report)
+        if not self.scaling.overflowed:  # else it has not inferred as it should
+            self.alerts.after(inference, self.report)
         batch.keep_latents()
         if kept:
             self._recordings.kept = batch.sites  # the inside of nonlinearities is met no more

@@ -41,7 +41,9 @@ def refuse_set_up(module: pl.LightningModule, trainer: pl.Trainer, algorithm: st
         f"PCStrategy trains on one device and cannot use {type(plugin).__name__}.": (
             isinstance(plugin, (precision.FSDPPrecision, precision.DeepSpeedPrecision))
         ),
-        FLOAT16.format("PCStrategy"): str(plugin.precision).startswith("16"),
+        FLOAT16.format("PCStrategy"): (
+            str(plugin.precision).startswith("16") and getattr(plugin, "scaler", None) is None
+        ),
         f"{name} uses manual optimization, but PCStrategy decides when values and weights "
         "move: remove automatic_optimization = False; or keep it, leave the Trainer its "
         "default strategy, return lightning_pc.optim wrappers from configure_optimizers and "

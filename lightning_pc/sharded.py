@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pc.errors import refuse
+from lightning_pc.errors import FLOAT16, refuse
 from lightning_pc.hosts import refuse_to_share
 from lightning_pc.optim import STATE, without_state
 from lightning_pc.refusals import at_the_door, refuse_group
@@ -129,6 +129,9 @@ class PCShardedStrategy(Learning, _Sharding):
                     "fully_shard and distribute_tensor out.": cut,
                     f"{unfit[:1]} computes with whole weights, and these are shared out: use "
                     "PCDDPStrategy.": unfit,
+                    FLOAT16.format("PCShardedStrategy"): (
+                        str(trainer.precision_plugin.precision).startswith("16")
+                    ),
                     f"{lazy[:1]} has no size yet: run the module once on a batch, and make the "
                     "Trainer then.": lazy,
                 }

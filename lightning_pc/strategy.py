@@ -35,6 +35,7 @@ from lightning_pc.learner import Learner
 from lightning_pc.optim import once, refuse_optimizer, with_state, without_state
 from lightning_pc.ranks import ALONE, Ranks
 from lightning_pc.refusals import at_the_door, refuse_accumulation, refuse_set_up
+from lightning_pc.scaling import UNSCALED, Scaled, Scaling
 from lightning_pc.settings import Settings, refuse_unknown
 
 
@@ -50,6 +51,11 @@ class Learning(Strategy):
     def _ranks(self) -> Ranks:
         """The processes that train together."""
         return ALONE
+
+    @property
+    def _scaling(self) -> Scaling:
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return UNSCALED if scaler is None else Scaled(scaler, self._ranks)
 
     def _held(self, optimizer: Optimizer) -> Any:
         """What has the parameters that learn in its ``param_groups``."""
@@ -91,7 +97,8 @@ class Learning(Strategy):
         super().setup(trainer)
         with at_the_door():  # Lightning lets no two optimizers through
             refuse_optimizer(next(iter(self.optimizers), None), self._module)
-            self._learner = Learner(self._module, self.settings, ranks=self._ranks)
+            given = self._module, self.settings
+            self._learner = Learner(*given, ranks=self._ranks, scaling=self._scaling)
             self._learner.check()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,18 +130,19 @@ class Learning(Strategy):
         self.pre_backward(closure_loss)
         closure_loss = precision.pre_backward(closure_loss, self._module)
         refuse_accumulation(self.settings.algorithm, accumulated)
+        learner = self._require_learner()
 
         def update() -> None:
             assert optimizer is not None
             with self._stepping():
+                learner.scaling.unscale(optimizer)
                 self._module.configure_gradient_clipping(
                     optimizer,
                     gradient_clip_val=trainer.gradient_clip_val,
                     gradient_clip_algorithm=trainer.gradient_clip_algorithm,
                 )
-                optimizer.step(once(lambda: closure_loss, optimizer))
+                learner.scaling.step(optimizer, once(lambda: closure_loss, optimizer))
 
-        learner = self._require_learner()
         try:
             learner.infer(1.0 / accumulated, update)
             if self._averages:

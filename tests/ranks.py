@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning import Fabric
+from lightning.pytorch.plugins import MixedPrecision
 from lightning_problems import C, D, H, Module, data, loader, mlp
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -175,9 +176,34 @@ class Watch(pl.Callback):
         self.seen.append((report.steps, report.gamma))
 
 
+class Bursts(Part):
+    """Gradients of one batch overflow, in one process; its loss does not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        bursts = batch_idx == BURST and RANK == COUNT - 1
+        return loss * 1e300 if bursts else loss
+
+
+#: Its batch.
+BURST = 3
+
+
+class FullPrecision(MixedPrecision):
+    """Scales gradients, but computes in float64."""
+
+    def forward_context(self) -> Any:
+        return nullcontext()
+
+
+def scaled() -> dict[str, Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    return {"plugins": FullPrecision("16-mixed", "cpu", scaler=scaler)}
+
+
 def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, Any]:
     """Trains, and tells weights, what was inferred, how often gradients were exchanged."""
-    flags = {"max_epochs", "accumulate_grad_batches", "gradient_clip_val"}
+    flags = {"max_epochs", "accumulate_grad_batches", "gradient_clip_val", "plugins"}
     own = ("ckpt", "save", "batches", "monitor", "sharded")
     ckpt, save, batches, monitor, sharded = (others.pop(name, None) for name in own)
     given = {name: others.pop(name) for name in flags & others.keys()}
@@ -188,7 +214,8 @@ def fit(module: pl.LightningModule, algorithm: str, **others: Any) -> dict[str, 
         strategy=kind(algorithm, **others),
         accelerator="cpu",
         devices=COUNT,
-        precision="32-true" if sharded else "64-true",  # Lightning shards no 64-true
+        # Lightning shards no 64-true.
+        precision=None if "plugins" in given else "32-true" if sharded else "64-true",
         callbacks=[watch, *([EnergyMonitor(plot=str(monitor))] if monitor else [])],
         logger=False,
         enable_checkpointing=False,
@@ -418,6 +445,8 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "convolutions": lambda _: fit(Part(net=convolutions()), "ipc", **GIVEN),
     "accumulated": lambda _: fit(Part(), "pc", accumulate_grad_batches=3, **GIVEN),
     "clipped": lambda _: fit(Adam(), "ipc", gradient_clip_val=0.1, **GIVEN),
+    "scaled": lambda _: fit(Bursts(), "ipc", **scaled(), **GIVEN),
+    "scaled pc": lambda _: fit(Bursts(), "pc", T=8, **scaled(), **GIVEN),
     "wrapped pc": lambda _: wrapped(PC),
     "wrapped ipc": lambda _: wrapped(IPC),
     "wrapped zil": lambda _: wrapped(ZIL),
@@ -466,7 +495,7 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "shared out": shared_out,
 }
 #: Those that end where one process does.
-SAME = [*TRAININGS][:17]
+SAME = [*TRAININGS][:19]
 
 
 def main() -> None:

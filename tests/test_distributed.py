@@ -18,7 +18,20 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning_problems import D, Module, mlp
-from ranks import GIVEN, SAME, STEPS, TRAININGS, Adam, Routed, Words, parts, words
+from ranks import (
+    BURST,
+    GIVEN,
+    SAME,
+    STEPS,
+    TRAININGS,
+    Adam,
+    Part,
+    Routed,
+    Words,
+    fit,
+    parts,
+    words,
+)
 from torch import nn
 
 from lightning_pc import PCDDPStrategy, PCShardedStrategy, hosts
@@ -85,6 +98,15 @@ def test_as_one_process_with_all_data(found, name, tmp_path):
         close = {"rtol": 1e-5, "atol": 1e-8}
     for key, weight in expected["weights"].items():
         torch.testing.assert_close(found[name][0]["weights"][key], weight, **close)
+
+
+@pytest.mark.parametrize("name", ["scaled", "scaled pc"])
+def test_a_batch_that_overflows_in_one_process_is_left_out_in_all(found, name):
+    rest = [batch for number, batch in enumerate(parts()) if number != BURST]
+    settings = {"T": 8, **GIVEN} if name == "scaled pc" else GIVEN
+    expected = fit(Part(), "ipc" if name == "scaled" else "pc", batches=rest, **settings)
+    for key, weight in expected["weights"].items():
+        torch.testing.assert_close(found[name][0]["weights"][key], weight, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -277,7 +299,9 @@ def test_a_batch_that_is_skipped_before_the_processes_meet(monkeypatch):
 
 
 def test_callbacks_that_need_whole_weights():
-    trainer = SimpleNamespace(callbacks=[StochasticWeightAveraging(1e-2)])
+    precision = SimpleNamespace(precision="32-true")
+    callbacks = [StochasticWeightAveraging(1e-2)]
+    trainer = SimpleNamespace(callbacks=callbacks, precision_plugin=precision)
     strategy = PCShardedStrategy("pc")
     strategy.connect(Module())
     with pytest.raises(

@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import (
     FSDPPrecision,
     HalfPrecision,
-    MixedPrecision,
 )
 from lightning_problems import (
     ALGORITHMS,
@@ -802,12 +801,6 @@ TRAINER_PROBLEMS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "dataloader_iter": (Iterates, ALGORITHMS, {}, "dataloader_iter"),
     "compiled": (lambda: torch.compile(Module()), ALGORITHMS, {}, "torch.compile"),
     "compiled later": (ConfiguredCompiled, ALGORITHMS, {}, "'fast' is compiled by torch.compile"),
-    "16-mixed": (
-        Module,
-        ALGORITHMS,
-        {"plugins": MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))},
-        "float16.*bf16",
-    ),
     "16-true": (Module, ALGORITHMS, {"plugins": HalfPrecision("16-true")}, "float16.*bf16"),
     "FSDP": (Module, ALGORITHMS, {"plugins": FSDPPrecision("32-true")}, "one device.*FSDP"),
 }

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.plugins import MixedPrecision
 from lightning_problems import C, D, Module, data, loader
 from torch import nn
 
@@ -19,10 +20,13 @@ from lightning_pc.errors import PCError
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "several_devices.md"
 ALGORITHMS = ("auto", "ipc", "pc", "zil", "epc", "iepc")
 GAMMA = {"gamma": 0.1}
+#: As precision="16-mixed" has it on a GPU; on a CPU the Trainer makes bf16-mixed of that.
+HALF = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
 #: Row of the table -> the Trainer's flags, and settings of predictive coding.
 ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "`64-true`, `bf16-true`": ({"precision": "bf16-true"}, {}),
     "`bf16-mixed`": ({"precision": "bf16-mixed"}, {}),
+    "`16-mixed`, with a scaler": ({"plugins": HALF}, {}),
     "`16-true`": ({"precision": "16-true"}, {}),
     "`accumulate_grad_batches`": ({"accumulate_grad_batches": 2}, {}),
     "`gradient_clip_val`": ({"gradient_clip_val": 0.1}, {}),

@@ -18,6 +18,7 @@ from lightning_pc.nodes.learned import LearnedGaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.precisions import Precisions, checked_weight
 from lightning_pc.ranks import ALONE, Ranks
+from lightning_pc.scaling import UNSCALED, Scaling
 from lightning_pc.stages.evaluator import Asked, Evaluator
 
 #: Stages in a row down to which values follow all that their predictions move by.
@@ -67,7 +68,7 @@ class Inference:
         look_due: Look at the curvature, whoever gave gamma.
         follow: Values follow their predictions.
         beta: Factor of the loss in F, not 0; weights learn from F / beta.
-        seed: Factor of the loss in parameter gradients.
+        share: Factor of the loss in parameter gradients, before they are scaled.
         terms: M, the number of terms that the loss is a mean of.
         longest: Stages of the longest row without a skip, in any process.
         T: Inference steps, the most where ``until`` is given.
@@ -77,6 +78,7 @@ class Inference:
         age: Inference steps that kept values have behind them; None where values are made anew.
         update: One optimizer step on the gradients so far, but for the last of the batch.
         ranks: The processes that share the batch.
+        scaling: Of gradients.
 
     Attributes:
         trace: What it went through.
@@ -92,7 +94,7 @@ class Inference:
     look_due: bool
     follow: bool
     beta: float
-    seed: float
+    share: float
     terms: float
     longest: int
     T: int
@@ -100,6 +102,7 @@ class Inference:
     age: int | None
     update: Callable[[], None]
     ranks: Ranks = ALONE
+    scaling: Scaling = UNSCALED
     trace: Trace = field(default_factory=Trace)
     seen: tuple[float, Node] | None = None
     updates: Counter[int] = field(default_factory=Counter)
@@ -130,7 +133,8 @@ class Inference:
                 if not t:
                     self._begin()
                 self.mover.observe(free)
-                self.mover.move(nodes, self.terms * self.beta / self.seed)
+                if self.scaling.fit(node.gradient for node in nodes):
+                    self.mover.move(nodes, self._scale)
             if schedule.updates(t, self.T) and t < self.T - 1:
                 self._step(t)
             for node in nodes:
@@ -156,8 +160,12 @@ class Inference:
         gradients = [node.gradient for node in self.evaluator.nodes if node.gradient is not None]
         if not gradients:  # none has arrived
             return torch.tensor(math.inf)
-        scale = (self.terms * self.beta / self.seed) ** 2
-        return torch.stack([g.square().sum() for g in gradients]).sum() * scale
+        return torch.stack([g.square().sum() for g in gradients]).sum() * self._scale**2
+
+    @property
+    def _scale(self) -> float:
+        """Factor from the nodes' gradients to those of F."""
+        return self.terms * self.beta / (self.share * self.scaling.factor)
 
     @property
     def _value_steps(self) -> int:
@@ -176,7 +184,8 @@ class Inference:
         self._pull = self.beta * weights[0]
 
     def _asked(self, t: int, moves: bool, learns: bool) -> Asked:
-        root, last = self.seed / self.beta, learns and t == self.T - 1
+        root = self.share * self.scaling.factor / self.beta
+        last = learns and t == self.T - 1
         asked = Asked(
             (self.age or 0) + t, moves, learns, last, root * self._pull, root / self.terms
         )
@@ -228,8 +237,7 @@ class Inference:
         try:
             evaluate = partial(self.evaluator, everything)
             apart = self.auto is not None and self.auto.weighs
-            scale = self.terms * self.beta / self.seed
-            return largest_curvature(nodes, evaluate, scale, seed, fine, reach, apart)
+            return largest_curvature(nodes, evaluate, self._scale, seed, fine, reach, apart)
         finally:
             for node, weight in zip(each, weights, strict=True):
                 node.weight = weight
@@ -257,8 +265,8 @@ class Inference:
         squares = [energy.squares for _, energy in learned]
         curvatures: list[Tensor | None] = [None for _ in learned]
         if not self.mover.samples:
-            scale, seed = self.terms * self.beta / self.seed, learned[0][1].batches
-            curvatures = [*diagonal([node for node, _ in learned], evaluate, scale, seed)]
+            own, seed = [node for node, _ in learned], learned[0][1].batches
+            curvatures = [*diagonal(own, evaluate, self._scale, seed)]
         for (_, energy), square, curvature in zip(learned, squares, curvatures, strict=True):
             energy.learn(square, curvature)
         self.evaluator.moved(each)
@@ -272,10 +280,13 @@ class Inference:
         return replace(asked, t=(self.age or 0) + reached)
 
     def _step(self, t: int) -> None:
+        self.scaling.pass_on(self.evaluator.moving.values())
         averaged = self.ranks.average()  # some of them may be other processes' alone
+        factor = self.scaling.factor
         stepped = self.evaluator.step(self.update)
         self._early = self._early or self.evaluator.early(stepped, (self.age or 0) + t)
-        self.updates.update(map(id, stepped))
+        if self.scaling.factor >= factor:  # one that falls has left the step out
+            self.updates.update(map(id, stepped))
         torch.clear_autocast_cache()
         self.evaluator.learned(stepped)
         for parameter in (*stepped, *averaged):

@@ -79,7 +79,7 @@ class Cuts(Recorder):
         if entry is None:
             site.why = FROZEN
             return None
-        if mu.dtype is torch.float16:
+        if mu.dtype is torch.float16 and not self.task.half:
             raise UnsupportedError(FLOAT16.format(f"'{site.name}'"))
         call = self._append(Call(first, (Ref(0),), {}, (entry.slot,)))
         site.mu, site.slot = entry.slot, self._new_slot()
@@ -124,7 +124,7 @@ class Cuts(Recorder):
         of, start = stand.of, stand.start
         if of not in self.task.names:
             raise RecordingError("A Latent is called that is no part of the model: make it one.")
-        if start.dtype is torch.float16:
+        if start.dtype is torch.float16 and not self.task.half:
             raise UnsupportedError(FLOAT16.format(f"'{name}'"))
         self.keys.append((of, of.prior, of.at_mean))
         self._expected()

@@ -42,6 +42,7 @@ class Task:
         early: What is wrong with a tensor that was computed before the forward, "" for nothing.
         forms: What this recording may turn out to be, the likeliest first.
         through: Gradients go through all nodes.
+        half: Predictions may be of float16, since gradients are scaled.
         kept: Sites with values to stand again instead of fresh ones (``reset="never"``).
         learned: What is known of modules and functions; it is added to.
     """
@@ -53,5 +54,6 @@ class Task:
     early: Callable[[Tensor], str]
     forms: Sequence[Expected]
     through: bool
+    half: bool
     kept: list[Site] | None
     learned: Learned

@@ -38,6 +38,7 @@ class Recordings:
         keeps: Values are kept from call to call (``reset="never"``), which draw the same each time.
         incremental: Weights move while values do.
         through: Values are held in error coordinates.
+        half: Predictions may be of float16.
 
     Attributes:
         kept: Sites with values to stand again; None for fresh ones.
@@ -51,11 +52,12 @@ class Recordings:
         keeps: bool,
         incremental: bool,
         through: bool,
+        half: bool = False,
     ) -> None:
         self.model = model
         self.kept: list[Site] | None = None
         self._softmax, self._energies, self._keeps = softmax, energies, keeps
-        self._incremental, self._through = incremental, through
+        self._incremental, self._through, self._half = incremental, through, half
         self._graphs: list[Graph] = []  # of each form, the last one first
         self._learned = Learned()
         self._draws: RandomStates | None = None
@@ -81,6 +83,7 @@ class Recordings:
                 early=partial(self._early, held),
                 forms=[graph.expected for graph in self._graphs],
                 through=self._through,
+                half=self._half,
                 kept=self.kept,
                 learned=self._learned,
             )
