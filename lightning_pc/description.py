@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,29 +19,10 @@ from lightning_pc.insight.products import Products, products
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse_unknown
 from lightning_pc.stages.through import ThroughErrors
+from lightning_pc.tree import NodeRow, ranges, tree_of
 
-
-@dataclass(frozen=True)
-class NodeRow:
-    """One line of `describe`; where no node stands all but name and shape is empty.
-
-    Attributes:
-        name: Dotted name of the place.
-        shape: [B, *].
-        energy: Name of its node energy.
-        parents: Nodes from which it is predicted.
-        depth: Fewest stages to the loss.
-        parameters: Number of trainable weights of its stage.
-        why: Why no node stands there.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    energy: str = ""
-    parents: tuple[str, ...] = ()
-    depth: int = 0
-    parameters: int = 0
-    why: str = ""
+#: Nodes of a table; more are shown as a tree.
+MOST = 30
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,13 +52,16 @@ class Description:
     def __repr__(self) -> str:
         return f"Description(nodes={len(self.rows)}, depth={self.depth}, T={self.T})"
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Table | Group:
         nodes = "value node" if len(self.rows) == 1 else "value nodes"
-        table = Table(
-            title=f"{len(self.rows)} {nodes}, depth {self.depth}, T = {self.T}",
-            caption=f"stage of the loss: {self.loss_parameters:,} weights\n"
-            f"matrix products of an update: {_told(self.update)}; backprop: {_told(self.backprop)}",
+        title = f"{len(self.rows)} {nodes}, depth {self.depth}, T = {self.T}"
+        caption = (
+            f"stage of the loss: {self.loss_parameters:,} weights\n"
+            f"matrix products of an update: {_told(self.update)}; backprop: {_told(self.backprop)}"
         )
+        if len(self.rows) > MOST:
+            return Group(tree_of([*self.rows, *self.passed_over], title), Text(caption, "dim"))
+        table = Table(title=title, caption=caption)
         table.add_column("#", justify="right")
         table.add_column("value node", overflow="fold", min_width=16)
         table.add_column("shape", no_wrap=True)
@@ -86,7 +71,7 @@ class Description:
         table.add_column("weights", justify="right")
         number = {row.name: i for i, row in enumerate(self.rows, 1)}
         for row in self.rows:
-            parents = ", ".join(str(number[name]) for name in row.parents)
+            parents = ranges(number[name] for name in row.parents)
             parents = parents or ("input" if row.parameters else "none")  # none of a Latent
             cells = (row.energy, parents, str(row.depth), f"{row.parameters:,}")
             table.add_row(str(number[row.name]), row.name, "x".join(map(str, row.shape)), *cells)
@@ -104,6 +89,8 @@ def describe(
     **settings: Any,
 ) -> Description:
     """Prints the value nodes that a module gets on a batch; nothing is trained or changed.
+
+    More than 30 are printed as a tree of modules, in which neighbours that are alike stand once.
 
     Args:
         model: The module; a LightningModule's ``training_step`` is run, another module is called.
