@@ -670,7 +670,8 @@ def test_rows_converge_by_the_papers_thresholds():
 
 
 def test_jobs_of_one_size_learn_from_as_many_sentences():
-    found = study.jobs()
+    everything = study.jobs()
+    found = [j for j in everything if "variant" not in j]
     for size in (0, 1):
         for seed in range(study.SIZES[size]["seeds"]):
             rows = {
@@ -689,6 +690,31 @@ def test_jobs_of_one_size_learn_from_as_many_sentences():
     paper = [j for j in found if j["size"] == 3]
     assert len(paper) == 60
     assert all(list(j["settings"]) == ["data.seed"] for j in paper)
+
+
+def test_variants_differ_from_their_rows_in_what_they_say():
+    everything = study.jobs()
+    variants = [j for j in everything if "variant" in j]
+    assert len(variants) == 3 * 2 * len(study.VARIANTS)
+    assert {study.label(j) for j in everything} == {*study.LABELS}
+    rows = {(j["size"], j["row"], j["seed"]): j for j in everything if "variant" not in j}
+    for variant in variants:
+        row = rows[variant["size"], variant["row"], variant["seed"]]
+        changed = {k for k, v in variant["settings"].items() if row["settings"].get(k) != v}
+        schedule = variant["settings"]["trainer.callbacks.init_args"]
+        assert schedule["decay"]
+        if variant["variant"] == "all nodes":
+            assert changed == {
+                "trainer.strategy.init_args.value_nodes",
+                *(["model.layer_norm"] if "masked" in row["row"] else []),
+            }
+            continue
+        times = 4.5 if "long" in variant["variant"] else 1
+        assert (
+            variant["settings"]["trainer.max_steps"] == times * row["settings"]["trainer.max_steps"]
+        )
+        longer = {"trainer.max_steps", "trainer.val_check_interval"} if times > 1 else set()
+        assert changed == {"trainer.callbacks.init_args", *longer}
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
     python -m recipes.language_modeling.study --data_dir data/lm1b
 
-A row is a YAML of this folder. Sizes 0 and 1 train all rows on as many sentences, less than an
-epoch; size 2, for a GPU, as the YAMLs say but for three epochs, in which every rate falls; size 3
-is the paper's own, 16 epochs with early stopping. A run that is stopped goes on from its last
-checkpoint.
+A row is a YAML of this folder, or a variant of one with other settings (`VARIANTS`): iPC with nodes
+at all activations, as the paper has it, and backprop with iPC's falling rate, for as many batches
+and for as much processor time. ``--where variant='all nodes'`` chooses one.
+
+Sizes 0 and 1 train all rows on as many sentences, less than an epoch; size 2, for a GPU, as the
+YAMLs say but for three epochs, in which every rate falls; size 3 is the paper's own, 16 epochs with
+early stopping. A run that is stopped goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ RUNS, MODELS = (Path(".cache/language_modeling") / name for name in ("runs", "mo
 
 SIZES: tuple[dict[str, Any], ...] = (
     {"sentences": 25_600, "seeds": 1},
-    {"sentences": 102_400, "seeds": 2},
+    {"sentences": 102_400, "seeds": 3},
     {"sentences": None, "seeds": 1, "epochs": 3},
     {"sentences": None, "seeds": 10},
 )
@@ -52,8 +55,24 @@ BATCH_SIZES = {"masked": 16, "conditional": 64}
 RATES = {"masked_bp": 0.001}
 
 
-def short(row: str, sentences: int, batch_size: int | None = None) -> dict[str, Any]:
-    """What LightningCLI is given for a run of so many sentences, all of them new to the model."""
+_AUTO = {"trainer.strategy.init_args.value_nodes": "auto"}
+#: Variant -> its algorithm, its settings by task, and how many times the batches it has. With all
+#: nodes the masked model has no LayerNorm, as in the paper: it harms there (`variants`).
+VARIANTS: dict[str, tuple[str, dict[str, dict[str, Any]], float]] = {
+    "all nodes": (
+        "ipc",
+        {"masked": _AUTO | {"model.layer_norm": False}, "conditional": _AUTO},
+        1,
+    ),
+    "falling rate": ("bp", {}, 1),
+    "falling rate, 4.5 times as long": ("bp", {}, 4.5),
+}
+
+
+def short(
+    row: str, sentences: int, batch_size: int | None = None, decay: bool = False
+) -> dict[str, Any]:
+    """What LightningCLI is given for a run of so many sentences, all new where there are enough."""
     task, _, algorithm = row.partition("_")
     batch_size = batch_size or BATCH_SIZES[task]
     batches = sentences // batch_size
@@ -63,7 +82,10 @@ def short(row: str, sentences: int, batch_size: int | None = None) -> dict[str, 
         "data.eval_sentences": 1000,
         "trainer.max_steps": batches,
         "trainer.val_check_interval": batches // 8,
-        "trainer.callbacks.init_args": {"batches": batches // 20, "decay": algorithm == "ipc"},
+        "trainer.callbacks.init_args": {
+            "batches": batches // 20,
+            "decay": decay or algorithm == "ipc",
+        },
     }
     return settings | ({"optimizer.lr": RATES[row]} if row in RATES else {})
 
@@ -84,7 +106,30 @@ def jobs() -> list[Job]:
                     settings["trainer.max_epochs"] = how["epochs"]
                     settings["trainer.callbacks.init_args"] = {"batches": 100, "decay": True}
                 found.append({"size": size, "row": row, "seed": seed, "settings": settings})
-    return found
+    return found + [_variant(name, task, seed) for seed, task, name in product(*_EACH)]
+
+
+#: Of variants, which are run at size 1 alone.
+_EACH = (range(SIZES[1]["seeds"]), TASKS, VARIANTS)
+
+
+def _variant(name: str, task: str, seed: int) -> Job:
+    algorithm, own, times = VARIANTS[name]
+    row, sentences = f"{task}_{algorithm}", int(SIZES[1]["sentences"] * times)
+    settings = {"data.seed": seed} | short(row, sentences, decay=True) | own.get(task, {})
+    return {"size": 1, "row": row, "seed": seed, "variant": name, "settings": settings}
+
+
+def label(row: Row) -> str:
+    """What tables call an algorithm."""
+    algorithm = row["row"].rpartition("_")[2]
+    own = "head only" if algorithm == "ipc" else ""
+    return ", ".join(filter(None, [algorithm, row.get("variant", own)]))
+
+
+#: What tables call them, in the order of their lines.
+LABELS = ("bp", *(f"bp, {n}" for n, v in VARIANTS.items() if v[0] == "bp"), "pc")
+LABELS += ("ipc, head only", "ipc, all nodes")
 
 
 class Record(L.Callback):
@@ -226,8 +271,8 @@ def tables(rows: list[Row]) -> list[Table]:
     for heading in ("batches", "dev", "test", "with end", "s / batch", "converged", "seeds"):
         table.add_column(heading, justify="right")
     for task in TASKS:
-        for name in ALGORITHMS:
-            found = [row for row in rows if row["row"] == f"{task}_{name}"]
+        for name in LABELS:
+            found = [r for r in rows if r["row"].startswith(task) and label(r) == name]
             if found:
                 table.add_row(
                     f"{task} {name}",
@@ -263,15 +308,14 @@ def mean(values: Iterable[float | None], digits: str = ".1f") -> str:
 def picture(rows: list[Row]) -> Figure:
     """Dev perplexity while training, as in Fig. 3 right; a panel for each task."""
     figure = Figure(figsize=(9, 4), layout="constrained")
-    colours = {"bp": "0.35", "pc": "tab:orange", "ipc": "tab:blue"}
+    colours = dict(zip(LABELS, ("0", "0.4", "0.7", "C1", "C0", "C2"), strict=True))
     for axes, task in zip(figure.subplots(1, len(TASKS), squeeze=False)[0], TASKS, strict=True):
-        for name in ALGORITHMS:
-            for row in rows:
-                points = [p for p in row["dev"] if p[1] is not None]
-                if row["row"] == f"{task}_{name}" and points:
-                    label = name if row["seed"] == 0 else None
-                    batches, values = zip(*points, strict=True)
-                    axes.plot(batches, values, "o-", ms=3, color=colours[name], label=label)
+        for row in (row for row in rows if row["row"].startswith(task)):
+            name = label(row)
+            if points := [p for p in row["dev"] if p[1] is not None]:
+                told = name if row["seed"] == 0 else None
+                batches, values = zip(*points, strict=True)
+                axes.plot(batches, values, "o-", ms=3, color=colours[name], label=told)
         axes.set(title=task, yscale="log", xlabel="batches")
         if axes.lines:
             axes.legend(frameon=False)
