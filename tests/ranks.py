@@ -135,6 +135,51 @@ def convolutions() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(4 * D, C))
 
 
+class Total(torch.autograd.Function):
+    """The sum over all processes, as `torch.nn.SyncBatchNorm` makes it on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor) -> torch.Tensor:
+        whole = part.clone()
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return Total.forward(ctx, gradient)
+
+
+class SyncedNorm(nn.BatchNorm2d):
+    """Normalizes by the batches of all processes; SyncBatchNorm itself refuses a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if COUNT == 1:
+            return super().forward(x)
+        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+        count = COUNT * x.numel() / x.shape[1]
+        mean, square = Total.apply(sums) / count
+        var = square - mean.square()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale, shift, mean, var = (v[:, None, None] for v in (self.weight, self.bias, mean, var))
+        return (x - mean) / (var + self.eps).sqrt() * scale + shift
+
+
+class Synced(Part):
+    """A CNN whose norms meet at every run of their stage."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(3)
+        layers = [nn.Unflatten(1, (1, 1, D))]
+        for width in (1, 4):
+            layers += [nn.Conv2d(width, 4, (1, 3), padding="same"), SyncedNorm(4), nn.GELU()]
+        super().__init__(net=nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * D, C)))
+
+    def on_train_end(self) -> None:
+        self.buffers_met = [buffer.clone() for buffer in self.buffers() if buffer.dim()]
+
+
 class Words(pl.LightningModule):
     """A tiny BERT; the second process's sentences have fewer words to tell."""
 
@@ -447,6 +492,9 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "clipped": lambda _: fit(Adam(), "ipc", gradient_clip_val=0.1, **GIVEN),
     "scaled": lambda _: fit(Bursts(), "ipc", **scaled(), **GIVEN),
     "scaled pc": lambda _: fit(Bursts(), "pc", T=8, **scaled(), **GIVEN),
+    "synced pc": lambda _: fit(Synced(), "pc", **GIVEN),
+    "synced ipc": lambda _: fit(Synced(), "ipc", **GIVEN),
+    "synced zil": lambda _: fit(Synced(), "zil"),
     "wrapped pc": lambda _: wrapped(PC),
     "wrapped ipc": lambda _: wrapped(IPC),
     "wrapped zil": lambda _: wrapped(ZIL),
@@ -495,7 +543,7 @@ TRAININGS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "shared out": shared_out,
 }
 #: Those that end where one process does.
-SAME = [*TRAININGS][:19]
+SAME = [*TRAININGS][:22]
 
 
 def main() -> None:

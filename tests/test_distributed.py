@@ -100,6 +100,14 @@ def test_as_one_process_with_all_data(found, name, tmp_path):
         torch.testing.assert_close(found[name][0]["weights"][key], weight, **close)
 
 
+@pytest.mark.parametrize("name", ["synced pc", "synced ipc", "synced zil"])
+def test_norms_that_meet_keep_statistics_of_the_whole_batch(found, name, tmp_path):
+    expected = TRAININGS[name](tmp_path)["buffers"]
+    assert len(expected) == 4
+    for one in found[name]:
+        torch.testing.assert_close(one["buffers"], expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["scaled", "scaled pc"])
 def test_a_batch_that_overflows_in_one_process_is_left_out_in_all(found, name):
     rest = [batch for number, batch in enumerate(parts()) if number != BURST]
