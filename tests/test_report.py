@@ -54,7 +54,7 @@ def line(page, title):
 def test_nothing_was_run(results):
     page = report.page()
     assert line(page, "MLP on MNIST")[4:] == ["not run"] * 6
-    assert line(page, "masked")[4:] == ["not run"] * 4
+    assert line(page, "masked: PC")[2:] == ["not run", "", "", ""]
     assert "Ours: not run." in page
 
 
@@ -117,29 +117,38 @@ def test_the_committed_results_make_the_page(tmp_path):
     assert max(figures["data_share"].values()) < 0.1
 
 
-def test_language_models_of_different_sizes_are_told_apart(results):
+def language_models(rows):
+    """Lines of Table 3 by name, from (size, row, variant, test)."""
     file = Results(report.language.STUDY.results)
     file.sittings.append({"command": "python -m x", **MACHINE})
-    for size, row, batches in ((0, "masked_bp", 10), (0, "masked_pc", 10), (1, "masked_bp", 40)):
+    for size, row, variant, test in rows:
         job = {"size": size, "row": row, "seed": 0, "settings": {}}
-        file.add(job, {"test": 300.0, "batches": batches, "diverged": False}, {})
-    told = line(report.page(), "masked")[-1]
-    assert told == "**reduced**: 40 batches (bp); **reduced**: 10 batches (pc)"
+        job |= {"variant": variant} if variant else {}
+        figures = {"test": test, "batches": 10 + size, "seconds": 0.5, "diverged": False}
+        file.add(job, figures, {})
+    page = report.page()
+    names = [f"{task}: {label}" for task in ("masked", "conditional") for label in LABELS]
+    return {name: line(page, name)[1:] for name in names}
+
+
+LABELS = ("BP", "BP, falling rate", "PC", "iPC, head only", "iPC, all nodes")
 
 
 def test_language_models_are_compared_at_a_size_that_backprop_and_ipc_share(results):
-    file = Results(report.language.STUDY.results)
-    file.sittings.append({"command": "python -m x", **MACHINE})
-    for size, row, test in (
-        *((0, "masked_bp", 5.0), (0, "masked_ipc", 4.0), (0, "masked_pc", 6.0)),
-        *((1, "masked_bp", 9.0), (1, "masked_ipc", 8.0), (2, "masked_bp", 7.0)),
-        *((2, "conditional_bp", 3.0), (2, "conditional_ipc", 2.0)),
-    ):
-        job = {"size": size, "row": row, "seed": 0, "settings": {}}
-        file.add(job, {"test": test, "batches": 10 + size, "diverged": False}, {})
-    page = report.page()
-    told = line(page, "masked")[4:]
-    assert told[:3] == ["9.0 (1 of 1)", "6.0 (1 of 1)", "8.0 (1 of 1)"]
-    assert told[3] == "**reduced**: 11 batches (bp, ipc); **reduced**: 10 batches (pc)"
-    told = line(page, "conditional")[4:]
-    assert told == ["3.0 (1 of 1)", "not run", "2.0 (1 of 1)", "**reduced**: 12 batches"]
+    told = language_models(
+        [
+            *((0, "masked_bp", "", 5.0), (0, "masked_ipc", "", 4.0), (0, "masked_pc", "", 6.0)),
+            *((1, "masked_bp", "", 9.0), (1, "masked_ipc", "", 8.0), (2, "masked_bp", "", 7.0)),
+            *((2, "conditional_bp", "", 3.0), (2, "conditional_ipc", "", 2.0)),
+            *((1, "masked_ipc", "all nodes", 11.0), (1, "masked_bp", "falling rate", 12.0)),
+        ]
+    )
+    small, large = "**reduced**: 10", "**reduced**: 11"
+    assert told["masked: BP"] == ["120.02 ± 13.19 (7)", "9.0 (1 of 1)", large, "11", "0.50"]
+    assert told["masked: PC"] == ["523.08 ± 12.3 (3)", "6.0 (1 of 1)", small, "10", "0.50"]
+    assert told["masked: BP, falling rate"] == ["", "12.0 (1 of 1)", large, "11", "0.50"]
+    assert told["masked: iPC, head only"] == ["", "8.0 (1 of 1)", large, "66", "0.50"]
+    assert told["masked: iPC, all nodes"][1:4] == ["11.0 (1 of 1)", large, "66"]
+    assert told["masked: iPC, all nodes"][0] == "106.19 ± 10.54 (10)"
+    assert told["conditional: iPC, head only"][1:4] == ["2.0 (1 of 1)", "**reduced**: 12", "48"]
+    assert told["conditional: iPC, all nodes"] == ["142.54 ± 4.23 (7)", "not run", "", "", ""]

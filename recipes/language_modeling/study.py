@@ -69,6 +69,10 @@ VARIANTS: dict[str, tuple[str, dict[str, dict[str, Any]], float]] = {
 }
 
 
+#: Weight steps of a batch, T, where there are several.
+STEPS = {"masked_ipc": 6, "conditional_ipc": 4}
+
+
 def short(
     row: str, sentences: int, batch_size: int | None = None, decay: bool = False
 ) -> dict[str, Any]:
