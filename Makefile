@@ -20,8 +20,14 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-docs: $(VENV)/installed
-	$(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+docs: $(VENV)/installed docs/gallery/.package
+	OMP_NUM_THREADS=1 $(RUN) -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+# The build runs the examples that have changed, and all of them where the package has.
+docs/gallery/.package: $(shell find lightning_pc -name "*.py") docs/conf.py
+	rm -rf docs/gallery
+	mkdir docs/gallery
+	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,4 +36,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build docs/gallery
