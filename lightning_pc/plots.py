@@ -32,7 +32,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     ax.plot(range(report.steps), free, "k--", lw=1.2, label="free energy F")
     ax.set(xlabel="inference step t", title=f"{report.algorithm}: energy during one batch")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _dressed(ax, len(lines))
+    return _beside(ax, len(lines))
 
 
 def plot_history(
@@ -48,7 +48,7 @@ def plot_history(
     lines = {name: [(batch, float(e[name])) for batch, e in history if name in e] for name in names}
     ax = _energies(ax, lines, lw=1)
     ax.set(xlabel="batch", title="energy after inference")
-    return _dressed(ax, len(lines))
+    return _beside(ax, len(lines))
 
 
 def plot_reliability(metric: AdaptiveCalibrationError, ax: Axes | None = None) -> Axes:
@@ -63,7 +63,9 @@ def plot_reliability(metric: AdaptiveCalibrationError, ax: Axes | None = None) -
     ax.plot((0, 1), (0, 1), "k--", lw=1, label="calibrated")
     ax.plot(confidence, right, "o-", ms=4, label=f"AdaECE {float(metric.compute()):.3f}")
     ax.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    return _dressed(ax)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize="small")
+    return ax
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -84,8 +86,9 @@ def _energies(ax: Axes | None, lines: dict[str, list[tuple[int, float]]], **styl
     return ax
 
 
-def _dressed(ax: Axes, nodes: int = 0) -> Axes:
+def _beside(ax: Axes, nodes: int) -> Axes:
+    """Names up to 12 nodes, beside the curves: within the axes they would hide some."""
     ax.spines[["top", "right"]].set_visible(False)
     if nodes <= 12:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return ax
