@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_pc
 
@@ -35,6 +35,12 @@ def data(batches: int = 3, batch: int = 4, dtype: torch.dtype = torch.float32) -
 def loader(batches: list[Any]) -> DataLoader:
     """The batches as they are, no sampler and no collation."""
     return DataLoader(batches, batch_size=None)
+
+
+def shuffling() -> DataLoader:
+    """Samples in batches of four, in another order each epoch."""
+    x, y = (torch.cat(part) for part in zip(*data(4), strict=True))
+    return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
 
 
 def mlp(*extra: nn.Module, seed: int = 1) -> nn.Sequential:

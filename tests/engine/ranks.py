@@ -26,7 +26,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
-    BertConfig,
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -39,6 +38,7 @@ from lightning_pc.hugging_face import PCTrainer
 from lightning_pc.optim import IPC, PC, ZIL, PredictiveCoding
 from lightning_pc.sharded import PCShardedStrategy
 from tests.engine.lightning_problems import C, D, H, Module, data, loader, mlp
+from tests.engine.tiny import STILL, bert
 
 COUNT = int(os.environ.get("WORLD_SIZE", "1"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -186,10 +186,7 @@ class Words(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(4)
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 8}
-        dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        config = BertConfig(vocab_size=30, hidden_size=8, intermediate_size=16, **sizes, **dropout)
-        self.net = BertForMaskedLM(config).double()
+        self.net = bert(BertForMaskedLM, **STILL).double()
 
     def loss(self, ids: torch.Tensor, rank: int) -> torch.Tensor:
         """Of one process's sentences."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torch.optim.sgd as torch_sgd
 from torch import nn
 
-from tests.engine.problems import MLP, Thrice
+from tests.engine.modules import MLP, Thrice
+from tests.engine.problems import Problem
 
 # Ten batches of float64, 50 steps of weights and more with ipc. A batched product adds up in
 # another order, 1e-16 of an entry. Adam divides small gradients by their own size, and conjugate
@@ -81,7 +81,7 @@ def dropped():
     return nn.Sequential(*layers, nn.GELU(), nn.Linear(7, 4))
 
 
-class Towers(nn.Module):
+class EqualTowers(nn.Module):
     """Two chains of equal layers from one value; then others of the same width."""
 
     def __init__(self):
@@ -108,27 +108,29 @@ def two_kinds():
     return nn.Sequential(*layers, nn.GELU(), nn.Linear(7, 4))
 
 
-MODULES = {
-    "two kinds": (two_kinds, "auto"),
-    "towers": (Towers, "auto"),
-    "tanh": (deep, "auto"),
-    "gelu": (lambda: deep(f="gelu"), "auto"),
-    "no bias": (lambda: nn.Sequential(*without_bias()), "auto"),
-    "dropout": (dropped, "auto"),
-    "convolutions": (Convolutions, "auto"),
-    "repeated": (lambda: Thrice(5), "auto"),
-    "blocks": (lambda: Stack([Block(6) for _ in range(4)]), "blocks"),
-    "blocks, dropout": (lambda: Stack([Block(6, 0.2) for _ in range(4)]), "blocks"),
-    "encoder": (Encoder, "blocks"),
-    "encoder, dropout": (lambda: Encoder(0.2), "blocks"),
-}
-
-
 def without_bias():
-    yield nn.Linear(6, 7)
+    layers = [nn.Linear(6, 7)]
     for _ in range(5):
-        yield from (nn.SiLU(), nn.Linear(7, 7, bias=False))
-    yield from (nn.Tanh(), nn.Linear(7, 4))
+        layers += [nn.SiLU(), nn.Linear(7, 7, bias=False)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(7, 4))
+
+
+STACKS = {
+    "two kinds": Problem(two_kinds),
+    "towers": Problem(EqualTowers),
+    "tanh": Problem(deep),
+    "gelu": Problem(lambda: deep(f="gelu")),
+    "no bias": Problem(without_bias),
+    "dropout": Problem(dropped),
+    "convolutions": Problem(Convolutions),
+    "repeated": Problem(lambda: Thrice(5)),
+    "blocks": Problem(lambda: Stack([Block(6) for _ in range(4)]), value_nodes="blocks"),
+    "blocks, dropout": Problem(
+        lambda: Stack([Block(6, 0.2) for _ in range(4)]), value_nodes="blocks"
+    ),
+    "encoder": Problem(Encoder, value_nodes="blocks"),
+    "encoder, dropout": Problem(lambda: Encoder(0.2), value_nodes="blocks"),
+}
 
 
 def batches(n, size=5):
@@ -197,18 +199,6 @@ OPTIMIZERS = {
     "fused": lambda p: torch.optim.AdamW(p, 1e-3, fused=True),
     "foreach": lambda p: torch.optim.Adam(p, 1e-3, foreach=True),
 }
-
-
-def count_gradients(monkeypatch):
-    """How many parameters torch's SGD was given gradients of."""
-    found, step = [0], torch_sgd.sgd
-
-    def counted(params, grads, *args, **kwargs):
-        found[0] += len(grads)
-        return step(params, grads, *args, **kwargs)
-
-    monkeypatch.setattr(torch_sgd, "sgd", counted)
-    return found
 
 
 def linears(model):

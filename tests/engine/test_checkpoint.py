@@ -12,10 +12,18 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pc import RandomState
-from tests.engine.lightning_problems import ALGORITHMS, Module, data, loader, mlp, seed_all, trainer
+from tests.engine.lightning_problems import (
+    ALGORITHMS,
+    Module,
+    data,
+    loader,
+    mlp,
+    seed_all,
+    shuffling,
+    trainer,
+)
 from tests.marks import mostly_slow
 
 STRATEGIES = [*ALGORITHMS, "auto"]
@@ -41,11 +49,6 @@ class Net(Module):
         optimizer = torch.optim.Adam(self.parameters(), lr=0.02)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-
-def shuffling() -> DataLoader:
-    x, y = (torch.cat(part) for part in zip(*data(4), strict=True))
-    return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
 
 
 def fitted(

@@ -19,9 +19,10 @@ from lightning_pc.energies import Entrywise
 from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
+from tests.compare import far, twin
 from tests.engine.lightning_problems import Module, data, loader, trainer
-from tests.engine.problems import MLP, far, twin
-from tests.engine.stacks import CLOSE, MODULES, adamw, batches, deep, made, sgd, train
+from tests.engine.modules import MLP
+from tests.engine.stacks import CLOSE, STACKS, adamw, batches, deep, made, sgd, train
 from tests.marks import mostly_slow
 
 #: Runs what was traced, uncompiled: what a compiler does to it is the compiler's own.
@@ -34,7 +35,7 @@ ROWS = {
     "pc, side by side": (PC, adamw, {"parallel": True}),
     "pc, two betas": (PC, adamw, {"gamma": 0.3, "beta": (0.3, -0.3), "parallel": False}),
 }
-DRAW = [name for name in MODULES if "dropout" in name]
+DRAW = [name for name in STACKS if "dropout" in name]
 
 
 def compiler_of(pc):
@@ -43,13 +44,13 @@ def compiler_of(pc):
 
 FEW = [("tanh", "ipc, AdamW"), ("tanh", "pc, two betas"), ("blocks", "pc, side by side")]
 FEW += [("two kinds", "ipc, SGD, side by side"), ("blocks", "ipc, AdamW")]
-TABLE = mostly_slow([(m, r) for m in MODULES for r in ROWS if m not in DRAW], *FEW)
+TABLE = mostly_slow([(m, r) for m in STACKS for r in ROWS if m not in DRAW], *FEW)
 
 
 @pytest.mark.parametrize("case", TABLE)
 def test_the_same_numbers(case):
     module, row = case
-    make, nodes = MODULES[module]
+    make, nodes = STACKS[module].make, STACKS[module].value_nodes
     door, optimizer, settings = ROWS[row]
     one, other = made(make), made(make)
     start = twin(one)
@@ -65,7 +66,7 @@ def test_the_same_numbers(case):
 
 @pytest.mark.parametrize("module", DRAW)
 def test_draws_are_told_and_run_as_they_are(module):
-    make, nodes = MODULES[module]
+    make, nodes = STACKS[module].make, STACKS[module].value_nodes
     one, other = made(make), made(make)
     train(one, PC, adamw, 3, value_nodes=nodes)
     with pytest.warns(UserWarning, match=r"run as they are, not compiled. '.*' draws"):

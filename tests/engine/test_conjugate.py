@@ -13,10 +13,11 @@ from lightning_pc.inference.conjugate import LONGEST, Conjugate
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
+from tests.compare import twin
 from tests.engine.lightning_problems import Module, data, loader, trainer
+from tests.engine.modules import MLP, chain
 from tests.engine.oracle import ErrorCoordinates, Explicit
-from tests.engine.problems import MLP, ByDepth, classifier, sgd, twin, vectors
-from tests.engine.test_curvature import chain, squared
+from tests.engine.problems import ByDepth, classifier, regressor, sgd, vectors
 
 T = 9
 
@@ -72,11 +73,11 @@ def test_equals_the_textbook_on_a_quadratic(algorithm, gamma):
     free, values = written_out(kind, net, x, y, gamma)
     given = {"gamma": gamma, "gamma_decay": 1, "value_nodes": "linear", "T": T}
     optimizer = algorithm(sgd(net, 0.0), net, momentum="conjugate", **given)
-    optimizer.step(squared(net, x, y))
+    optimizer.step(regressor(net, x, y))
     assert optimizer.report.steps == T
     torch.testing.assert_close(optimizer.report.free_energy, free, rtol=1e-9, atol=0)
     plain = algorithm(sgd(net, 0.0), net, **given)
-    plain.step(squared(net, x, y))
+    plain.step(regressor(net, x, y))
     assert free[-1] < plain.report.free_energy[-1]
     if algorithm is PC:
         for node, value in zip(optimizer.values.values(), values, strict=True):
@@ -126,7 +127,7 @@ def test_where_f_has_not_fallen_values_do_not_hurry():
     assert kinds >= {(True, "short"), (True, True), (False, "long"), (False, True)}
     given = {"gamma": 0.6, "gamma_decay": 1, "value_nodes": "linear", "T": 24}
     optimizer = PC(sgd(net, 0.0), net, momentum="conjugate", **given)
-    optimizer.step(squared(net, x, y))
+    optimizer.step(regressor(net, x, y))
     expected = torch.tensor(free, dtype=torch.float64)
     torch.testing.assert_close(optimizer.report.free_energy, expected, rtol=1e-7, atol=0)
 
@@ -305,7 +306,7 @@ def test_gradients_whose_squares_overflow_leave_the_tried_step():
             p.mul_(1e4)
     x, y = torch.randn(16, 12), torch.randn(16, 5)
     optimizer = PC(sgd(net, 0.0), net, value_nodes="linear", momentum="conjugate")
-    optimizer.step(squared(net, x, y))
+    optimizer.step(regressor(net, x, y))
     free = optimizer.report.free_energy
     assert free.isfinite().all()
     assert free[-1] < free[0]
@@ -326,7 +327,7 @@ def test_an_f_that_is_steeper_further_off(seed):
     adam = torch.optim.Adam(net.parameters(), 3e-3)
     optimizer = PC(adam, net, value_nodes="linear")
     for _ in range(25):
-        optimizer.step(squared(net, x, y))
+        optimizer.step(regressor(net, x, y))
         assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
 
 

@@ -23,26 +23,24 @@ from lightning_pc.inference.curvature import (
     AutoGamma,
 )
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
+from tests.compare import twin
 from tests.engine.lightning_problems import loader, trainer
+from tests.engine.modules import (
+    MLP,
+    Skipping,
+    chain,
+)
 from tests.engine.oracle import ErrorCoordinates, Explicit
 from tests.engine.problems import (
-    CNN,
-    MLP,
-    TINY,
-    Dropped,
-    Residual,
-    Skipping,
-    Tied,
-    Transformer,
-    UNet,
+    PROBLEMS,
+    Problem,
     classifier,
-    images,
-    sequences,
+    mse,
+    regressor,
     sgd,
-    twin,
     vectors,
 )
-from tests.engine.test_oracle import Attends, ConvNorm, Skips, Towers, tokens
+from tests.engine.tiny import TINY
 from tests.marks import mostly_slow
 
 ALGORITHMS = [PC, IPC, EPC]
@@ -50,18 +48,6 @@ every = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 
 # --- the oracle: a linear-Gaussian chain, whose curvature follows from its weights ----------------
-
-
-def chain(depth, gain=1.0, width=12):
-    layers = [nn.Linear(width, width) for _ in range(depth)]
-    for layer in layers:
-        layer.weight.data *= gain
-    return nn.Sequential(*layers, nn.Linear(width, 5))
-
-
-def squared(model, x, y):
-    """F is the sum of squares, its curvature in the output is 2."""
-    return lambda: F.mse_loss(model(x), y)
 
 
 def states_curvature(net):
@@ -117,7 +103,7 @@ def test_gamma_is_within_bounds_of_two_over_the_exact_curvature(algorithm, depth
     optimizer = algorithm(make(net.parameters(), lr), net, value_nodes="linear")
     for _ in range(20):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            optimizer.step(squared(net, x, y))
+            optimizer.step(regressor(net, x, y))
     gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
     ratio = gamma * exact_curvature(net, algorithm) / 2
     # Beyond 1 it is unstable; bfloat16's rounding, some hundredths, takes from what a look finds.
@@ -160,94 +146,26 @@ class Written(Explicit):
         return x
 
 
-class Masked(nn.Module):
-    """Causal attention, its logits masked by the -inf or the -1e9 of the user."""
-
-    def __init__(self, mask=-math.inf):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(4, 4) for _ in range(4))
-        self.head, self.mask = nn.Linear(4, 3), mask
-        with torch.no_grad():
-            self.q.weight.mul_(4), self.v.weight.mul_(6)  # the attention logits have a say
-
-    def forward(self, x):
-        return self.run(x, lambda mu, dim=None: mu, self.mask)
-
-    def explicit(self, at, x, y):
-        out = self.run(x, at, -1e9)
-        return F.cross_entropy(out, y, reduction="sum", ignore_index=-100), int((y >= 0).sum())
-
-    def run(self, x, at, mask):
-        hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
-        logits = (self.q(x) @ self.k(x).transpose(1, 2) / 2).masked_fill(hidden, mask)
-        h = at(self.o(x + at(logits, -1).softmax(-1) @ self.v(x)))
-        return self.head(torch.tanh(h)).transpose(1, 2)
+GRAPHS = [  # problem, factor of its weights
+    *[("mlp", 1.0), ("mlp", 4.0), ("smooth residual", 2.0), ("skips", 2.0), ("towers", 2.0)],
+    *[("conv", 1.0), ("attention", 1.0), ("masked with -inf", 1.0), ("masked with -1e9", 1.0)],
+]
 
 
-class SmoothResidual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
-        self.a, self.b = (nn.ModuleList(nn.Linear(6, 6) for _ in range(3)) for _ in range(2))
-
-    def forward(self, x):
-        return self.run(x, lambda mu: mu)
-
-    def explicit(self, at, x, y):
-        return F.cross_entropy(self.run(x, at), y, reduction="sum"), len(y)
-
-    def run(self, x, at):
-        x = self.stem(x)
-        for a, b in zip(self.a, self.b, strict=True):
-            x = x + b(torch.tanh(at(a(torch.tanh(at(x))))))
-        return self.head(x)
-
-
-def tabular(n):
-    return torch.randn(n, 6).double(), torch.randint(0, 4, (n,))
-
-
-def pictures(n):
-    return torch.randn(n, 1, 7, 7).double(), torch.randint(0, 4, (n,))
-
-
-def explicit_mlp(model, at, x, y):
-    for layer in model:
-        x = layer(at(x)) if isinstance(layer, nn.Tanh) else layer(x)
-    return F.cross_entropy(x, y, reduction="sum"), len(y)
-
-
-def own(model, at, *batch):
-    return model.explicit(at, *batch)
-
-
-GRAPHS = {  # module, F written out, batches, factor of its weights
-    "mlp": (lambda: MLP((6, 7, 5, 5, 4)), explicit_mlp, tabular, 1.0),
-    "steep mlp": (lambda: MLP((6, 7, 5, 5, 4)), explicit_mlp, tabular, 4.0),
-    "residual": (SmoothResidual, own, tabular, 2.0),
-    "skips": (Skips, own, tabular, 2.0),
-    "towers": (Towers, own, tabular, 2.0),
-    "conv": (ConvNorm, own, pictures, 1.0),
-    "attention": (Attends, own, tokens, 1.0),
-    "masked with -inf": (Masked, own, tokens, 1.0),
-    "masked with -1e9": (lambda: Masked(-1e9), own, tokens, 1.0),
-}
-
-
-@pytest.mark.parametrize("graph", GRAPHS)
+@pytest.mark.parametrize(("graph", "factor"), GRAPHS)
 @pytest.mark.parametrize("algorithm", [PC, EPC])
-def test_a_look_finds_the_largest_eigenvalue_of_the_hessian(algorithm, graph):
+def test_a_look_finds_the_largest_eigenvalue_of_the_hessian(algorithm, graph, factor):
     """In error coordinates F is steep enough to bend within the usual reach."""
-    make, forward, draw, factor = GRAPHS[graph]
+    problem = PROBLEMS[graph]
     if algorithm is EPC and "mask" in graph:
         pytest.skip("Gaussian logits of -inf are not written out")
-    model = make().double()
+    model = problem.make().double()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(factor)
-    x, y = draw(4)
+    x, y = problem.doubles(4)
     written_out = ErrorCoordinates if algorithm is EPC else Written
-    exact = torch.linalg.eigvalsh(hessian_of(written_out, forward, model, (x, y)))[-1]
+    exact = torch.linalg.eigvalsh(hessian_of(written_out, problem.explicit, model, (x, y)))[-1]
     optimizer = algorithm(sgd(model, 0.0), model)
     if algorithm is EPC:
         optimizer._learner.auto.reach = 1e-4
@@ -474,23 +392,15 @@ def test_false_alarms_are_heard_ever_less_often():
     assert auto.soonest == SOONEST
 
 
-def pixels(n):
-    return torch.randn(n, 1, 4, 4), torch.randint(0, 2, (n, 4, 4))
-
-
-TASKS = {  # module, batch
-    "mlp": (lambda: MLP((6, 9, 7, 4)), vectors, 16),
-    "deep": (lambda: MLP((6, 8, 8, 8, 8, 8, 8, 4), "relu"), vectors, 16),
-    "digits": (lambda: MLP((64, 64, 64, 10), "relu"), digits, 64),
-    "dropout": (Dropped, vectors, 16),
-    "cnn": (CNN, images, 16),
-    "residual": (Residual, vectors, 16),
-    "transformer": (Transformer, sequences, 8),
-    "tied": (Tied, sequences, 8),
-    "unet": (UNet, pixels, 8),
-    "gpt2": None,
-    "resnet": None,
-    "vit": None,
+BATCHES = {"transformer": 8, "tied": 8, "unet": 8, "digits": 64}  # samples, else 16
+TASKS = {
+    **{
+        name: PROBLEMS[name]
+        for name in ("mlp", "dropout", "cnn", "residual", "transformer", "tied", "unet")
+    },
+    "deep": Problem(lambda: MLP((6, *[8] * 6, 4), "relu")),
+    "digits": Problem(lambda: MLP((64, 64, 64, 10), "relu"), digits),
+    **dict.fromkeys(("gpt2", "resnet", "vit")),  # of `TINY`
 }
 #: Convolutions and BatchNorm spread the curvature too far for 8 steps of one gamma: against 2,000
 #: steps at a tenth of it they come 0.50 and 0.16 of the way; half of the ResNet's takes about 50
@@ -523,9 +433,7 @@ def test_inference_infers(algorithm, name, given):
     if TASKS[name] is None:
         model, batch = TINY[name].make(), TINY[name].draw()
     else:
-        make, draw, n = TASKS[name]
-        model = make()
-        batch = draw(n)
+        model, batch = TASKS[name].make(), TASKS[name].draw(BATCHES.get(name, 16))
 
     def settled(kind, **arguments):
         own = twin(model)
@@ -553,8 +461,8 @@ def test_inference_infers(algorithm, name, given):
 # --- odd batches and changes of regime ------------------------------------------------------------
 
 
-def plain(f=nn.Tanh, bias=None, last=None):
-    model = nn.Sequential(nn.Linear(6, 9), f(), nn.Linear(9, 7), f(), nn.Linear(7, 4))
+def plain(f="tanh", bias=None, last=None):
+    model = MLP((6, 9, 7, 4), f)
     with torch.no_grad():
         if bias is not None:
             model[0].bias.fill_(bias)
@@ -576,7 +484,7 @@ class Flat(nn.Module):
 
 
 def errors(model, x, y):
-    return lambda: F.mse_loss(model(x), F.one_hot(y, 4).to(x.dtype))
+    return lambda: mse(model, x, y)
 
 
 def no_errors(model, x, y):
@@ -585,20 +493,20 @@ def no_errors(model, x, y):
 
 ODD = {  # module, change of the inputs, change of the targets, loss, whether values have a slope
     "zeros": (plain, torch.zeros_like, None, classifier, True),
-    "zeros into relu": (lambda: plain(nn.ReLU), torch.zeros_like, None, classifier, True),
+    "zeros into relu": (lambda: plain("relu"), torch.zeros_like, None, classifier, True),
     "one sample": (plain, lambda x: x[:1], lambda y: y[:1], classifier, True),
     "constant targets": (plain, None, torch.zeros_like, classifier, True),
     "constant regression": (plain, None, torch.zeros_like, errors, True),
     "no variance": (lambda: plain(last=0), None, None, classifier, True),
     "no variance to normalise": (Flat, None, None, classifier, True),
     "1e4": (plain, lambda x: 1e4 * x, None, classifier, True),
-    "1e4 into relu": (lambda: plain(nn.ReLU), lambda x: 1e4 * x, None, classifier, True),
-    "1e4 into relu, regression": (lambda: plain(nn.ReLU), lambda x: 1e4 * x, None, errors, True),
+    "1e4 into relu": (lambda: plain("relu"), lambda x: 1e4 * x, None, classifier, True),
+    "1e4 into relu, regression": (lambda: plain("relu"), lambda x: 1e4 * x, None, errors, True),
     "1e-6": (plain, lambda x: 1e-6 * x, None, classifier, True),
-    "1e-6 into relu": (lambda: plain(nn.ReLU), lambda x: 1e-6 * x, None, classifier, True),
+    "1e-6 into relu": (lambda: plain("relu"), lambda x: 1e-6 * x, None, classifier, True),
     "1e-6, regression": (plain, lambda x: 1e-6 * x, None, errors, True),
-    "dead relus below": (lambda: plain(nn.ReLU, -100.0), None, None, classifier, True),
-    "all relus dead": (lambda: plain(nn.ReLU, last=0), None, None, classifier, False),
+    "dead relus below": (lambda: plain("relu", -100.0), None, None, classifier, True),
+    "all relus dead": (lambda: plain("relu", last=0), None, None, classifier, False),
     "no loss": (plain, None, None, no_errors, False),
     "zeros that skip": (Skipping, torch.zeros_like, None, classifier, True),
     "one sample that skips": (Skipping, lambda x: x[:1], lambda y: y[:1], classifier, True),
@@ -650,19 +558,19 @@ def test_gamma_follows_weights_that_grow_in_mid_run(algorithm):
     inner = torch.optim.Adam(net.parameters(), 1e-4)
     optimizer = algorithm(inner, net, value_nodes="linear")
     for _ in range(60):
-        optimizer.step(squared(net, x, y))
+        optimizer.step(regressor(net, x, y))
     exact = exact_curvature(net, algorithm)
     assert optimizer.state_dict()["lightning_pc"]["gamma"] * exact < 2
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(2.5 if algorithm is EPC else 5)
     for _ in range(1 + SOONEST // 8):
-        optimizer.step(squared(net, x, y))
+        optimizer.step(regressor(net, x, y))
     grown = exact_curvature(net, algorithm)
     assert grown > 8 * exact
     gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
     assert 0.25 <= gamma * grown / 2 <= 1
-    optimizer.step(squared(net, x, y))
+    optimizer.step(regressor(net, x, y))
     assert optimizer.report.free_energy[-1] < optimizer.report.free_energy[0]
 
 
@@ -692,12 +600,12 @@ def test_after_a_divergence_the_next_batch_looks(algorithm):
     x, y = torch.randn(16, 12), torch.randn(16, 5)
     optimizer = algorithm(sgd(net, 0.0), net, value_nodes="linear")
     for _ in range(60):
-        optimizer.step(squared(net, x, y))
+        optimizer.step(regressor(net, x, y))
     with torch.no_grad():
         for p in net.parameters():
             p.mul_(1e2 if algorithm is EPC else 1e4)
     with pytest.raises(DivergenceError):
-        optimizer.step(squared(net, x, y))
-    optimizer.step(squared(net, x, y))
+        optimizer.step(regressor(net, x, y))
+    optimizer.step(regressor(net, x, y))
     gamma = optimizer.state_dict()["lightning_pc"]["gamma"]
     assert 0.25 <= gamma * exact_curvature(net, algorithm) / 2 <= 1

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 import transformers as hf
 
 from lightning_pc.optim import IPC, PredictiveCoding
-from tests.engine.problems import MLP, twin
+from tests.compare import twin
+from tests.engine.modules import MLP
+from tests.engine.tiny import bert
 from tests.marks import mostly_slow
 
 
@@ -32,24 +34,15 @@ def resnet():
     return model, lambda: model(pixel_values=x, labels=y).loss
 
 
-def bert():
-    config = hf.BertConfig(
-        vocab_size=30,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-        num_labels=4,
-    )
-    model = hf.BertForSequenceClassification(config)
+def sentences():
+    model = bert(num_labels=4)
     ids, y = torch.randint(0, 30, (64, 4)), torch.randint(0, 4, (64,))
     return model, lambda: model(input_ids=ids, labels=y).loss
 
 
 @pytest.mark.filterwarnings("ignore:In the first batch no error reached")
 @pytest.mark.parametrize("seed", mostly_slow(range(3), 0))
-@pytest.mark.parametrize("make", mostly_slow([mlp, resnet, bert], mlp))
+@pytest.mark.parametrize("make", mostly_slow([mlp, resnet, sentences], mlp))
 @pytest.mark.parametrize(("kind", "rate"), [(PredictiveCoding, 3e-3), (IPC, 1e-3)])
 def test_learns_with_all_defaults(kind, rate, make, seed):
     torch.manual_seed(seed)

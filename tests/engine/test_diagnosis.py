@@ -25,7 +25,8 @@ from lightning_pc.insight.explain import divergence
 from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
-from tests.engine.problems import MLP, classifier
+from tests.engine.modules import MLP
+from tests.engine.problems import classifier
 
 PATIENCE = inspect.signature(Alerts).parameters["patience"].default
 
@@ -208,7 +209,7 @@ def wide(scale, algorithm=IPC, lr=0.01, epochs=2, **given):
     Of inputs 100 times as large each step of Adam moves the first node's prediction past it.
     """
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(400, 16), nn.ReLU(), nn.Linear(16, 4))
+    net = MLP((400, 16, 4), "relu")
     net[0].weight.data /= scale
     x = torch.randn(600, 400)
     x, y = scale * x, x[:, :4].argmax(1)
@@ -270,7 +271,7 @@ def test_a_loss_that_is_pushed_up_is_told_only_where_energies_exceed_it():
 
 
 def test_a_loss_below_zero_is_told_as_any_other():
-    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net = MLP((6, 8, 3)).double()
     x, y = torch.randn(16, 6).double(), torch.randn(16, 3).double()
     optimizer = frozen(PC, net, gamma=3.0)
     with pytest.warns(UserWarning, match="F rises within each batch .in this one from -"):
@@ -400,7 +401,7 @@ def test_what_has_a_report_is_explained():
 
 
 def test_a_loss_of_zero_moves_nothing_and_says_nothing():
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    net = MLP((3, 4, 2))
     x = torch.randn(5, 3)
     y = net(x).detach()
     optimizer = frozen(PC, net)

@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lightning_pc import describe
 from lightning_pc.optim import IPC
-from tests.engine.problems import LSTM, TINY, Transformer, UNet, labelled, sequences, twin
+from tests.compare import twin
+from tests.engine.problems import PROBLEMS
+from tests.engine.tiny import TINY
 from tests.marks import mostly_slow
 
 STEPS = 12
@@ -93,25 +94,20 @@ def test_hugging_face(name):
     check(model, lambda m: m(**batch).loss, tiny.ffn, tiny.count if tiny.ffn else 0)
 
 
-TORCH = {  # name -> module, batch, loss, value_nodes, regex of its FFN nodes, their number
-    "encoder": (Transformer, sequences, "auto", r"encoder\.layers\.\d\.(relu|gelu)", 2),
-    "encoder-gelu": (
-        lambda: Transformer(activation="gelu", norm_first=True),
-        *(sequences, "auto", r"encoder\.layers\.\d\.(relu|gelu)", 2),
-    ),
-    "lstm": (LSTM, labelled, ["embedding", "fc"], "fc", 1),
-    "lstm-output": (LSTM, labelled, ["lstm"], r"lstm\[0\]", 1),
-    "lstm-and-auto": (LSTM, labelled, ["lstm", "auto"], "relu", 1),
-    "unet": (
-        UNet,
-        lambda n: (torch.randn(n, 1, 4, 4), torch.randint(0, 2, (n, 4, 4))),
-        *("auto", r"act(#\d)?", 5),
-    ),
+TORCH = {  # name -> key of a problem, value_nodes, regex of its FFN nodes, their number
+    "encoder": ("transformer", "auto", r"encoder\.layers\.\d\.(relu|gelu)", 2),
+    "encoder-gelu": ("transformer, prenorm", "auto", r"encoder\.layers\.\d\.(relu|gelu)", 2),
+    "lstm": ("lstm", ["embedding", "fc"], "fc", 1),
+    "lstm-output": ("lstm", ["lstm"], r"lstm\[0\]", 1),
+    "lstm-and-auto": ("lstm", ["lstm", "auto"], "relu", 1),
+    "unet": ("unet", "auto", r"act(#\d)?", 5),
 }
 
 
 @pytest.mark.parametrize("name", TORCH)
 def test_torch_modules(name):
-    make, draw, value_nodes, ffn, count = TORCH[name]
-    x, y = draw(8)
-    check(make(), lambda m: F.cross_entropy(m(x), y), ffn, count, value_nodes=value_nodes)
+    key, value_nodes, ffn, count = TORCH[name]
+    problem = PROBLEMS[key]
+    x, y = problem.draw(8)
+    model = problem.make()
+    check(model, lambda m: problem.loss(m, x, y), ffn, count, value_nodes=value_nodes)

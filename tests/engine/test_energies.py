@@ -22,8 +22,9 @@ from lightning_pc.losses import squared_error
 from lightning_pc.nn import Latent
 from lightning_pc.nodes.energies import Free, MaskedGaussian
 from lightning_pc.optim import IPC, PC, PredictiveCoding
+from tests.compare import far, relative, twin
+from tests.engine.modules import MLP
 from tests.engine.oracle import Explicit
-from tests.engine.problems import far, relative, twin
 
 LOWEST = torch.finfo(torch.float64).min
 
@@ -424,7 +425,7 @@ def test_names_and_sparse_causes():
     ],
 )
 def test_a_wrong_energy(given, error, why):
-    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    net = MLP((4, 5, 3))
 
     def learn():
         how = {"algorithm": "pc", **given}

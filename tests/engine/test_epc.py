@@ -11,28 +11,16 @@ from lightning_pc import describe
 from lightning_pc.inference.curvature import AutoGamma
 from lightning_pc.inference.schedules import IEPC as IEPCSchedule
 from lightning_pc.optim import EPC, IEPC, IPC, PC
-from tests.engine.problems import (
-    CNN,
-    MLP,
-    TINY,
-    Dropped,
-    Residual,
-    Transformer,
-    UNet,
-    double,
-    far,
-    images,
-    relative,
-    sequences,
-    twin,
-    vectors,
-)
+from tests.compare import far, gradients, relative, twin
+from tests.engine.modules import MLP, Dropped
+from tests.engine.problems import PROBLEMS, Problem, ce, vectors
+from tests.engine.tiny import TINY
 from tests.marks import mostly_slow
 
 CHAIN = "linear"  # nodes at the outputs of the linear modules
 
 
-def chain(layers, width=6, f=None):
+def orthogonal(layers, width=6, f=None):
     """Orthogonal weights: signals keep their size at any depth."""
     modules = []
     for a, b in itertools.pairwise([6, *[width] * layers, 4]):
@@ -41,7 +29,7 @@ def chain(layers, width=6, f=None):
     return nn.Sequential(*(modules if f is None else modules[:-1])).double()
 
 
-class Skips(nn.Module):
+class Around(nn.Module):
     """A residual stream that runs around every node, and around all of them."""
 
     def __init__(self, layers=4):
@@ -64,19 +52,11 @@ def squared(model, x, y):
     return F.mse_loss(model(x), y, reduction="sum")
 
 
-def ce(model, x, y):
-    return F.cross_entropy(model(x), y)
-
-
 def settle(algorithm, model, loss, **kwargs):
     """One batch whose weights stay: what inference found, and the gradients in ``.grad``."""
     optimizer = algorithm(torch.optim.SGD(model.parameters(), 0.0), model, gamma_decay=1, **kwargs)
     optimizer.step(loss)
     return optimizer
-
-
-def gradients(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def backprop(model, loss):
@@ -86,9 +66,9 @@ def backprop(model, loss):
 
 
 MODELS = {  # name -> module, value nodes, gamma of epc, gamma of pc
-    "linear chain": (lambda: chain(5), CHAIN, 0.1, 0.3),
-    "tanh": (lambda: chain(5, f=nn.Tanh), "auto", 0.1, 0.3),
-    "skips": (lambda: Skips().double(), "auto", 0.1, 0.2),
+    "linear chain": (lambda: orthogonal(5), CHAIN, 0.1, 0.3),
+    "tanh": (lambda: orthogonal(5, f=nn.Tanh), "auto", 0.1, 0.3),
+    "skips": (lambda: Around().double(), "auto", 0.1, 0.2),
 }
 
 
@@ -114,7 +94,7 @@ def test_the_equilibrium_is_that_of_pc(name):
 @pytest.mark.parametrize(("f", "fewer"), [(None, 50), (nn.Tanh, 5)])
 def test_20_layers_settle_in_fewer_steps(f, fewer):
     """Steps until F is within 1 % of its minimum, each algorithm at the best of its gammas."""
-    model, (x, y) = chain(20, 16, f), regression(8)
+    model, (x, y) = orthogonal(20, 16, f), regression(8)
     loss = lambda: squared(model, x, y)  # noqa: E731
 
     def energies(algorithm, gamma, T):
@@ -137,8 +117,7 @@ def test_20_layers_settle_in_fewer_steps(f, fewer):
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_weights_learn_from_local_errors(name):
     """Each stage's gradient is that of its own error, made from the values that it reads."""
-    model, draw = {"mlp": (MLP((6, 7, 5, 4)), vectors), "cnn": (CNN(), images)}[name]
-    model, (x, y) = model.double(), map(double, draw(6))
+    model, (x, y) = PROBLEMS[name].make().double(), PROBLEMS[name].doubles(6)
     optimizer = settle(EPC, model, lambda: ce(model, x, y), T=5, gamma=0.2)
     own = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -154,7 +133,7 @@ def test_weights_learn_from_local_errors(name):
 
 
 def test_one_step_teaches_the_loss_alone_and_says_so():
-    model, (x, y) = chain(4, f=nn.Tanh), regression(5)
+    model, (x, y) = orthogonal(4, f=nn.Tanh), regression(5)
     with pytest.warns(UserWarning, match=r"T=1 .* 8 parameters.*T=2 reaches all"):
         optimizer = settle(EPC, model, lambda: squared(model, x, y), T=1)
     assert [name for name, times in optimizer.report.learned.items() if times] == [
@@ -167,17 +146,10 @@ def test_one_step_teaches_the_loss_alone_and_says_so():
     torch.testing.assert_close(head, expected[-2:])
 
 
-def maps(n):
-    return torch.randn(n, 1, 4, 4), torch.randint(0, 2, (n, 4, 4))
-
-
-WHOLE = {  # name -> module, value nodes, batch
-    "deep": (lambda: chain(12, f=nn.Tanh), "auto", vectors),
-    "in place": (CNN, "auto", images),
-    "skips": (Residual, "auto", vectors),
-    "u-net": (UNet, "auto", maps),
-    "dropout": (Dropped, "auto", vectors),
-    "transformer": (lambda: Transformer(dropout=0.0), "blocks", sequences),
+WHOLE = {  # name -> problem, value nodes
+    "deep": (Problem(lambda: orthogonal(12, f=nn.Tanh)), "auto"),
+    **{name: (PROBLEMS[name], "auto") for name in ("cnn", "residual", "unet", "dropout")},
+    "transformer": (PROBLEMS["transformer, no dropout"], "blocks"),
 }
 
 
@@ -185,12 +157,12 @@ WHOLE = {  # name -> module, value nodes, batch
 @pytest.mark.parametrize("name", WHOLE)
 def test_two_steps_are_backprop_times_gamma(name):
     """To first order: e = -gamma dL/dx of the whole network, whatever its shape and depth."""
-    make, value_nodes, draw = WHOLE[name]
-    model, (x, y) = make().double(), map(double, draw(6))
+    problem, value_nodes = WHOLE[name]
+    model, (x, y) = problem.make().double(), problem.doubles(6)
 
     def loss():
         torch.manual_seed(3)
-        return ce(model, x, y)
+        return problem.loss(model, x, y)
 
     expected = backprop(model, loss)
     settle(EPC, model, loss, T=1, value_nodes=value_nodes)
@@ -208,7 +180,7 @@ def test_two_steps_are_backprop_times_gamma(name):
 
 
 def test_the_default_T_reaches_any_depth():
-    model, (x, y) = chain(30, f=nn.Tanh).float(), regression(5)
+    model, (x, y) = orthogonal(30, f=nn.Tanh).float(), regression(5)
     x, y = x.float(), y.float()
     start = twin(model)
     optimizer = EPC(torch.optim.SGD(model.parameters(), 0.01), model)
@@ -299,12 +271,12 @@ def test_every_energy_is_gaussian():
 @pytest.mark.parametrize("name", WHOLE)
 def test_incrementally_every_step_is_nearly_backprops(name, momentum):
     """At weights that stay: errors have come the share of their way that they count for."""
-    make, value_nodes, draw = WHOLE[name]
-    model, (x, y) = make().double(), map(double, draw(6))
+    problem, value_nodes = WHOLE[name]
+    model, (x, y) = problem.make().double(), problem.doubles(6)
 
     def loss():
         torch.manual_seed(3)
-        return ce(model, x, y)
+        return problem.loss(model, x, y)
 
     expected = torch.cat([g.flatten() for g in backprop(model, loss)])
     for T in (2, 6):
@@ -358,14 +330,14 @@ def test_incrementally_errors_stay_near_their_start():
 @pytest.mark.parametrize(("depth", "aim"), [(2, 0.7), (4, 0.7), (8, 0.7 / 4), (16, 0.7 / 16)])
 def test_the_deeper_the_module_the_less_of_the_stable_rate_is_taken(depth, aim):
     """Errors above add up on their way down, and bend the gradients that weights learn from."""
-    model, (x, y) = chain(depth, f=nn.Tanh), regression(8)
+    model, (x, y) = orthogonal(depth, f=nn.Tanh), regression(8)
     optimizer = settle(EPC, model, lambda: squared(model, x, y))
     assert optimizer.report.depth == depth
     assert optimizer.report.gamma * optimizer.report.curvature == pytest.approx(aim)
 
 
 def test_skipped_stages_count_for_nothing_in_the_rate():
-    model, (x, y) = Skips(12).double(), regression(8)
+    model, (x, y) = Around(12).double(), regression(8)
     optimizer = settle(EPC, model, lambda: squared(model, x, y))
     assert (len(optimizer.report.nodes), optimizer.report.depth) == (23, 2)
     assert optimizer.report.gamma * optimizer.report.curvature == pytest.approx(0.7)
@@ -373,7 +345,7 @@ def test_skipped_stages_count_for_nothing_in_the_rate():
 
 def test_losses_on_the_way_make_a_module_no_shallower():
     """Deep supervision: to the loss every stage is one of the last two, in a row they are 16."""
-    model, (x, y) = chain(16, f=nn.Tanh), regression(8)
+    model, (x, y) = orthogonal(16, f=nn.Tanh), regression(8)
     heads = nn.ModuleList(nn.Linear(6, 4).double() for _ in range(8))
     both = nn.ModuleList([model, heads])
 
@@ -414,7 +386,7 @@ def test_each_batch_has_the_rate_of_its_own_depth():
 @pytest.mark.slow
 def test_kept_errors_count_as_what_has_come_of_them():
     """They come from many calls, so that no share of their way says what they are worth."""
-    model, (x, y) = chain(16, f=nn.Tanh), regression(8)
+    model, (x, y) = orthogonal(16, f=nn.Tanh), regression(8)
     losses = []
     optimizer = EPC(torch.optim.SGD(model.parameters(), 0.02), model, T=4, reset="never")
     for _ in range(120):
@@ -429,7 +401,7 @@ def test_kept_errors_count_as_what_has_come_of_them():
 @pytest.mark.parametrize("beta", [1.0, (1.0, -1.0)])
 def test_in_deep_modules_weights_learn_at_their_learning_rate(beta):
     """A sixteenth of the stable rate, and a gradient as long as backprop's all the same."""
-    model, (x, y) = chain(16, f=nn.Tanh), regression(8)
+    model, (x, y) = orthogonal(16, f=nn.Tanh), regression(8)
     y = 0.01 * y + model(x).detach()  # near the target nothing bends
     exact = backprop(model, lambda: squared(model, x, y))
     for gamma, longest in (("auto", 1.05), (0.001, 0.02)):
@@ -457,14 +429,14 @@ def test_a_rate_that_no_look_has_chosen_is_no_larger_than_one_that_a_look_would(
 @pytest.mark.parametrize("algorithm", [EPC, IEPC])
 def test_a_dead_branch_is_not_told_to_be_far(algorithm, recwarn):
     """Nothing shrinks on its way in error coordinates, where gamma may be as small as this."""
-    model, (x, y) = chain(3, f=nn.ReLU), regression(5)
+    model, (x, y) = orthogonal(3, f=nn.ReLU), regression(5)
     with torch.no_grad():
         model[0].bias.fill_(-100.0)
     settle(algorithm, model, lambda: squared(model, x, y), T=4, gamma=5e-5)
     assert not [w for w in recwarn if "shrinks" in str(w.message)]
 
 
-class Tied(nn.Module):
+class Hooked(nn.Module):
     """One weight in the first stage and in the loss's; a hook of the user's between."""
 
     def __init__(self):
@@ -485,7 +457,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize(("kind", "T"), [(IEPC, 3), (EPC, 1), (EPC, 3)])
 def test_hooks_meet_tensors_where_stages_share_a_weight(kind, T):
     torch.manual_seed(0)
-    model, x = Tied().double(), torch.randn(4, 6).double()
+    model, x = Hooked().double(), torch.randn(4, 6).double()
     optimizer = kind(torch.optim.SGD(model.parameters(), 0.1), model, T=T, gamma=0.1)
     for _ in range(3):
         optimizer.step(lambda: F.mse_loss(model(x), 0 * x))

@@ -50,6 +50,8 @@ from tests.engine.lightning_problems import (
     trainer,
     weights,
 )
+from tests.engine.modules import MLP
+from tests.engine.problems import ce
 from tests.marks import mostly_slow
 
 WRAPPERS: dict[str, type[PredictiveCoding]] = {
@@ -212,7 +214,7 @@ def test_numbers_of_other_libraries(name, given):
         assert type(number) in (int, float)
     model, (x, y) = mlp(), data()[0]
     optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model, **{name: given})
-    assert optimizer.step(lambda: cross_entropy(model, x, y)).isfinite()
+    assert optimizer.step(lambda: ce(model, x, y)).isfinite()
 
 
 class Needy(torch.optim.SGD):
@@ -242,7 +244,7 @@ def test_what_inference_makes_must_move_the_values(name, wrapper):
     with pytest.raises(
         ConfigError, match=r"inference= made \w+: expected a torch optimizer of all"
     ):
-        optimizer.step(lambda: cross_entropy(model, x, y))
+        optimizer.step(lambda: ce(model, x, y))
     assert torch.equal(weights(model), before)
     assert sgd.state_dict()["state"] == {}
 
@@ -313,7 +315,7 @@ class Mixed(nn.Module):
     def __init__(self):
         super().__init__()
         self.token, self.embed = Integers(), nn.Embedding(2, H)
-        self.head = nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, C))
+        self.head = MLP((H, H, C))
 
     def forward(self, x):
         return self.head(self.embed(self.token(x[:, 0])))
@@ -350,9 +352,7 @@ class Experts(nn.Module):
         super().__init__()
         self.inner = nn.Linear(D, H)
         self.router = nn.Linear(H, 2)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(H, H), nn.Tanh(), nn.Linear(H, H)) for _ in range(2)
-        )
+        self.experts = nn.ModuleList(MLP((H, H, H)) for _ in range(2))
 
     def forward(self, x):
         h = torch.tanh(self.inner(x))
@@ -381,7 +381,7 @@ class Checkpointed(nn.Module):
     def __init__(self, reentrant: bool | None):
         super().__init__()
         torch.manual_seed(1)
-        self.block = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H))
+        self.block = MLP((D, H, H))
         self.between = nn.Sequential(nn.Linear(H, H), nn.ReLU())
         self.head = nn.Linear(H, C)
         self.reentrant = reentrant
@@ -439,10 +439,6 @@ def poisoned() -> nn.Module:
     return model
 
 
-def cross_entropy(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(model(x), y)
-
-
 def penalty(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     x = x.clone().requires_grad_()
     loss = F.cross_entropy(model(x), y)
@@ -484,25 +480,25 @@ Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], Any]
 
 #: name -> model, value_nodes, loss, error, message
 PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Any, Loss, type[Exception], str]] = {
-    "no match": (mlp, ["net.9"], cross_entropy, PlacementError, "net.9"),
-    "near miss": (Routed, "moe.inned", cross_entropy, PlacementError, "moe.inner"),
-    "one of two matches": (mlp, [nn.Tanh, nn.GELU], cross_entropy, PlacementError, "GELU"),
-    "callable matches nothing": (mlp, lambda n, m: False, cross_entropy, PlacementError, "lambda"),
-    "bad regex": (mlp, "(", cross_entropy, ConfigError, r"\("),
-    "empty list": (mlp, [], cross_entropy, ConfigError, "value_nodes"),
-    "wrong type": (mlp, 3, cross_entropy, ConfigError, "3"),
-    "no node": (lambda: nn.Linear(D, C), "auto", cross_entropy, PlacementError, "No value node"),
-    "no blocks": (mlp, "blocks", cross_entropy, PlacementError, "blocks"),
-    "never called": (Detached, "unused", cross_entropy, PlacementError, "unused'.*never"),
-    "called by forward": (Bare, "a", cross_entropy, PlacementError, "a'.*never called"),
-    "unread": (Detached, "b", cross_entropy, PlacementError, "b' is not read by the loss"),
-    "output": (Detached, "c", cross_entropy, PlacementError, "c' is an output"),
-    "integers": (Mixed, "token", cross_entropy, PlacementError, "token'.*floating"),
-    "frozen": (frozen, "auto", cross_entropy, UnsupportedError, "no trainable parameter"),
-    "compiled inside": (compiled_inside, "auto", cross_entropy, UnsupportedError, "torch.compile"),
-    "compiled in place": (compiled_in_place, "auto", cross_entropy, UnsupportedError, "compile"),
-    "compiled part": (compiled_part, "auto", cross_entropy, UnsupportedError, "2'.*torch.compile"),
-    "NaN weight": (poisoned, "auto", cross_entropy, DivergenceError, "t = 0 the loss"),
+    "no match": (mlp, ["net.9"], ce, PlacementError, "net.9"),
+    "near miss": (Routed, "moe.inned", ce, PlacementError, "moe.inner"),
+    "one of two matches": (mlp, [nn.Tanh, nn.GELU], ce, PlacementError, "GELU"),
+    "callable matches nothing": (mlp, lambda n, m: False, ce, PlacementError, "lambda"),
+    "bad regex": (mlp, "(", ce, ConfigError, r"\("),
+    "empty list": (mlp, [], ce, ConfigError, "value_nodes"),
+    "wrong type": (mlp, 3, ce, ConfigError, "3"),
+    "no node": (lambda: nn.Linear(D, C), "auto", ce, PlacementError, "No value node"),
+    "no blocks": (mlp, "blocks", ce, PlacementError, "blocks"),
+    "never called": (Detached, "unused", ce, PlacementError, "unused'.*never"),
+    "called by forward": (Bare, "a", ce, PlacementError, "a'.*never called"),
+    "unread": (Detached, "b", ce, PlacementError, "b' is not read by the loss"),
+    "output": (Detached, "c", ce, PlacementError, "c' is an output"),
+    "integers": (Mixed, "token", ce, PlacementError, "token'.*floating"),
+    "frozen": (frozen, "auto", ce, UnsupportedError, "no trainable parameter"),
+    "compiled inside": (compiled_inside, "auto", ce, UnsupportedError, "torch.compile"),
+    "compiled in place": (compiled_in_place, "auto", ce, UnsupportedError, "compile"),
+    "compiled part": (compiled_part, "auto", ce, UnsupportedError, "2'.*torch.compile"),
+    "NaN weight": (poisoned, "auto", ce, DivergenceError, "t = 0 the loss"),
     "infinite loss": (mlp, "auto", infinite, DivergenceError, "t = 0 the loss"),
     "penalty": (mlp, "auto", penalty, ClosureError, "differentiates while.*torch.autograd.grad"),
     "gradient": (mlp, "auto", first_order, ClosureError, "differentiates while"),
@@ -510,7 +506,7 @@ PROBLEMS: dict[str, tuple[Callable[[], nn.Module], Any, Loss, type[Exception], s
     "no scalar": (mlp, "auto", per_sample, ClosureError, r"scalar loss.*\(4,\)"),
     "detached": (mlp, "auto", detached, ClosureError, "no trainable parameter"),
     "constant": (mlp, "auto", constant, PCError, "No value node|no trainable parameter"),
-    "TorchScript": (Scripted, "auto", cross_entropy, RecordingError, "cannot see.*TorchScript"),
+    "TorchScript": (Scripted, "auto", ce, RecordingError, "cannot see.*TorchScript"),
 }
 #: refused before any batch, so Lightning's own type of error
 AT_THE_DOOR = {
@@ -600,7 +596,7 @@ def test_what_the_message_advises_works(make, value_nodes):
     model = make()
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, value_nodes=value_nodes)
     x, y = data()[0]
-    losses = [float(optimizer.step(lambda: cross_entropy(model, x, y))) for _ in range(5)]
+    losses = [float(optimizer.step(lambda: ce(model, x, y))) for _ in range(5)]
     assert losses[-1] < losses[0]
     assert optimizer.report.nodes == value_nodes
 
@@ -613,7 +609,7 @@ def test_what_the_message_advises_works(make, value_nodes):
 def test_gradient_checkpoints_change_nothing(reentrant, algorithm):
     nodes, found = [], []
     for kind in (reentrant, None):
-        module = Any_(Checkpointed(kind), cross_entropy)
+        module = Any_(Checkpointed(kind), ce)
         fit = trainer(algorithm)
         fit.fit(module, loader(data()))
         nodes.append(fit.strategy.report.nodes)
@@ -633,7 +629,7 @@ def test_control_flow_that_follows_the_values(make, value_nodes, algorithm):
     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
     optimizer = WRAPPERS[algorithm](sgd, model, value_nodes=value_nodes, gamma=0.3, T=16)
     before = traces(model)
-    losses = [float(optimizer.step(lambda: cross_entropy(model, x, y))) for _ in range(20)]
+    losses = [float(optimizer.step(lambda: ce(model, x, y))) for _ in range(20)]
     assert losses[-1] < losses[0]
     assert min(v for n, v in optimizer.report.learned.items() if "experts" not in n) > 0
     assert traces(model) == before
@@ -650,7 +646,7 @@ def test_divergence_names_node_and_step(algorithm):
     x, y = data(dtype=torch.float64)[0]
     before = weights(model)
     with pytest.raises(DivergenceError, match=r"t = [1-9].*(value node '[13]'|the loss).*gamma"):
-        optimizer.step(lambda: cross_entropy(model, x, y))
+        optimizer.step(lambda: ce(model, x, y))
     assert weights(model).isfinite().all()
     if algorithm == "pc":
         assert torch.equal(weights(model), before)
@@ -663,13 +659,13 @@ def test_a_batch_whose_loss_is_nan(algorithm):
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = WRAPPERS[algorithm](sgd, model)
     x, y = data()[0]
-    optimizer.step(lambda: cross_entropy(model, x, y))
+    optimizer.step(lambda: ce(model, x, y))
     before, trace = weights(model), traces(model)
     with pytest.raises(DivergenceError, match="t = 0 the loss"):
-        optimizer.step(lambda: cross_entropy(model, x, y) * math.nan)
+        optimizer.step(lambda: ce(model, x, y) * math.nan)
     assert torch.equal(weights(model), before)
     assert traces(model) == trace
-    optimizer.step(lambda: cross_entropy(model, x, y))  # and training can go on
+    optimizer.step(lambda: ce(model, x, y))  # and training can go on
 
 
 @pytest.mark.parametrize("algorithm", ["ipc", "pc", "epc", "iepc"])
@@ -680,7 +676,7 @@ def test_a_loss_that_becomes_nan_when_values_move(algorithm):
     x, y = data()[0]
 
     def closure():
-        loss = cross_entropy(model, x, y)
+        loss = ce(model, x, y)
         return loss * (1 + (loss.detach() - float(loss.detach())) / 1e-5).sqrt()  # it may not fall
 
     before = traces(model)
@@ -688,11 +684,11 @@ def test_a_loss_that_becomes_nan_when_values_move(algorithm):
         optimizer.step(closure)
     assert weights(model).isfinite().all()
     assert traces(model) == before
-    optimizer.step(lambda: cross_entropy(model, x, y))  # and training can go on
+    optimizer.step(lambda: ce(model, x, y))  # and training can go on
 
 
 def test_a_diverging_trainer():
-    module = Any_(mlp(), cross_entropy)
+    module = Any_(mlp(), ce)
     fit = trainer({"algorithm": "ipc", "gamma": 1e30, "gamma_decay": 1.0, "T": 16})
     with pytest.raises(DivergenceError, match=r"t = [1-9]"):
         fit.fit(module, loader(data()))
@@ -909,7 +905,7 @@ def test_compiled_after_wrapping():
     x, y = data()[0]
     model[2].compile()
     with pytest.raises(UnsupportedError, match=r"torch\.compile"):
-        optimizer.step(lambda: cross_entropy(model, x, y))
+        optimizer.step(lambda: ce(model, x, y))
 
 
 def test_distributed_model():
@@ -929,7 +925,7 @@ def test_no_closure(wrapper):
     optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
     x, y = data()[0]
     before = weights(model)
-    for given, name in ((None, "NoneType"), (cross_entropy(model, x, y), "Tensor"), (5, "int")):
+    for given, name in ((None, "NoneType"), (ce(model, x, y), "Tensor"), (5, "int")):
         with pytest.raises(
             ClosureError, match=f"needs a closure that returns the loss, got {name}"
         ):
@@ -983,7 +979,7 @@ def test_a_closure_that_gives_no_tensor(wrapper):
     optimizer = wrapper(torch.optim.SGD(model.parameters(), 0.1), model)
     before = weights(model)
     x, y = data()[0]
-    for closure in (lambda: 3.0, lambda: (cross_entropy(model, x, y), 1), lambda: {"loss": 1}):
+    for closure in (lambda: 3.0, lambda: (ce(model, x, y), 1), lambda: {"loss": 1}):
         with pytest.raises(ClosureError, match="Expected a loss tensor"):
             optimizer.step(closure)
     assert optimizer.step(lambda: None) is None
@@ -999,7 +995,7 @@ def test_a_closure_that_runs_the_model_and_gives_none(wrapper):
     before = kept(model)
 
     def closure():
-        cross_entropy(model, x, y)
+        ce(model, x, y)
 
     with pytest.raises(ClosureError, match=r"ran the model and returned nothing.*return loss"):
         optimizer.step(closure)
@@ -1082,7 +1078,7 @@ def test_a_view_of_a_weight_made_at_first_is_the_weight():
 
 def test_another_model_may_have_worked_before():
     """A critic of what a generator made, which another optimizer trains."""
-    generator, critic = mlp(), nn.Sequential(nn.Linear(C, 5), nn.Tanh(), nn.Linear(5, 1))
+    generator, critic = mlp(), MLP((C, 5, 1))
     fake = generator(torch.randn(4, D))
     optimizer = PC(torch.optim.SGD(critic.parameters(), 0.1), critic)
     optimizer.step(lambda: F.mse_loss(critic(fake), torch.zeros(4, 1)))

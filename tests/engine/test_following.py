@@ -12,8 +12,10 @@ from lightning_pc.insight.explain import explain
 from lightning_pc.nodes.energies import Categorical, Gaussian, MaskedGaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import IEPC, IPC, PC
+from tests.compare import relative
 from tests.engine.inside import never_looks
-from tests.engine.problems import MLP, Skipping, UNet, classifier, relative, vectors
+from tests.engine.modules import MLP, Skipping, UNet
+from tests.engine.problems import classifier, vectors
 
 
 def net(inplace=False):

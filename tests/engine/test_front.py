@@ -13,7 +13,8 @@ from lightning_pc.nodes.energies import Gaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import IPC, ZIL
 from tests.engine.inside import never_looks
-from tests.engine.problems import Thrice, classifier, sgd
+from tests.engine.modules import Thrice
+from tests.engine.problems import classifier, sgd
 
 
 def deep(skip=False):

@@ -12,42 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_pc.errors import DivergenceError, PCError
 from tests.engine.lightning_problems import Module, loader, trainer
-from tests.engine.problems import (
-    CNN,
-    LSTM,
-    MLP,
-    Dropped,
-    Residual,
-    Skipping,
-    Thrice,
-    Tied,
-    Transformer,
-    UNet,
-    images,
-    labelled,
-    sequences,
-    vectors,
+from tests.engine.problems import PROBLEMS
+
+NAMES = (
+    *("mlp", "cnn", "dropout", "residual", "skipping", "shared", "tied", "transformer", "unet"),
+    *("lstm", "one layer"),
 )
-
-
-def pixels(n):
-    return torch.randn(n, 1, 8, 8), torch.randint(0, 2, (n, 8, 8))
-
-
-#: Name -> (model, batch of n samples).
-MODELS = {
-    "mlp": (lambda: MLP((6, 8, 8, 4)), vectors),
-    "cnn": (CNN, images),
-    "dropout": (Dropped, vectors),
-    "residual": (Residual, vectors),
-    "skips": (Skipping, vectors),
-    "shared weights": (Thrice, vectors),
-    "tied": (Tied, sequences),
-    "transformer": (Transformer, sequences),
-    "unet": (UNet, pixels),
-    "lstm": (LSTM, labelled),
-    "one layer": (lambda: torch.nn.Linear(6, 4), vectors),
-}
 SETTINGS = {
     "T": st.sampled_from([None, 1, 2, 5, 12]),
     "gamma": st.sampled_from(["auto", 0.05, 0.5, 3.0]),
@@ -87,16 +57,16 @@ def runs(draw):
         "gradient_clip_val": draw(st.sampled_from([None, None, 0.1])),
     }
     optimizer = draw(st.sampled_from([torch.optim.SGD, torch.optim.AdamW]))
-    return draw(st.sampled_from([*MODELS])), given, flags, optimizer
+    return draw(st.sampled_from(NAMES)), given, flags, optimizer
 
 
 def fuzz(run):
     """Whether it trained."""
     name, given, flags, optimizer = run
-    make, batch = MODELS[name]
+    problem = PROBLEMS[name]
     torch.manual_seed(0)
-    module = Fuzzed(make(), optimizer)
-    batches = [batch(4) for _ in range(3)]
+    module = Fuzzed(problem.make(), optimizer)
+    batches = [problem.draw(4) for _ in range(3)]
     before, told = copy.deepcopy(module.state_dict()), None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

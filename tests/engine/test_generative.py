@@ -31,6 +31,7 @@ from lightning_pc.losses import squared_error
 from lightning_pc.nn import Latent
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 from tests.engine.lightning_problems import trainer
+from tests.engine.modules import MLP
 
 
 class Linear(nn.Module):
@@ -49,7 +50,7 @@ class Decoder(nn.Module):
     def __init__(self, size=3, hidden=7, out=6, **latent):
         super().__init__()
         self.z = Latent(size, **latent)
-        self.net = nn.Sequential(nn.Linear(size, hidden), nn.Tanh(), nn.Linear(hidden, out))
+        self.net = MLP((size, hidden, out))
 
     def forward(self, which):
         return self.net(self.z(which))
@@ -314,7 +315,7 @@ def test_frozen_models_are_inferred():
 def test_a_hidden_layer_of_a_classifier_is_freed():
     """A node that no prediction holds goes where the loss is least."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net = MLP((4, 8, 3)).double()
     x, y = noise(5, 4), torch.randint(3, (5,))
     held, freed = (
         infer(net, lambda: F.cross_entropy(net(x), y), free=names, T=50) for names in ((), ("1",))
@@ -394,7 +395,7 @@ def test_it_says_what_inference_mode_forbids():
 
 def test_a_frozen_model_without_causes():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    net = MLP((4, 8, 3)).double()
     x, y = noise(5, 4), torch.randint(3, (5,))
     free = infer(net, lambda: F.cross_entropy(net(x), y), T=20)
     frozen = infer(net.requires_grad_(False), lambda: F.cross_entropy(net(x), y), T=20)
@@ -437,7 +438,7 @@ def test_causes_of_other_data_are_refused(beta):
 
 
 def test_a_latent_of_nobody():
-    latent, net = Latent(3), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6))
+    latent, net = Latent(3), MLP((3, 4, 6))
     optimizer = PC(torch.optim.SGD(net.parameters(), 0.1), net)
     with pytest.raises(RecordingError, match="no part of the model"):
         optimizer.step(lambda: squared_error(net(latent(3)), torch.zeros(3, 6)))

@@ -10,34 +10,9 @@ from torch import nn
 
 from lightning_pc import describe
 from lightning_pc.optim import EPC, IPC, PC, ZIL
-from tests.engine.problems import (
-    MLP,
-    Residual,
-    Thrice,
-    Tied,
-    Transformer,
-    far,
-    sequences,
-    twin,
-    vectors,
-)
-
-
-def ce(model, x, y):
-    return F.cross_entropy(model(x), y)
-
-
-class Towers(nn.Module):
-    """One tower is deeper than the other; both are read by one head."""
-
-    def __init__(self):
-        super().__init__()
-        self.left = nn.Sequential(nn.Linear(6, 5), nn.Tanh())
-        self.right = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 5), nn.Tanh())
-        self.head = nn.Linear(5, 4)
-
-    def forward(self, x):
-        return self.head(self.left(x) * self.right(x))
+from tests.compare import far, twin
+from tests.engine.modules import MLP, Residual, Thrice, Tied, Towers, Transformer
+from tests.engine.problems import ce, sequences, vectors
 
 
 class Heads(nn.Module):
@@ -87,8 +62,8 @@ GRAPHS = {  # name -> module, {node: (parents, depth, parameters)}, the loss's p
     "skip": (Skip, {"tanh": ([], 1, 35), "relu": (["tanh"], 1, 30)}, 24),
     "towers": (
         Towers,
-        {"left.1": ([], 1, 35), "right.1": ([], 2, 28), "right.3": (["right.1"], 1, 25)},
-        24,
+        {"tanh": ([], 2, 20), "tanh#2": (["tanh"], 1, 30), "tanh#3": ([], 1, 20)},
+        44,
     ),
     "heads": (Heads, {"trunk.1": ([], 1, 35), "far.1": (["trunk.1"], 1, 18)}, 24 + 16),
     "shared": (

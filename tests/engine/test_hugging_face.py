@@ -7,8 +7,6 @@ import copy
 import pytest
 import torch
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
@@ -18,6 +16,7 @@ from transformers import (
 from lightning_pc.errors import ClosureError, ConfigError, DivergenceError, PCError
 from lightning_pc.hugging_face import PCMixin, PCTrainer
 from lightning_pc.optim import IPC, PC
+from tests.engine.tiny import STILL, bert
 
 WORDS, LENGTH = 40, 8
 POOLER = ["bert.pooler.activation"]
@@ -25,15 +24,13 @@ POOLER = ["bert.pooler.activation"]
 CLOSE = {"rtol": 1e-7, "atol": 1e-8}
 
 
-def bert(**settings):
+def dropping(**config):
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    size |= {"intermediate_size": 16, "max_position_embeddings": LENGTH, "vocab_size": WORDS}
-    return BertForSequenceClassification(BertConfig(**size, num_labels=3, **settings)).double()
+    return bert(num_hidden_layers=1, max_position_embeddings=LENGTH, **config).double()
 
 
 def still():
-    return bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return dropping(**STILL)
 
 
 def gpt():
@@ -154,9 +151,12 @@ def test_equals_the_wrapper_with_clipping_at_each_step(wrapper, tmp_path):
 def test_resumes_to_the_bit_with_the_automatic_gamma(tmp_path):
     """With dropout, so that generators count as well."""
     often = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
-    whole = trained(PCTrainer, bert(), tmp_path / "whole", given=often, algorithm="ipc")
+    whole = trained(PCTrainer, dropping(), tmp_path / "whole", given=often, algorithm="ipc")
     again = PCTrainer(
-        bert(), arguments(tmp_path / "again", **often), train_dataset=sentences(), algorithm="ipc"
+        dropping(),
+        arguments(tmp_path / "again", **often),
+        train_dataset=sentences(),
+        algorithm="ipc",
     )
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     same(again.model, whole.model, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from lightning_pc.inference.movers import Descent, OptimizerMover
 from lightning_pc.nodes.energies import Categorical, Gaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import EPC, IEPC, IPC, PC
+from tests.engine.modules import MLP
 
 
 def nodes():
@@ -61,7 +62,7 @@ def test_an_optimizer_of_torchs_moves_values_down_the_same_gradient(momentum):
 
 @pytest.mark.parametrize("kind", [PC, IPC, EPC])
 def test_a_report_of_values_that_an_optimizer_moves(kind):
-    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    net = MLP((4, 5, 2))
     sgd = torch.optim.SGD(net.parameters(), 0.1)
     optimizer = kind(sgd, net, inference=lambda values: torch.optim.Adam(values, lr=0.05))
     optimizer.step(lambda: F.mse_loss(net(torch.ones(3, 4)), torch.zeros(3, 2)))
@@ -102,7 +103,7 @@ def test_updates_are_counted_where_a_gradient_came():
 
 
 def test_a_pair_of_betas_is_two_phases_to_explain():
-    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2))
+    net = MLP((4, 5, 2))
     sgd = torch.optim.SGD(net.parameters(), 0.1)
     optimizer = PC(sgd, net, T=5, beta=(0.3, -0.3))
     optimizer.step(lambda: F.mse_loss(net(torch.ones(3, 4)), torch.zeros(3, 2)))

@@ -12,7 +12,9 @@ from torch import nn
 from lightning_pc import PCStrategy, describe
 from lightning_pc.errors import ClosureError, ConfigError
 from lightning_pc.optim import EPC
-from tests.engine.problems import CNN, TINY, Dropped, images, vectors
+from tests.engine.modules import CNN, Dropped
+from tests.engine.problems import images, vectors
+from tests.engine.tiny import TINY
 
 
 class Noisy(nn.Module):

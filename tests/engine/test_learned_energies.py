@@ -19,6 +19,7 @@ from lightning_pc.nn import Latent
 from lightning_pc.nodes.energies import Gaussian, MaskedGaussian
 from lightning_pc.nodes.node import Node
 from lightning_pc.optim import IPC, PC, PredictiveCoding
+from tests.engine.modules import MLP
 
 
 def regression(count=2000):
@@ -205,7 +206,7 @@ def test_samples_hold_the_posterior_variance_already():
 
 
 def test_the_report_tells_what_followed_all_the_same():
-    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    net = MLP((4, 4, 4))
     told = []
     for energies in ({}, {"1": LearnedGaussian()}):
         optimizer = IPC(torch.optim.SGD(net.parameters(), 0.0), net, energies=energies)
@@ -257,7 +258,7 @@ class Regressor(pl.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.net = MLP((8, 4, 4))
 
     def training_step(self, batch, _):
         return squared_error(self.net(batch[0]), batch[1])

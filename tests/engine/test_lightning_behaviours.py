@@ -15,7 +15,16 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_pc.stages.local import LocalErrors
 from tests.engine.by_hand import LR, SETTINGS, Ends, Net, T, by_hand, each_algorithm, fitted, same
-from tests.engine.lightning_problems import Memory, Module, data, loader, mlp, trainer, weights
+from tests.engine.lightning_problems import (
+    Memory,
+    Module,
+    data,
+    loader,
+    mlp,
+    shuffling,
+    trainer,
+    weights,
+)
 
 # --- flags, profilers, callbacks and data that decide what is trained on, and no more ------------
 
@@ -40,11 +49,6 @@ class Endless(IterableDataset):
 
     def __iter__(self):
         return iter(data(3))
-
-
-def shuffling() -> DataLoader:
-    x, y = (torch.cat(part) for part in zip(*data(4), strict=True))
-    return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
 
 
 def combined(mode: str) -> CombinedLoader:

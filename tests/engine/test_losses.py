@@ -11,7 +11,8 @@ from torch import nn
 from lightning_pc.errors import ConfigError, DivergenceError
 from lightning_pc.optim import IPC, PC
 from lightning_pc.recording.losses import LossCall
-from tests.engine.problems import MLP, relative
+from tests.compare import relative
+from tests.engine.modules import MLP
 
 N, C = 6, 4
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 3.0]).double()
@@ -356,7 +357,7 @@ MEANS = {  # a loss of outputs [5, 7, 4], by its reduction
 
 @pytest.mark.parametrize("name", MEANS)
 def test_terms_of_a_mean_are_its_sum_over_it(name):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model = MLP((3, 4, 4)).double()
     x = torch.randn(5, 7, 3).double()
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2)
     optimizer.step(lambda: MEANS[name](model(x), "mean"))
@@ -366,7 +367,7 @@ def test_terms_of_a_mean_are_its_sum_over_it(name):
 
 
 def test_ctc_counts_sequences():
-    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 6))
+    model = MLP((3, 5, 6))
     x, targets = torch.randn(11, 4, 3), torch.randint(1, 6, (4, 3))
     lengths = torch.full((4,), 11), torch.full((4,), 3)
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2)
@@ -376,7 +377,7 @@ def test_ctc_counts_sequences():
 
 @pytest.mark.parametrize("n", [6, 300])
 def test_a_sum_in_bfloat16_counts_whole_terms(n):
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4)).bfloat16()
+    model = MLP((3, 4, 4)).bfloat16()
     x, y = torch.randn(6, 3).bfloat16(), torch.randint(0, 4, (6,))
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.0), model, T=2)
     optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="sum") / n)
@@ -386,7 +387,7 @@ def test_a_sum_in_bfloat16_counts_whole_terms(n):
 
 
 def test_a_loss_with_an_axis_reports_scalars():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+    model = MLP((3, 4, 4))
     x, y = torch.randn(6, 3), torch.randint(0, 4, (6,))
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, T=3)
     optimizer.step(lambda: F.cross_entropy(model(x), y)[None])

@@ -18,6 +18,7 @@ from lightning_pc import StepReport
 from lightning_pc.errors import ClosureError, ConfigError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCoding
 from tests.engine.lightning_problems import C, D, H, data, mlp, weights
+from tests.engine.modules import MLP
 from tests.engine.oracle import Explicit
 
 WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
@@ -386,7 +387,7 @@ def test_random_numbers_are_drawn_once(wrapper):
 @every
 def test_part_of_a_larger_program(wrapper):
     """The model is a part, a frozen head follows, and another optimizer has the rest."""
-    body, head = nn.Sequential(nn.Linear(D, H), nn.Tanh(), nn.Linear(H, H)), nn.Linear(H, C)
+    body, head = MLP((D, H, H)), nn.Linear(H, C)
     head.requires_grad_(False)
     optimizer = wrapper(torch.optim.SGD(body.parameters(), lr=0.1), body)
     x, y = data()[0]

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 from lightning_pc.optim import IPC, PC
-from tests.engine.problems import twin
+from tests.compare import twin
+from tests.engine.tiny import STILL, V, bert
 
 LENGTH = 7
 
 
-def bert(scale=1.0, **options):
+def scaled(scale=1.0, **options):
     """In float64, whose rounding is far below all that these tests tell apart."""
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=24, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
-        pad_token_id=0, **options,
-    )  # fmt: skip
     torch.manual_seed(0)
-    net = BertForMaskedLM(config).double()
+    net = bert(BertForMaskedLM, max_position_embeddings=512, **STILL, **options).double()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(scale if parameter.dim() == 2 else 1.0)
@@ -29,7 +25,7 @@ def bert(scale=1.0, **options):
 
 def sentences(*lengths):
     mask = torch.tensor([[1] * n + [0] * (LENGTH - n) for n in lengths])
-    ids = torch.randint(3, 50, mask.shape) * mask
+    ids = torch.randint(3, V, mask.shape) * mask
     return {
         "input_ids": ids,
         "attention_mask": mask,
@@ -67,7 +63,7 @@ def difference(one, other):
 @pytest.mark.parametrize("places", ["auto", "blocks"])
 @pytest.mark.parametrize("wrapper", [PC, IPC])  # whose weights stay where they are
 def test_sentences_of_one_length_learn_as_if_alone(wrapper, places, attention):
-    net = bert(6.0, attn_implementation=attention)
+    net = scaled(6.0, attn_implementation=attention)
     batch = sentences(LENGTH, LENGTH, LENGTH)
     together = gradients(wrapper, net, batch, value_nodes=places)
     assert difference(together, one_by_one(wrapper, net, batch, value_nodes=places)) < 1e-12
@@ -75,7 +71,7 @@ def test_sentences_of_one_length_learn_as_if_alone(wrapper, places, attention):
 
 @pytest.mark.parametrize("gamma", [{"gamma": "auto"}, {"gamma": 0.5, "gamma_decay": 0.9}])
 def test_a_gamma_that_looks_at_the_batch_couples_its_sentences(gamma):
-    net, batch = bert(), sentences(LENGTH, LENGTH, LENGTH)
+    net, batch = scaled(), sentences(LENGTH, LENGTH, LENGTH)
     together, alone = (f(PC, net, batch, **gamma) for f in (gradients, one_by_one))
     assert 1e-3 < difference(together, alone) < 0.3
 
@@ -91,7 +87,7 @@ def test_the_rows_of_padded_queries_add_a_little(places, scale, least, most):
     Backprop has no such term, since no loss follows from them. So it is not 0, but by far less
     than 1e-5 of the gradient at a BERT's first weights, where nodes are at the default places.
     """
-    net, batch = bert(scale), sentences(3, 7, 5, 7)
+    net, batch = scaled(scale), sentences(3, 7, 5, 7)
     together = gradients(PC, net, batch, value_nodes=places)
     alone = one_by_one(PC, net, batch, value_nodes=places)
     assert least <= difference(together, alone) < most
@@ -100,7 +96,7 @@ def test_the_rows_of_padded_queries_add_a_little(places, scale, least, most):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("wrapper", [PC, IPC])
 def test_masked_keys_have_no_energy_and_do_not_move(wrapper, attention):
-    net, batch = bert(6.0, attn_implementation=attention), sentences(3, 7, 5, 7)
+    net, batch = scaled(6.0, attn_implementation=attention), sentences(3, 7, 5, 7)
     other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 9)}
     found = []
     for given in (batch, other):  # the padding says something else

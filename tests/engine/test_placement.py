@@ -10,19 +10,10 @@ from torch import nn
 from lightning_pc import describe
 from lightning_pc.errors import ConfigError, PlacementError
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
-from tests.engine.problems import (
-    CNN,
-    LSTM,
-    MLP,
-    TINY,
-    Dropped,
-    Residual,
-    Thrice,
-    far,
-    images,
-    twin,
-    vectors,
-)
+from tests.compare import far, twin
+from tests.engine.modules import CNN, LSTM, MLP, Dropped, Residual, Thrice
+from tests.engine.problems import ce, images, vectors
+from tests.engine.tiny import TINY
 
 
 def rows(model, batch, value_nodes="auto", **kwargs):
@@ -31,10 +22,6 @@ def rows(model, batch, value_nodes="auto", **kwargs):
 
 def names(model, batch, value_nodes="auto"):
     return [row.name for row in rows(model, batch, value_nodes).rows]
-
-
-def ce(model, x, y):
-    return F.cross_entropy(model(x), y)
 
 
 X = torch.zeros(3, 6)
@@ -449,7 +436,7 @@ def test_a_head_that_is_swapped_in_mid_run_is_noticed():
     x, y = vectors(4)
     optimizer = IPC(torch.optim.SGD(model.parameters(), 0.1), model, value_nodes="linear")
     optimizer.step(lambda: ce(model, x, y))
-    model[2] = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 5))
+    model[2] = MLP((5, 6, 5), "relu")
     optimizer.step(lambda: ce(model, x, y))
     assert optimizer.report.nodes == ["0", "2.0", "2.2"]
 
@@ -573,7 +560,7 @@ def test_a_preset_wins_over_a_module_of_its_name():
 
 
 def test_two_callables_are_two_entries():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = MLP((3, 4, 2))
     model.spare = nn.Linear(3, 4)
     model.forward = lambda x: nn.functional.linear(torch.tanh(model[0](x)), model[2].weight)
     entries = [lambda name, m: name == "spare", lambda name, m: name == "0"]

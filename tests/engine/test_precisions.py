@@ -20,7 +20,8 @@ from lightning_pc.precisions import (
     Spiking,
     precisions,
 )
-from tests.engine.problems import MLP, far, relative, twin
+from tests.compare import far, relative, twin
+from tests.engine.modules import MLP
 
 
 def fading(depth, t):

@@ -1,13 +1,12 @@
 """Matrix multiplications of an update, all and in a row: Table 4 of Salvatori et al. 2024."""
 
-from itertools import pairwise
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from lightning_pc import describe
+from tests.engine.modules import MLP
+from tests.engine.problems import classifier
 
 
 def counted(net, loss, **settings):
@@ -15,31 +14,28 @@ def counted(net, loss, **settings):
     return found.step, found.update, found.backprop
 
 
-def chain(layers):
-    widths = [5, *[7] * (layers - 1), 4]
-    made = [nn.Linear(a, b) for a, b in pairwise(widths)]
-    net = nn.Sequential(*[m for layer in made for m in (layer, nn.Tanh())][:-1])
-    x, y = torch.randn(3, 5), torch.randint(4, (3,))
-    return net, lambda: F.cross_entropy(net(x), y)
+def perceptron(layers):
+    net = MLP((5, *[7] * (layers - 1), 4))
+    return net, classifier(net, torch.randn(3, 5), torch.randint(4, (3,)))
 
 
 @pytest.mark.parametrize("L", [2, 3, 6, 10])
 def test_table_4(L):
     one, backprop = (2 * L - 1, 2), (2 * L - 1, 2 * L - 1)
-    assert counted(*chain(L), algorithm="ipc") == (one, one, backprop)
+    assert counted(*perceptron(L), algorithm="ipc") == (one, one, backprop)
     T = 12
-    assert counted(*chain(L), algorithm="pc", T=T) == (one, ((2 * L - 1) * T, 2 * T), backprop)
+    assert counted(*perceptron(L), algorithm="pc", T=T) == (one, ((2 * L - 1) * T, 2 * T), backprop)
     zil = ((2 * L - 1) * (L - 1), 2 * (L - 1))
-    assert counted(*chain(L), algorithm="zil") == (one, zil, backprop)
+    assert counted(*perceptron(L), algorithm="zil") == (one, zil, backprop)
 
 
 def test_error_coordinates_wait_for_the_whole_network():
-    step, update, backprop = counted(*chain(5), algorithm="auto")
+    step, update, backprop = counted(*perceptron(5), algorithm="auto")
     assert step == backprop == (9, 9)
     assert update == (18, 18)
 
 
-class Skip(nn.Module):
+class Beside(nn.Module):
     """Two layers beside each other, one below both."""
 
     def __init__(self):
@@ -51,7 +47,7 @@ class Skip(nn.Module):
 
 
 def test_what_stands_side_by_side_counts_once():
-    net, x = Skip(), torch.randn(3, 5)
+    net, x = Beside(), torch.randn(3, 5)
     step, _, backprop = counted(net, lambda: net(x).square().mean(), algorithm="ipc")
     # Three predictions; back to both values the same product.
     assert step == (4, 2)
@@ -77,7 +73,7 @@ def test_convolutions_and_recurrent_nets():
 
 
 def test_the_table_tells(capsys):
-    net, loss = chain(3)
+    net, loss = perceptron(3)
     describe(net, loss, algorithm="ipc")
     told = "matrix products of an update: 5, 2 in a row; backprop: 5, 5 in a row"
     assert told in capsys.readouterr().out

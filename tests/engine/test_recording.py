@@ -13,22 +13,16 @@ from torch.utils.checkpoint import checkpoint
 from lightning_pc import describe
 from lightning_pc.errors import ClosureError, RecordingError, UnsupportedError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
-from tests.engine.problems import far, twin
+from tests.compare import far, twin
+from tests.engine.modules import MLP
+from tests.engine.problems import doubles, sgd
 
 every = pytest.mark.parametrize("algorithm", [PC, IPC, ZIL, EPC, IEPC])
-
-
-def data(n=12, width=6, classes=4):
-    return torch.randn(n, width).double(), torch.randint(0, classes, (n,))
 
 
 def chain(*inner):
     layers = [nn.Linear(6, 6), nn.Tanh(), *inner, nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 4)]
     return nn.Sequential(*layers).double()
-
-
-def sgd(model, lr=0.1):
-    return torch.optim.SGD(model.parameters(), lr)
 
 
 def equals_backprop(model, loss_of, steps=3):
@@ -74,7 +68,7 @@ class Busy(nn.Module):
 
 @every
 def test_everything_is_as_after_one_ordinary_step(algorithm, capsys, tmp_path):
-    x, y = data()
+    x, y = doubles(12)
     model = Busy()
     other, hooked = twin(model), []
     model.net[0].register_forward_hook(lambda *_: hooked.append(1))
@@ -106,7 +100,7 @@ def test_everything_is_as_after_one_ordinary_step(algorithm, capsys, tmp_path):
 @every
 def test_the_batch_is_changed_once(algorithm):
     model = chain()
-    x, y = data()
+    x, y = doubles(12)
     batch, start = {"x": x.clone(), "y": y}, x.clone()
     optimizer = algorithm(sgd(model), model)
     optimizer.step(lambda: F.cross_entropy(model(batch["x"].div_(2)), batch.pop("y")))
@@ -117,7 +111,7 @@ def test_the_batch_is_changed_once(algorithm):
 def test_activations_that_a_hook_collects_may_be_penalised():
     model, seen = chain(), []
     model[1].register_forward_hook(lambda m, i, o: seen.append(o))
-    x, y = data()
+    x, y = doubles(12)
     optimizer = IPC(torch.optim.Adam(model.parameters(), 0.01), model)
     for _ in range(3):
         optimizer.step(
@@ -155,9 +149,7 @@ class Top1(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate = nn.Linear(6, 3)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 6)) for _ in range(3)
-        )
+        self.experts = nn.ModuleList(MLP((6, 5, 6), "gelu") for _ in range(3))
 
     def forward(self, x):
         scores = self.gate(x).softmax(-1)
@@ -273,7 +265,7 @@ HARD = {
 def test_it_trains_and_runs_once(name, algorithm):
     torch.manual_seed(1)
     model = chain(HARD[name]().double())
-    x, y = data()
+    x, y = doubles(12)
     forwards, before = [], twin(model)
     model.register_forward_hook(lambda *_: forwards.append(1))
     optimizer = algorithm(sgd(model, 0.2), model, gamma=0.3, T=8)
@@ -294,13 +286,13 @@ BACKPROP = [name for name in HARD if name not in ("top 1", "breaks")]
 def test_where_it_is_a_chain_zil_is_backprop(name):
     torch.manual_seed(1)
     model = chain(HARD[name]().double())
-    x, y = data()
+    x, y = doubles(12)
     equals_backprop(model, lambda m: F.cross_entropy(m(x), y))
 
 
 def test_a_checkpoint_recomputes_nothing():
     model = chain(Checkpointed(False).double())
-    x, y = data()
+    x, y = doubles(12)
     optimizer = IPC(sgd(model), model)
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert model[2].calls == 1
@@ -323,7 +315,7 @@ def test_forms_take_turns():
     other = twin(model)
     optimizer, plain = ZIL(sgd(model), model), sgd(other)
     for step, (n, deep) in enumerate(itertools.product((8, 5, 8, 3), (True, False))):
-        x, y = data(n)
+        x, y = doubles(n)
         trains = step > 4
         for each in (model, other):
             each.a.requires_grad_(trains)
@@ -380,7 +372,7 @@ def rescaled(x):
 @pytest.mark.parametrize("call", [unseen, smuggled, scripted])
 def test_an_incomplete_recording_never_trains(call, algorithm):
     model = chain(Hidden(call))
-    x, y = data()
+    x, y = doubles(12)
     before = twin(model)
     optimizer = algorithm(sgd(model), model)
     with pytest.raises(RecordingError):
@@ -393,7 +385,7 @@ def test_an_incomplete_recording_never_trains(call, algorithm):
 
 def test_what_leaves_torch_is_a_constant_of_the_batch():
     model = chain(Hidden(rescaled))
-    x, y = data()
+    x, y = doubles(12)
     optimizer = IPC(sgd(model), model)
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert min(optimizer.report.learned.values()) > 0
@@ -402,7 +394,7 @@ def test_what_leaves_torch_is_a_constant_of_the_batch():
 @every
 def test_gradients_inside_of_the_forward_are_refused(algorithm):
     model = chain()
-    x, y = data()
+    x, y = doubles(12)
     optimizer = algorithm(sgd(model), model)
 
     def penalty():
@@ -417,7 +409,7 @@ def test_gradients_inside_of_the_forward_are_refused(algorithm):
 def test_gradients_of_another_network_are_not():
     """Adversarial inputs by a network of their own."""
     model, attacker = chain(), chain()
-    x, y = data()
+    x, y = doubles(12)
     optimizer = IPC(sgd(model), model)
 
     def closure():
@@ -431,7 +423,7 @@ def test_gradients_of_another_network_are_not():
 
 def test_describe_leaves_no_trace():
     model = Busy()
-    x, _ = data()
+    x, _ = doubles(12)
     before, state = twin(model), torch.get_rng_state()
     found = describe(model, x, print_table=False)
     assert [row.name for row in found.rows] == ["net.1", "net.5"]
@@ -453,7 +445,7 @@ class Parts(nn.Module):
 @pytest.mark.parametrize("algorithm", [PC, IPC])
 def test_losses_take_turns_on_one_forward(algorithm):
     """Where nodes stand is not what stood there when another loss was taken."""
-    model, (x, y) = Parts().double(), data()
+    model, (x, y) = Parts().double(), doubles(12)
     optimizer = algorithm(sgd(model), model, loss_terms=12)
     nodes = []
     for turn in (1, 0, 1, 0):
@@ -500,7 +492,7 @@ class ReadsThenWrites(nn.Module):
 @pytest.mark.parametrize("make", [WritesIntoZeros, ReadsThenWrites])
 def test_constants_that_are_written_to(make):
     torch.manual_seed(1)
-    model, (x, y) = chain(make().double()), data()
+    model, (x, y) = chain(make().double()), doubles(12)
     equals_backprop(model, lambda m: F.cross_entropy(m(x), y))
 
 
@@ -513,7 +505,7 @@ def test_a_hook_that_was_removed_is_gone():
             kept.register_hook(lambda g: g * 2)
             return kept
 
-    model, (x, y) = chain(Removes()), data()
+    model, (x, y) = chain(Removes()), doubles(12)
     equals_backprop(model, lambda m: F.cross_entropy(m(x), y))
 
 
@@ -531,7 +523,7 @@ def test_draws_of_the_users_own_generator_go_on():
             return F.linear(torch.tanh(F.linear(x, early)), late)
 
     generator = torch.Generator()
-    model, (x, y) = nn.Sequential(Noisy(), nn.Tanh(), nn.Linear(6, 4)).double(), data()
+    model, (x, y) = nn.Sequential(Noisy(), nn.Tanh(), nn.Linear(6, 4)).double(), doubles(12)
     other = twin(model)
     generator.manual_seed(0)
     for _ in range(3):
@@ -562,7 +554,7 @@ def test_draws_that_come_now_and_then_are_repeated():
         def forward(self, x):
             return Sometimes.apply(x, self.on)
 
-    model, (x, y) = chain(Drops()), data()
+    model, (x, y) = chain(Drops()), doubles(12)
     optimizer = PC(sgd(model), model, gamma=1e-9, T=6)
     for on in (False, True):
         model[2].on = on
@@ -572,7 +564,7 @@ def test_draws_that_come_now_and_then_are_repeated():
 
 
 def test_a_backward_hook_of_a_module_is_refused():
-    model, (x, y) = chain(), data()
+    model, (x, y) = chain(), doubles(12)
     model[0].register_full_backward_hook(lambda *_: None)
     with pytest.raises(UnsupportedError, match="'0' has a backward hook"):
         PC(sgd(model), model).step(lambda: F.cross_entropy(model(x), y))
@@ -592,7 +584,7 @@ class Gated(nn.Module):
 
 
 def test_a_clipped_embedding_and_a_branch_equal_backprop():
-    (x, y), tokens = data(), torch.randint(0, 9, (12,))
+    (x, y), tokens = doubles(12), torch.randint(0, 9, (12,))
     model = Gated().double()
     with torch.no_grad():
         model.tokens.weight.mul_(3.0)
@@ -613,7 +605,7 @@ class Caches(torch.autograd.Function):
 
 
 def test_a_call_that_does_not_run_twice_is_an_error():
-    x, y = data()
+    x, y = doubles(12)
     model, cache = chain(), []
     before = twin(model)
     with pytest.raises(RecordingError, match=r"does not run a second time \(the cache is full"):
@@ -650,7 +642,7 @@ class Sum(nn.Module):
 @pytest.mark.parametrize("algorithm", [PC, IPC, EPC, IEPC])
 def test_gradients_share_no_memory(algorithm):
     """Autograd gives two values that are only viewed and added one gradient's memory."""
-    x, y = data()
+    x, y = doubles(12)
     model = Joined(views=True).double()
     other = Joined(views=False).double()
     other.load_state_dict(model.state_dict())
@@ -680,7 +672,7 @@ class Reuses(nn.Module):
 @pytest.mark.parametrize("algorithm", [PC, IPC])
 @pytest.mark.parametrize("since", [0, 3], ids=["always", "later"])
 def test_a_value_is_not_what_was_written_to_its_prediction(algorithm, since):
-    x, y = data()
+    x, y = doubles(12)
     model = Reuses(in_place=True)
     other = twin(model)
     other.in_place = False
@@ -705,12 +697,12 @@ class Tagged(nn.Module):
 
 
 def test_a_sparse_gradient_is_no_view_of_an_error():
-    (x, y), tags = data(), torch.randint(0, 5, (12,))
+    (x, y), tags = doubles(12), torch.randint(0, 5, (12,))
     equals_backprop(Tagged().double(), lambda net: F.cross_entropy(net(x, tags), y))
 
 
 def test_a_hook_may_keep_its_gradient():
-    x, y = data()
+    x, y = doubles(12)
     model, kept, copies = chain(), [], []
 
     def forward():
@@ -744,7 +736,7 @@ class Paths(nn.Module):
 
 @pytest.mark.parametrize("twin", [False, True])
 def test_forms_do_not_mix(twin):
-    x, y = data()
+    x, y = doubles(12)
     model = Paths(twin)
     energies = {}
     optimizer = PC(sgd(model, 0.0), model, T=4, gamma=0.2)
@@ -767,7 +759,7 @@ def test_attention_dropout_first_met_in_eval_mode_draws_the_same_again():
             h = self.i(x).unflatten(0, (3, 4))
             return self.o(self.m(h, h, h)[0].flatten(0, 1))
 
-    x, y = data()
+    x, y = doubles(12)
     model = Attends().double()
     optimizer = PC(sgd(model), model, T=4, gamma=1e-9, value_nodes=["i", "m"])
     for mode in (False, True):
@@ -782,7 +774,7 @@ class Curve(nn.Module):
 
 
 def test_kept_values_stand_again_in_activations_of_the_users():
-    x, y = data()
+    x, y = doubles(12)
     model = nn.Sequential(nn.Linear(6, 6), Curve(), nn.Linear(6, 4)).double()
     optimizer = IPC(sgd(model), model, T=3, gamma=0.1, reset="never")
     losses = [float(optimizer.step(lambda: F.cross_entropy(model(x), y))) for _ in range(4)]

@@ -7,11 +7,9 @@ from torch import nn
 
 from lightning_pc.errors import ConfigError, DivergenceError, RecordingError
 from lightning_pc.optim import IPC, ZIL
-from tests.engine.problems import MLP, far, relative, twin, vectors
-
-
-def ce(model, x, y):
-    return F.cross_entropy(model(x), y)
+from tests.compare import far, relative, twin
+from tests.engine.modules import MLP
+from tests.engine.problems import ce, vectors
 
 
 def dropped():

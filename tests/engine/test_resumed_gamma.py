@@ -12,7 +12,8 @@ from lightning_pc import RandomState
 from lightning_pc.inference.curvature import LARGEST
 from lightning_pc.optim import EPC, IPC, PC
 from tests.engine.lightning_problems import Module, data, loader, mlp, seed_all, trainer
-from tests.engine.problems import MLP, Dropped, classifier, vectors
+from tests.engine.modules import MLP, Dropped
+from tests.engine.problems import classifier, vectors
 
 ALGORITHMS = [PC, IPC, EPC]
 every = pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -11,14 +11,16 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_pc.errors import ClosureError, RecordingError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
-from tests.engine.problems import far
+from tests.compare import far
+from tests.engine.modules import MLP
+from tests.engine.problems import doubles
 
 every = pytest.mark.parametrize("algorithm", [PC, IPC, EPC, IEPC])
 
 
 def data():
     torch.manual_seed(1)
-    return torch.randn(12, 6).double(), torch.randint(0, 4, (12,))
+    return doubles(12)
 
 
 class Written(nn.Module):
@@ -317,7 +319,7 @@ def test_two_trainings_side_by_side_leave_functions_as_they_were():
 
     def train(seed):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+        model = MLP((6, 6, 4)).double()
         optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
         x, y = data()
         start.wait()
@@ -420,7 +422,7 @@ def test_an_object_without_tensors_stays_what_it_is(algorithm):
 
 def test_a_step_within_a_compiled_function_leaves_nothing_behind():
     pytest.importorskip("torch._dynamo")
-    model, (x, y) = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double(), data()
+    model, (x, y) = MLP((6, 6, 4)).double(), data()
     optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
     place = torch.autograd.function._SingleLevelFunction
     before = vars(place).get("apply")
@@ -438,7 +440,7 @@ def test_a_step_within_a_compiled_function_leaves_nothing_behind():
 
 @pytest.mark.parametrize("way", [{"gamma": 2.0}, {"precisions": 4.0, "gamma": 0.5}])
 def test_an_error_that_is_back_where_it_began_divides_by_nothing(way):
-    model, (x, y) = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double(), data()
+    model, (x, y) = MLP((6, 6, 4)).double(), data()
     optimizer = IEPC(torch.optim.SGD(model.parameters(), 0.01), model, T=4, **way)
     optimizer.step(lambda: F.cross_entropy(model(x), y))
     assert all(p.isfinite().all() for p in model.parameters())

@@ -14,20 +14,11 @@ from torch import nn
 from lightning_pc import PCStrategy
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import IPC, PC, PredictiveCoding
+from tests.compare import far, twin
+from tests.engine.inside import count_gradients
 from tests.engine.lightning_problems import Module, data, loader
-from tests.engine.problems import MLP, far, twin
-from tests.engine.stacks import (
-    CLOSE,
-    MODULES,
-    OPTIMIZERS,
-    adamw,
-    batches,
-    count_gradients,
-    deep,
-    made,
-    sgd,
-    train,
-)
+from tests.engine.modules import MLP
+from tests.engine.stacks import CLOSE, OPTIMIZERS, STACKS, adamw, batches, deep, made, sgd, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:T=5 inference steps never reach")
 
@@ -42,9 +33,9 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", STACKS)
 def test_the_same_numbers_as_one_by_one(module, row):
-    make, nodes = MODULES[module]
+    make, nodes = STACKS[module].make, STACKS[module].value_nodes
     door, optimizer, settings = ROWS[row]
     one, side = made(make), made(make)
     start = twin(one)
@@ -217,7 +208,7 @@ class Fed(nn.Module):
         return self.head(torch.tanh(h))
 
 
-class Skips(nn.Module):
+class DownAndUp(nn.Module):
     """The way up reads the values of the way down."""
 
     def __init__(self):
@@ -285,7 +276,7 @@ def mask(number):
 
 FORMS = {
     "fed": Fed,
-    "skips": Skips,
+    "skips": DownAndUp,
     "normed": Normed,
     "arrays": lambda: Indexed(lambda layer, h: layer(h[:, layer.p]), p=permuted),
     "masks": lambda: Indexed(lambda layer, h: layer(h[:, layer.m]), m=mask),

@@ -12,18 +12,9 @@ from torch import nn
 
 from lightning_pc.errors import DivergenceError
 from lightning_pc.optim import IPC, PC
-from tests.engine.problems import far
-from tests.engine.stacks import (
-    CLOSE,
-    OPTIMIZERS,
-    batches,
-    count_gradients,
-    deep,
-    linears,
-    made,
-    sgd,
-    train,
-)
+from tests.compare import far
+from tests.engine.inside import count_gradients
+from tests.engine.stacks import CLOSE, OPTIMIZERS, batches, deep, linears, made, sgd, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:T=5 inference steps never reach")
 

@@ -34,6 +34,7 @@ from tests.engine.lightning_problems import (
     trainer,
     weights,
 )
+from tests.engine.modules import MLP
 
 WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC, "iepc": IEPC}
 
@@ -509,9 +510,7 @@ def test_data_of_many_shapes():
 class StepsItsScheduler(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = torch.nn.Sequential(
-            torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
-        )
+        self.net = MLP((3, 4, 2))
 
     def training_step(self, batch, batch_idx):
         self.lr_schedulers().step()

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_pc import PCStrategy
 from lightning_pc.errors import PCError
 from tests.engine.lightning_problems import C, D, Module, data, loader
+from tests.engine.modules import MLP
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "several_devices.md"
 ALGORITHMS = ("auto", "ipc", "pc", "zil", "epc", "iepc")
@@ -50,10 +51,7 @@ ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def stack() -> nn.Module:
     """Layers that are alike, so that they may stand side by side."""
     torch.manual_seed(0)
-    layers = [nn.Linear(D, 6), nn.Tanh()]
-    for _ in range(3):
-        layers += [nn.Linear(6, 6), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(6, C))
+    return MLP((D, *[6] * 4, C))
 
 
 def outcome(algorithm: str, flags: dict[str, Any], settings: dict[str, Any]) -> str:

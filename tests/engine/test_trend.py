@@ -18,6 +18,7 @@ from lightning_pc.langevin import Langevin
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 from recipes.parity.tasks import TASKS
 from tests.engine.lightning_problems import Module, data, loader, trainer
+from tests.engine.modules import MLP
 
 
 def of(losses):
@@ -118,7 +119,7 @@ def test_what_is_stuck_above_a_guess(seed):
 def guessed(loss_of, *logits):
     """The guess of a batch whose loss is that of a linear layer's output."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 12))
+    model = MLP((4, 8, 12))
     optimizer = PC(torch.optim.SGD(model.parameters(), 0.0), model, loss_terms=6)
     optimizer.step(lambda: loss_of(model(torch.randn(6, 4)).view(6, *logits)))
     return optimizer.report.trend.guess
@@ -159,7 +160,7 @@ def test_what_a_guess_has():
 )
 def test_a_loss_that_is_no_better_than_a_guess(algorithm, cure):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 12))
+    model = MLP((4, 8, 12))
     nn.init.normal_(model[2].weight, std=2.0)
     optimizer = PredictiveCoding(
         torch.optim.SGD(model.parameters(), 0.0), model, algorithm=algorithm
@@ -181,9 +182,7 @@ def test_it_rises_on_end():
 def train(kind, batches=150, rate=1e-3, later=None, **settings):
     """Random labels, new ones in each batch; after 50 batches at another learning rate."""
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)
-    )
+    model = MLP((16, 64, 64, 8))
     optimizer = kind(torch.optim.Adam(model.parameters(), 1e-3), model, **settings)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -285,7 +284,7 @@ def test_wrong_labels_are_told_within_150_batches(kind):
 
 
 def test_a_state_of_an_older_version_begins_anew():
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = MLP((4, 8, 4))
     optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
     for _ in range(25):
         optimizer.step(lambda: F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))))
@@ -297,7 +296,7 @@ def test_a_state_of_an_older_version_begins_anew():
 
 
 def test_a_resumed_run_remembers_how_it_began():
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    model = MLP((4, 8, 4))
     first, second = (PC(torch.optim.SGD(model.parameters(), 0.1), model) for _ in range(2))
     for _ in range(25):
         first.step(lambda: F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))))
@@ -326,7 +325,7 @@ def test_samples_raise_the_energy_by_design():
 def test_bfloat16_rounds_the_little_that_auto_moves(rounded):
     """And no rise of F is seen in that."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 4))
+    model = MLP((16, 64, 4))
     optimizer = PredictiveCoding(torch.optim.Adam(model.parameters(), 1e-3), model)
     x, y = torch.randn(64, 16), torch.randint(4, (64,))
     for _ in range(60):
@@ -337,7 +336,7 @@ def test_bfloat16_rounds_the_little_that_auto_moves(rounded):
 
 
 def test_a_unit_that_is_off_is_reached_all_the_same():
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = MLP((4, 8, 4), "relu")
     nn.init.constant_(model[0].bias, -100.0)
     optimizer = PC(torch.optim.SGD(model.parameters(), 0.1), model)
     with pytest.warns(UserWarning, match="energy zero"):

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_pc
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
+from tests.compare import twin
 from tests.engine.lightning_problems import (
     ALGORITHMS,
     D,
@@ -27,7 +28,7 @@ from tests.engine.lightning_problems import (
     trainer,
     weights,
 )
-from tests.engine.problems import twin
+from tests.engine.modules import MLP
 from tests.marks import mostly_slow
 
 WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
@@ -47,7 +48,7 @@ class ODE(nn.Module):
     def __init__(self):
         super().__init__()
         self.inp, self.out = nn.Linear(8, 16), nn.Linear(16, 3)
-        self.f = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+        self.f = MLP((16, 32, 16))
         self.steps = []
 
     def forward(self, x):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import EPC, IPC, PC, PredictiveCoding
-from tests.engine.problems import MLP, far
+from tests.compare import far
+from tests.engine.modules import MLP
+from tests.engine.problems import doubles
 
 
 def made():
@@ -20,7 +22,7 @@ def made():
 
 def batch():
     torch.manual_seed(1)
-    return torch.randn(9, 6).double(), torch.randint(0, 4, (9,))
+    return doubles(9)
 
 
 def learn(model, door, calls=1, **settings):

@@ -13,44 +13,18 @@ from torch import nn
 from lightning_pc.errors import ConfigError
 from lightning_pc.optim import EPC, IEPC, IPC, PC
 from lightning_pc.precisions import Spiking
+from tests.compare import far, gradients, relative, twin
+from tests.engine.inside import matrix_products
+from tests.engine.modules import MLP
 from tests.engine.oracle import ErrorCoordinates, Explicit
-from tests.engine.problems import MLP, ByDepth, Residual, far, relative, twin
-from tests.engine.test_efficiency import chain, matrix_products
-from tests.engine.test_oracle import Attends, Recurrent, Skips, tokens
+from tests.engine.problems import PROBLEMS, ByDepth, doubles
 from tests.marks import mostly_slow
 
 T = 7
 STEPS = {PC: T - 1, IPC: T}  # at which values move
 
 
-def vectors(n):
-    return torch.randn(n, 6).double(), torch.randint(0, 4, (n,))
-
-
-def explicit_mlp(model, at, x, y):
-    for layer in model:
-        x = layer(at(x)) if isinstance(layer, nn.Tanh) else layer(x)
-    return F.cross_entropy(x, y, reduction="sum"), len(y)
-
-
-def explicit_residual(model, at, x, y):
-    x = model.stem(x)
-    for layer in model.layers:
-        x = torch.relu(at(layer.b(torch.relu(at(layer.a(x)))) + x))
-    return F.cross_entropy(model.head(x), y, reduction="sum"), len(y)
-
-
-def own(model, at, *batch):
-    return model.explicit(at, *batch)
-
-
-GRAPHS = {  # module, its loss with values in place, the nodes' depths in call order, batches
-    "mlp": (partial(MLP, (6, 7, 5, 5, 4)), explicit_mlp, [3, 2, 1], vectors),
-    "residual": (partial(Residual, blocks=2), explicit_residual, [3, 2, 2, 1], vectors),
-    "skips": (Skips, own, [2, 1], vectors),
-    "recurrent": (Recurrent, own, None, vectors),
-    "attention": (Attends, own, [2, 1], tokens),  # F_KL
-}
+GRAPHS = ("mlp", "residual", "skips", "attention")
 
 
 def spiking(rest, depth, t, steps):
@@ -79,15 +53,15 @@ NUDGINGS = {
 
 
 def compare(graph, algorithm, weigh, betas=(1.0,), momentum=0.0, **arguments):
-    make, forward, depths, draw = GRAPHS[graph]
-    model = make().double()
+    problem = PROBLEMS[graph]
+    model = problem.make().double()
     other, start, lr = twin(model), twin(model), 0.05
-    oracle = Explicit(forward, depths, weigh)
+    oracle = Explicit(problem.explicit, problem.depths, weigh)
     sgd = torch.optim.SGD(model.parameters(), lr)
     given = {"gamma": 0.2, "gamma_decay": 1, "momentum": momentum, **arguments}
     optimizer = algorithm(sgd, model, T=T, **given)
     for n in (8, 8, 5):
-        x, y = draw(n)
+        x, y = problem.doubles(n)
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
         oracle.batch(other, (x, y), 0.2, T, lr, algorithm is IPC, betas, momentum)
         for mine, node in zip(oracle.values, optimizer.values.values(), strict=True):
@@ -99,7 +73,7 @@ def compare(graph, algorithm, weigh, betas=(1.0,), momentum=0.0, **arguments):
         assert optimizer.report.steps == len(oracle.energies)
         learned = set(optimizer.report.learned.values())
         if algorithm is PC:  # a node without weight at the end teaches its stage nothing
-            weights = [weigh(depth, T - 1) for depth in {*depths, 0}]
+            weights = [weigh(depth, T - 1) for depth in {*problem.depths, 0}]
             assert learned == {int(weight > 0) for weight in weights}
         assert learned <= set(range(9))
     assert far(model, other)[0] < 1e-9
@@ -108,7 +82,7 @@ def compare(graph, algorithm, weigh, betas=(1.0,), momentum=0.0, **arguments):
 
 @pytest.mark.filterwarnings("ignore:Spiking precisions take the value nodes for a chain")
 @pytest.mark.parametrize("algorithm", [PC, IPC])
-@pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_weighted_energies_equal_f_written_out(weights, graph, algorithm):
     given, weigh = WEIGHTS[weights]
@@ -116,7 +90,7 @@ def test_weighted_energies_equal_f_written_out(weights, graph, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", [PC, IPC])
-@pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
+@pytest.mark.parametrize("graph", GRAPHS)
 @pytest.mark.parametrize("nudging", NUDGINGS)
 def test_nudging_equals_f_written_out(nudging, graph, algorithm):
     if (nudging, algorithm) != ("centered", IPC):
@@ -132,10 +106,10 @@ def test_nudging_equals_f_written_out(nudging, graph, algorithm):
 @pytest.mark.parametrize(("weights", "momentum"), [("depth 2", 0.0), ("callable", 0.7)])
 def test_error_coordinates_take_all(weights, momentum, algorithm, nudging, graph):
     given, weigh = WEIGHTS[weights]
-    make, forward, depths, draw = GRAPHS[graph]
-    model = make().double()
+    problem = PROBLEMS[graph]
+    model = problem.make().double()
     other = twin(model)
-    oracle = ErrorCoordinates(forward, depths, lambda d, t: weigh(d, t, T - 1))
+    oracle = ErrorCoordinates(problem.explicit, problem.depths, lambda d, t: weigh(d, t, T - 1))
     optimizer = algorithm(
         torch.optim.SGD(model.parameters(), 0.05),
         model,
@@ -143,7 +117,7 @@ def test_error_coordinates_take_all(weights, momentum, algorithm, nudging, graph
         **{"momentum": momentum, "beta": NUDGINGS[nudging]},
     )
     for n in (8, 5):
-        x, y = draw(n)
+        x, y = problem.doubles(n)
         optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
         betas, incremental = NUDGINGS[nudging], algorithm is IEPC
         oracle.batch(other, (x, y), 0.2, T, 0.05, incremental, betas, momentum)
@@ -168,7 +142,7 @@ def test_both_at_once(weights):
 @pytest.mark.filterwarnings("ignore:Spiking precisions take the value nodes for a chain")
 @pytest.mark.parametrize("weights", ["depth 2", "spiking"])
 @pytest.mark.parametrize("algorithm", [PC, IPC])
-@pytest.mark.parametrize("graph", [g for g in GRAPHS if g != "recurrent"])
+@pytest.mark.parametrize("graph", GRAPHS)
 def test_momentum_under_every_variant(graph, algorithm, weights):
     """Each phase of a centered batch starts at rest."""
     given, weigh = WEIGHTS[weights]
@@ -188,17 +162,17 @@ def test_momentum_under_every_variant(graph, algorithm, weights):
 # --- nudging -------------------------------------------------------------------------------------
 
 
-def gradients(model, loss, nudging, beta, given="constant", T=200):
+def nudged(model, loss, nudging, beta, given="constant", T=200):
     sgd = torch.optim.SGD(model.parameters(), 0.0)
     arguments = {"T": T, "gamma": 0.3, "gamma_decay": 1, "precisions": given}
     betas = tuple(beta * sign / 0.3 for sign in NUDGINGS[nudging])
     PC(sgd, model, beta=betas, **arguments).step(loss)
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return gradients(model)
 
 
 SMOOTH = {  # any fixed weights have the same limit; F_KL is flat, which its weight makes up for
     "mlp": "constant",
-    "recurrent": lambda depth, t: 0.9 ** (depth - 1),
+    "cell": lambda depth, t: 0.9 ** (depth - 1),
     "attention": lambda depth, t: 5.0 if depth == 2 else 1.0,
 }
 
@@ -207,17 +181,17 @@ SMOOTH = {  # any fixed weights have the same limit; F_KL is flat, which its wei
 @pytest.mark.parametrize("graph", mostly_slow(SMOOTH, "mlp", "attention"))
 def test_gradients_tend_to_backprops(graph, nudging, order):
     """With the order in beta that equilibrium propagation has (Laborieux et al. 2021)."""
-    make, _, _, draw = GRAPHS[graph]
-    model = make().double()
-    x, y = draw(6)
+    problem = PROBLEMS[graph]
+    model = problem.make().double()
+    x, y = problem.doubles(6)
 
     def loss():
         return F.cross_entropy(model(x), y)
 
     loss().backward()
-    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    exact = gradients(model)
     betas = [0.04, 0.02, 0.01]
-    found = [gradients(model, loss, nudging, beta, SMOOTH[graph]) for beta in betas]
+    found = [nudged(model, loss, nudging, beta, SMOOTH[graph]) for beta in betas]
     errors = [relative(gradient, exact) for gradient in found]
     fitted = np.polyfit(np.log(betas), np.log(errors), 1)[0]
     assert fitted == pytest.approx(order, abs=0.1), errors
@@ -252,9 +226,9 @@ def test_negative_nudging_climbs_the_loss_and_learns_to_lower_it():
 def test_a_mean_and_a_sum_are_nudged_alike(nudging):
     """Whether the loss is a mean or a sum, and M known before the first backward or after."""
     model = MLP((6, 7, 5, 4)).double()
-    x, y = vectors(8)
-    mean = gradients(model, lambda: F.cross_entropy(model(x), y), nudging, 0.01, T=20)
-    total = gradients(
+    x, y = doubles(8)
+    mean = nudged(model, lambda: F.cross_entropy(model(x), y), nudging, 0.01, T=20)
+    total = nudged(
         model, lambda: F.cross_entropy(model(x), y, reduction="sum") / len(y), nudging, 0.01, T=20
     )
     assert relative(total, mean) < 1e-9
@@ -264,7 +238,7 @@ def test_a_second_phase_costs_what_the_first_does():
     x, y = torch.randn(6, 8), torch.randint(0, 3, (6,))
     products = {}
     for beta in (1.0, -0.3, (0.3, -0.3)):
-        net = chain()
+        net = MLP((*[8] * 5, 3))
         optimizer = PC(torch.optim.SGD(net.parameters(), 0.1), net, T=9, gamma=0.1, beta=beta)
         for _ in range(2):  # a form that is met for the first time is checked
             products[beta] = matrix_products(optimizer, lambda net=net: F.cross_entropy(net(x), y))
@@ -276,7 +250,7 @@ def test_both_phases_see_the_same_masks():
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 4)).double()
     sgd = torch.optim.SGD(model.parameters(), 0.1)
     optimizer = PC(sgd, model, T=3, gamma=0.1, beta=(0.1, -0.1))
-    x, y = vectors(8)
+    x, y = doubles(8)
     for _ in range(2):
         optimizer.step(lambda: F.cross_entropy(model(x), y))
         loss, energy = optimizer.report.loss, optimizer.report.energy

@@ -1,7 +1,5 @@
 """What counts as a weight: parameters, and what is computed from them, buffers and constants."""
 
-from itertools import pairwise
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +8,7 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_pc import describe
 from lightning_pc.optim import IPC, ZIL
-
-
-def chain(*dims, bias=False):
-    pairs = list(pairwise(dims))
-    layers = [m for a, b in pairs for m in (nn.Linear(a, b, bias=bias), nn.Tanh())]
-    return nn.Sequential(*layers[:-1])
+from tests.engine.modules import MLP
 
 
 def pruned(model):
@@ -43,7 +36,7 @@ def noisy(model):
 
 @pytest.mark.parametrize("change", [lambda m: m, pruned, spectral, noisy])
 def test_computed_weights_are_weights(change):
-    model = change(chain(6, 5, 5, 4))
+    model = change(MLP((6, 5, 5, 4), bias=False))
     rows = describe(model, torch.randn(3, 6), print_table=False).rows
     assert [row.name for row in rows] == ["1", "3"]
 
@@ -104,7 +97,7 @@ def test_a_module_that_bends_no_activation_is_no_nonlinearity(module):
 
 
 def test_the_report_speaks_of_what_the_optimizer_holds():
-    model = chain(6, 5, 4)
+    model = MLP((6, 5, 4), bias=False)
     optimizer = IPC(torch.optim.SGD(model[2].parameters(), 0.1), model)
     optimizer.step(lambda: F.cross_entropy(model(torch.randn(3, 6)), torch.tensor([0, 1, 2])))
     assert list(optimizer.report.learned) == ["2.weight"]
@@ -112,8 +105,8 @@ def test_the_report_speaks_of_what_the_optimizer_holds():
 
 def test_zero_grad_in_the_closure_takes_nothing_from_zil():
     torch.manual_seed(0)
-    model = chain(6, 5, 5, 4).double()
-    twin = chain(6, 5, 5, 4).double()
+    model = MLP((6, 5, 5, 4), bias=False).double()
+    twin = MLP((6, 5, 5, 4), bias=False).double()
     twin.load_state_dict(model.state_dict())
     x, y = torch.randn(8, 6).double(), torch.randint(0, 4, (8,))
     optimizer = ZIL(torch.optim.SGD(model.parameters(), 0.1), model)

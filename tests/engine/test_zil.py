@@ -12,33 +12,15 @@ from torch import nn
 
 from lightning_pc.errors import ChainError
 from lightning_pc.optim import ZIL
+from tests.compare import far, twin
+from tests.engine.modules import MLP, Transformer
 from tests.engine.problems import (
-    CNN,
-    LSTM,
-    MLP,
-    TINY,
-    Dropped,
-    Residual,
-    Thrice,
-    Tied,
-    Transformer,
-    UNet,
-    double,
-    far,
-    images,
-    labelled,
+    PROBLEMS,
+    Problem,
+    ce,
     sequences,
-    twin,
-    vectors,
 )
-
-
-def ce(model, x, y):
-    return F.cross_entropy(model(x), y)
-
-
-def mse(model, x, y):
-    return F.mse_loss(model(x), F.one_hot(y, 4).to(x.dtype))
+from tests.engine.tiny import TINY
 
 
 def tiny_loss(model, batch):
@@ -100,38 +82,34 @@ def compare(model, value_nodes, batches, loss, lr=1e-2, **kwargs):
     return optimizer.report
 
 
-def some(draw, sizes=(6, 6, 6, 4)):
+def some(problem, sizes=(6, 6, 6, 4)):
     torch.manual_seed(7)
-    return [tuple(map(double, draw(n))) for n in sizes]
+    return [problem.doubles(n) for n in sizes]
 
 
-CHAINS = {  # name -> module, value_nodes, batches, loss, depth
-    "mlp": (lambda: MLP((6, 7, 5, 4)), "auto", vectors, ce, 2),
-    "mlp-mse": (lambda: MLP((6, 7, 5, 4), "relu"), "auto", vectors, mse, 2),
-    "mlp-linear": (lambda: MLP((6, 7, 5, 4), "silu"), "linear", vectors, ce, 2),
-    "cnn": (CNN, "auto", images, ce, 2),
-    "cnn-modules": (CNN, "modules", images, ce, 4),
-    "dropout": (Dropped, "auto", vectors, ce, 2),
-    "gated": (Gated, "auto", vectors, ce, 3),
-    "views": (Viewed, "auto", vectors, ce, 2),
-    "residual": (Residual, "blocks", vectors, ce, 3),
-    "residual-names": (Residual, ["stem", r"layers\.\d"], vectors, ce, 4),
-    "transformer": (Transformer, "blocks", sequences, ce, 2),
-    "transformer-prenorm": (
-        lambda: Transformer(norm_first=True, activation="gelu"),
-        nn.TransformerEncoderLayer,
-        *(sequences, ce, 2),
-    ),
-    "shared": (Thrice, "auto", vectors, ce, 3),
-    "tied": (Tied, "auto", sequences, ce, 2),
-    "lstm": (LSTM, ["embedding", "fc"], labelled, ce, 2),
+CHAINS = {  # name -> problem, value_nodes, depth
+    "mlp": (PROBLEMS["mlp"], "auto", 3),
+    "mlp-mse": (PROBLEMS["squared error"], "auto", 2),
+    "mlp-linear": (Problem(lambda: MLP((6, 7, 5, 4), "silu")), "linear", 2),
+    "cnn": (PROBLEMS["cnn"], "auto", 2),
+    "cnn-modules": (PROBLEMS["cnn"], "modules", 4),
+    "dropout": (PROBLEMS["dropout"], "auto", 2),
+    "gated": (Problem(Gated), "auto", 3),
+    "views": (Problem(Viewed), "auto", 2),
+    "residual": (PROBLEMS["residual"], "blocks", 3),
+    "residual-names": (PROBLEMS["residual"], ["stem", r"layers\.\d"], 4),
+    "transformer": (PROBLEMS["transformer"], "blocks", 2),
+    "transformer-prenorm": (PROBLEMS["transformer, prenorm"], nn.TransformerEncoderLayer, 2),
+    "shared": (PROBLEMS["shared"], "auto", 3),
+    "tied": (PROBLEMS["tied"], "auto", 2),
+    "lstm": (PROBLEMS["lstm"], PROBLEMS["lstm"].value_nodes, 2),
 }
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_equals_backprop(name):
-    make, value_nodes, draw, loss, depth = CHAINS[name]
-    report = compare(make(), value_nodes, some(draw), loss)
+    problem, value_nodes, depth = CHAINS[name]
+    report = compare(problem.make(), value_nodes, some(problem), problem.loss)
     assert report.depth == depth
 
 
@@ -142,17 +120,20 @@ def test_hugging_face_blocks_equal_backprop(name):
     compare(tiny.make(), "blocks", [batch] * 3, tiny_loss)
 
 
-NO_CHAINS = {  # name -> module, batches, a node that is read twice
-    "residual": (Residual, vectors, r"layers\.\d\.act"),
-    "unet": (UNet, lambda n: (torch.randn(n, 1, 4, 4), torch.randint(0, 2, (n, 4, 4))), "act"),
-    "transformer": (lambda: Transformer(layers=3), sequences, r"encoder\.layers\.\d.*"),
+NO_CHAINS = {  # name -> problem, a node that is read twice
+    "residual": (PROBLEMS["residual"], r"layers\.\d\.act"),
+    "unet": (PROBLEMS["unet"], "act"),
+    "transformer": (
+        Problem(lambda: Transformer(layers=3), sequences),
+        r"encoder\.layers\.\d.*",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NO_CHAINS)
 def test_no_chain_is_an_error_whose_placement_works(name):
-    make, draw, culprit = NO_CHAINS[name]
-    model, batches = make().double(), some(draw)
+    problem, culprit = NO_CHAINS[name]
+    model, batches = problem.make().double(), some(problem)
     before = twin(model)
     optimizer = ZIL(torch.optim.Adam(model.parameters(), 1e-2), model)
     with pytest.raises(ChainError, match=f"'{culprit}(#\\d+)?' is read by ") as error:
@@ -160,7 +141,7 @@ def test_no_chain_is_an_error_whose_placement_works(name):
     assert far(model, before)[0] == 0
     works = ast.literal_eval(re.search(PLACEMENT, str(error.value)).group(1))
     assert len(works) >= 1
-    compare(make(), works, batches, ce)
+    compare(problem.make(), works, batches, ce)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "resnet", "vit", "convnext", "bart", "t5"])

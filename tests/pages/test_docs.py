@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.pages.test_readme import batches, blocks, pretrained, rows
+from tests.pages.examples import batches, blocks, pretrained, rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = [

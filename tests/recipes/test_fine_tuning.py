@@ -35,14 +35,6 @@ from recipes.language_modeling.model import LanguageModel
 from tests.marks import mostly_slow
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def language_model(folder, **options):
     data = SmallText(cache_dir=str(folder))
     data.setup("fit")

@@ -39,14 +39,6 @@ COUNTS = {"train": 120, "test": 40}
 VAL = 40
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pixels(split, side, channels):
     draw = np.random.default_rng(len(split))
     images = draw.integers(0, 256, (COUNTS[split], side, side, channels), dtype=np.uint8)

@@ -41,14 +41,6 @@ SMALL = {"vocabulary": 120, "hidden": 16, "intermediate": 24, "positions": 32}
 ROWS = [f"{task}_{name}" for task in study.TASKS for name in study.ALGORITHMS]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("cache"))

@@ -25,14 +25,6 @@ YAMLS = [p for name in ("digits", "mnist") for p in sorted((RECIPES / name).glob
 IDS = [path.relative_to(RECIPES).as_posix() for path in YAMLS]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def mnist_dir(tmp_path):
     """MNIST's four files, with a few random digits in them."""

@@ -20,14 +20,6 @@ from recipes.stability.data import Images, cifar10
 STUDIES = [learning_rates.STUDY, depth.STUDY, architectures.STUDY, defaults.STUDY]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def study(jobs, run):
     return Study("numbers", "none", lambda: jobs, run, lambda rows: [Table()], lambda _: Figure())
 

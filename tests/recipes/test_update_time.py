@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recipes.efficiency.update_time import ByHand, backprop, ipc, network
-from tests.engine.problems import relative
+from tests.compare import relative
 
 
 @pytest.mark.parametrize("parallel", [False, True])
