@@ -146,3 +146,28 @@ def traces(module: nn.Module) -> dict[str, Any]:
     found["state_dict"] = [(k, type(v), v.shape, v.dtype) for k, v in module.state_dict().items()]
     found["requires_grad"] = [p.requires_grad for p in module.parameters()]
     return found
+
+
+class Chosen(Module):
+    """Its loss is given."""
+
+    def __init__(self, loss=F.cross_entropy, lr=0.3, net=None):
+        super().__init__(lr, net)
+        self.loss = loss
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return self.loss(self(x), y)
+
+
+class Moves(L.Callback):
+    """The distance that the weights went in each batch."""
+
+    def __init__(self, order: float = 2) -> None:
+        self.order, self.far = order, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.start = weights(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.far.append(float((weights(pl_module) - self.start).norm(self.order)))

@@ -34,7 +34,7 @@ from lightning_pc.errors import (
     RecordingError,
     UnsupportedError,
 )
-from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCoding
+from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 from lightning_pc.precisions import Constant, Spiking
 from lightning_pc.settings import Settings
 from tests.engine.lightning_problems import (
@@ -52,16 +52,8 @@ from tests.engine.lightning_problems import (
 )
 from tests.engine.modules import MLP
 from tests.engine.problems import ce
+from tests.engine.wrappers import WRAPPERS
 from tests.marks import mostly_slow
-
-WRAPPERS: dict[str, type[PredictiveCoding]] = {
-    "ipc": IPC,
-    "pc": PC,
-    "zil": ZIL,
-    "epc": EPC,
-    "iepc": IEPC,
-}
-
 
 # --- arguments -----------------------------------------------------------------------------------
 

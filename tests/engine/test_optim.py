@@ -20,8 +20,8 @@ from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL, PredictiveCoding
 from tests.engine.lightning_problems import C, D, H, data, mlp, weights
 from tests.engine.modules import MLP
 from tests.engine.oracle import Explicit
+from tests.engine.wrappers import WRAPPERS
 
-WRAPPERS = [PC, IPC, ZIL, EPC, IEPC]
 FIXED = {
     PC: {"gamma": 0.1},
     IPC: {"gamma": 0.1},
@@ -29,7 +29,7 @@ FIXED = {
     EPC: {"gamma": 0.1},
     IEPC: {"gamma": 0.1},
 }
-every = pytest.mark.parametrize("wrapper", WRAPPERS)
+every = pytest.mark.parametrize("wrapper", WRAPPERS.values())
 
 
 def made(

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_pc.errors import UnsupportedError
-from lightning_pc.optim import EPC, IEPC, IPC, PC, ZIL
 from tests.engine.lightning_problems import (
     ALGORITHMS,
     Module,
@@ -21,8 +20,8 @@ from tests.engine.lightning_problems import (
     trainer,
     weights,
 )
+from tests.engine.wrappers import WRAPPERS
 
-WRAPPERS = {"ipc": IPC, "pc": PC, "zil": ZIL, "epc": EPC, "iepc": IEPC}
 WEIGHTS = {
     "32-true": torch.float32,
     "64-true": torch.float64,
