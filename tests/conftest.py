@@ -1,52 +1,8 @@
-import gc
-
 import pytest
 import torch
-
-from lightning_pc.stages.local import LocalErrors
-from lightning_pc.stages.through import ThroughErrors
 
 
 @pytest.fixture(autouse=True)
 def _small_and_seeded():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-
-
-def mostly_slow(cases, *quick):
-    """The cases of a test, all but the ``quick`` ones marked as slow."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
-
-
-def never_looks(optimizer):
-    """Its automatic gamma, of which a look is long past and the next one far ahead."""
-    auto = optimizer._learner.auto
-    auto.anew, auto.evaluations = False, 1000
-    auto.looked_at = auto.evaluations
-    return auto
-
-
-@pytest.fixture
-def evaluated(monkeypatch):
-    """What evaluators were asked for, an entry for each evaluation."""
-    asked = []
-    for kind in (LocalErrors, ThroughErrors):
-        run = kind.__call__
-        monkeypatch.setattr(
-            kind, "__call__", lambda self, a, run=run: asked.append(a) or run(self, a)
-        )
-    return asked
-
-
-@pytest.fixture
-def graphs():
-    """How many tensors hold a graph of autograd, of those that the test has made."""
-
-    def count() -> int:
-        gc.collect()
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-        return sum(t.grad_fn is not None for t in tensors)
-
-    gc.freeze()
-    yield count
-    gc.unfreeze()

@@ -1,0 +1,1 @@
+"""Tests of the package, and what they share: problems, oracles, small LightningModules."""

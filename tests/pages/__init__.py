@@ -1,0 +1,1 @@
+"""Tests of what is written: README, the site, the pages of results."""
