@@ -59,7 +59,7 @@ class Alerts:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state of `state_dict`; from one of an older version it begins anew."""
         trend = {n.removeprefix("loss_"): v for n, v in state.items() if n.startswith("loss_")}
-        self.trend = Trend(**trend) if "level" in trend else Trend()
+        self.trend = Trend(**trend) if "recent" in trend else Trend()
 
     def say(self, key: str, message: str) -> None:
         """Warns, unless there is nothing to say or this kind of thing has been said."""

@@ -18,6 +18,7 @@ from lightning_pc.inference.movers import Mover
 from lightning_pc.inference.relax import Inference
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
+from lightning_pc.insight.trend import MANY
 from lightning_pc.nodes.node import Node
 from lightning_pc.stages.batch import Batch
 
@@ -169,6 +170,13 @@ def _fault(report: StepReport) -> str:
     return GUESS if report.trend.stuck else ""
 
 
+def _health(report: StepReport) -> str:
+    """The verdict where nothing is wrong within the batch."""
+    if report.trend.flat:
+        return "the loss has not fallen"
+    return "healthy" if report.trend.batches >= MANY else "healthy so far"
+
+
 def _explains(report: StepReport) -> bool:
     """Whether weights can gain by explaining noise: the loss weighs much, and inference infers."""
     explains = report.algorithm != "zil" and not report.sampled
@@ -204,8 +212,11 @@ def explain(report: Any) -> str:
     """What inference did, by a report or what has one: F, stability, depth, learning, a verdict."""
     report = getattr(report, "report", report)
     if report is None:
-        return "There has been no batch yet, or the last one was skipped."
-    require(StepReport, report, "explain(report): expected a StepReport, or what has a .report")
+        return "There has been no batch yet, or the last one had no loss and was skipped."
+    told = (
+        "explain(report): expected a StepReport, a PCStrategy or an optimizer of lightning_pc.optim"
+    )
+    require(StepReport, report, told)
     first, last = report.free_energy[[0, -1]].tolist()
     same = len(set(report.pulls)) == 1  # else F itself has changed: weights that vary, two betas
     share = f" ({(first - last) / first:.1%} of it)" if same and last < first > 0 else ""
@@ -249,7 +260,9 @@ def explain(report: Any) -> str:
     ):
         lines += [f"{what}: {_some(names)}."] if names else []
     lines += [told for told in (report.compiled, str(report.trend)) if told]
-    verdict = _fault(report) or ("F rises within the batch" if rose else "healthy")
+    verdict = _fault(report) or ("F rises within the batch" if rose else _health(report))
     if silent and idle:  # a unit that is off is silent, too
         verdict = "nodes unreached"
+    elif len(silent) == len(report.nodes) and report.loss[0] > report.rounding:
+        verdict = "no error reaches any node"
     return "\n".join([*lines, f"Verdict: {verdict}."])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 
 #: Batches of a mean, and how many on end must say that the loss has risen.
 MANY, ON_END = 20, 10
@@ -26,11 +27,16 @@ class Trend:
     mean. Either must hold for 10 batches on end.
 
     It is stuck where, after 100 batches, its mean is 5 % above that of a guess for 10 batches on
-    end, and the line through all losses does not fall.
+    end, and the line through all losses does not fall. It is flat where, after 100 batches, the
+    mean is no less than 2 % below that of the first 20.
+
+    The mean of now is the lower of two: over exactly the last 20 batches, and with each older one
+    counting less. The second is the steadier one, but remembers a leap for long.
 
     Attributes:
         batches: So far.
         mean: Over the last 20 batches or so, each older one counting less.
+        recent: The losses of the last 20 batches.
         spread: Mean distance of a batch from the mean.
         first: The mean after 20 batches, infinite before.
         least: The least mean since.
@@ -44,6 +50,7 @@ class Trend:
 
     batches: int = 0
     mean: float = 0.0
+    recent: list[float] = field(default_factory=list)
     spread: float = 0.0
     first: float = math.inf
     least: float = math.inf
@@ -60,6 +67,7 @@ class Trend:
         share = 1 / min(self.batches, MANY)
         self.spread += share * (abs(loss - self.mean) - self.spread) if self.batches > 1 else 0.0
         self.mean += share * (loss - self.mean)
+        self.recent = [*self.recent, loss][-MANY:]
         distance = loss - self.level
         self.level += distance / self.batches
         self.squares += distance * (loss - self.level)
@@ -72,10 +80,11 @@ class Trend:
         size = abs(self.first)
         slope, error = self._line()
         climbs = slope > max(SURE * error, 0.02 * size / self.batches)
-        unlearned = climbs and self.mean > self.first
-        worse = self.mean - self.least > max(0.3 * abs(self.least), 0.1 * size, 2 * self.spread)
+        now = self._now
+        unlearned = climbs and now > self.first
+        worse = now - self.least > max(0.3 * abs(self.least), 0.1 * size, 2 * self.spread)
         self.high = self.high + 1 if unlearned or worse else 0
-        useless = self.batches >= LONG and self.mean > ABOVE * guess and slope >= 0
+        useless = self.batches >= LONG and now > ABOVE * guess and slope >= 0
         self.above = self.above + 1 if useless else 0
 
     def _line(self) -> tuple[float, float]:
@@ -96,12 +105,21 @@ class Trend:
         """Whether the loss does not fall, though a guess has a lower one."""
         return self.above >= ON_END
 
+    @property
+    def flat(self) -> bool:
+        """Whether the loss has not fallen in a long time."""
+        return self.batches >= LONG and self._now > self.first - 0.02 * abs(self.first)
+
+    @property
+    def _now(self) -> float:
+        return min(self.mean, fmean(self.recent))
+
     def __str__(self) -> str:
         """In words, "" before there is a mean."""
         if math.isinf(self.first):
             return ""
         guess = f" A guess among all classes has {self.guess:.3g}." if self.stuck else ""
         return (
-            f"The training loss is {self.mean:.3g} over the last {MANY} batches; it was "
-            f"{self.first:.3g} over the first {MANY} and {self.least:.3g} at best.{guess}"
+            f"The training loss is {fmean(self.recent):.3g} over the last {MANY} batches; it was "
+            f"{self.first:.3g} over the first {MANY} and about {self.least:.3g} at best.{guess}"
         )

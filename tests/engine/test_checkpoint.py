@@ -109,6 +109,7 @@ def test_a_checkpoint_has_nothing_of_ours_but_an_automatic_gamma(algorithm, gamm
             **dict.fromkeys(("loss_mean", "loss_spread", "loss_first", "loss_least"), float),
             **dict.fromkeys(("loss_level", "loss_squares", "loss_products", "loss_guess"), float),
             **dict.fromkeys(("loss_batches", "loss_high", "loss_above"), int),
+            "loss_recent": list,
             "precisions": str,
         }
         assert kinds == expected
