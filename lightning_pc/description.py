@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_pc.errors import ClosureError, require
+from lightning_pc.errors import ClosureError, misfit, require
 from lightning_pc.insight.products import Products, products
 from lightning_pc.learner import Learner
 from lightning_pc.settings import Settings, refuse_unknown
@@ -150,6 +150,12 @@ def _forward(model: nn.Module, given: Any) -> Callable[[], Any]:
     if isinstance(given, Mapping):
         return lambda: model(**given)
     arguments = given if isinstance(given, (tuple, list)) else (given,)
+    told = misfit(model.forward, *arguments)
+    if told and not model._forward_pre_hooks:  # which may change what it is given
+        raise ClosureError(
+            f"describe calls {type(model).__name__} with the batch, which it cannot take ({told}): "
+            "give its inputs alone, or a closure, lambda: loss_fn(model(x), y)."
+        )
     return lambda: model(*arguments)
 
 

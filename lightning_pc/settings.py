@@ -187,7 +187,7 @@ class Settings:
             f"{beta=}: {name} moves the weights at every step, and the second phase would not "
             "start where the first did. Use 'pc' or 'epc', or one beta.": pair and way.incremental,
             f"{beta=}: both phases start from the forward pass, use reset='batch'.": pair and never,
-            f"beta={shown(beta)}: T=1 leaves the values no step, use T >= 2.": T == 1
+            f"T=1 leaves the values of {name} no step: use T >= 2.": T == 1
             and (pair or (self.chosen_beta == "auto" and not way.incremental)),
             f"{own}: auto chooses how values move by itself. Say beside it which algorithm is "
             "meant: algorithm='ipc', 'pc' or 'epc'.": name == "auto" and beta is None and own,
@@ -203,8 +203,8 @@ class Settings:
         refuse(refused)
         refuse({f"parallel=True: {self.one_by_one}": self.parallel is True and self.one_by_one})
         compiles = self.compile is not False
-        refuse({f"compile={shown(self.compile)}: {self.apart}": compiles and self.apart})
         check_options(self.compile)
+        refuse({f"compile={shown(self.compile)}: {self.apart}": compiles and self.apart})
         exact = f"energies=: {name} is exact for Gaussian energies alone. Use 'pc' or 'ipc'."
         energies = energies_of(self.energies).values()
         refuse({exact: energies and (way.through or way.wave or weights.wave)})
@@ -276,7 +276,8 @@ class Settings:
         return own if self.gamma_decay is None else self.gamma_decay
 
 
-#: Arguments of earlier versions and what to write instead.
+#: What other libraries call an argument, and arguments of earlier versions.
+_MEANT = {"T": "t steps n_steps num_steps iterations", "gamma": "rate step_size x_lr value_lr"}
 _GONE = {"nudging": "beta=0.3 (positive), beta=-0.3 (negative), beta=(0.3, -0.3) (centered)"}
 
 
@@ -288,7 +289,8 @@ def refuse_unknown(door: str, given: Iterable[str], algorithm: bool = True) -> N
         if name in _GONE:
             raise ConfigError(f"{door}: {name}= is gone, write {_GONE[name]}.")
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            close = [m for m, others in _MEANT.items() if name.lower() in others.split()]
+            close += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             meant = f"Did you mean {close[0]}=? " if close else ""
             takes = f"It takes {', '.join(known)}."
             if name in own:

@@ -66,7 +66,7 @@ class Alerts:
         if message and key not in self.told:
             self.told[key] = message
             # Python would tell only once in all what it has told from here before.
-            warnings.warn_explicit(message, UserWarning, __name__, 0, registry={})
+            warnings.warn_explicit(message, UserWarning, "lightning_pc", 0, registry={})
 
     def after(self, inference: Inference, report: StepReport) -> None:
         """Takes in the last phase of a batch."""

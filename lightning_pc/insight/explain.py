@@ -42,7 +42,10 @@ def divergence(inference: Inference) -> DivergenceError:
     place = int(parts.nan_to_num(math.inf, math.inf, math.inf).argmax())
     why = "Lower gamma, or the learning rate."
     if not t + start:
-        why = "Inference has not begun: look at the batch, the model, the learning rate."
+        why = (
+            "Inference has not begun, so the batch or the weights are at fault. Steps before may "
+            "have ruined the weights: begin anew with a lower learning rate."
+        )
     elif t > 1 and free[t - 1] > free[t - 2]:
         grew = _growth(names, losses[:t], energies[:t], own[:t])
         why = f"F rose before: {grew}. {_cure(algorithm, automatic, mover, mover.start_gamma)}"
@@ -154,7 +157,10 @@ def unlearns(report: StepReport) -> str:
     fault = _fault(report)
     if not fault:
         return ""
-    noise = "Where targets hold noise, weights grow to explain it: use algorithm='auto'."
+    noise = (
+        "Where targets hold noise, weights grow to explain it: use auto, which is PCStrategy() or "
+        "PredictiveCoding(optimizer, model)."
+    )
     cures = {
         NOISE: f"{noise} If the loss rises there as well, lower the learning rate.",
         RATE: "Lower the learning rate, unless the task has become harder.",
@@ -204,7 +210,7 @@ def silenced(report: StepReport, nodes: Sequence[Node], gamma: float) -> str:
     far = [n.name for n in nodes if n.arrival < end and n.e is None and gamma**n.arrival < 1e-4]
     silent = [name for name in far if peaks[name] == 0]
     told = f"In the first batch no error reached {_some(silent)} within {end} inference steps: it"
-    cure = "shrinks from stage to stage. Take a larger gamma or T, or algorithm='epc'."
+    cure = "shrinks from stage to stage. Take a larger gamma or T, or epc."
     return f"{told} {cure}" if silent else ""
 
 
@@ -225,7 +231,8 @@ def explain(report: Any) -> str:
         lines = [f"Of two phases with their own F each, in {report.steps} evaluations."]
     if same and report.pulls[0] != 1:
         took = "auto took ePC. " if report.algorithm == "auto" else ""
-        lines.append(f"{took}The loss weighs {report.pulls[0]:.3g} in F.")
+        pushed = ": this batch pushes it up, others pull it down" if report.pulls[0] < 0 else ""
+        lines.append(f"{took}The loss weighs {report.pulls[0]:.3g} in F{pushed}.")
     momentum = 0.0 if isinstance(report.momentum, str) else report.momentum
     # Values that push the loss up begin with F below zero, which weights that learn raise to it.
     start = first if report.pulls[0] > 0 else max(first, 0.0)
@@ -246,8 +253,8 @@ def explain(report: Any) -> str:
     if same and len(shares) > 1:  # at the last step weights that vary leave one node's energy
         low, top = min(shares), max(shares)
         lines.append(
-            f"{shares[low]:.2g} of the energy is next to the loss (depth {low}), "
-            f"{shares[top]:.2g} of it at the top, next to the input (depth {top})."
+            f"{100 * shares[low]:.2g} % of the energy is next to the loss (depth {low}), "
+            f"{100 * shares[top]:.2g} % at the top, next to the input (depth {top})."
         )
     peaks = report.peak_energy.items()
     silent = [name for name, peak in peaks if peak == 0 and name not in report.free]
@@ -263,6 +270,6 @@ def explain(report: Any) -> str:
     verdict = _fault(report) or ("F rises within the batch" if rose else _health(report))
     if silent and idle:  # a unit that is off is silent, too
         verdict = "nodes unreached"
-    elif len(silent) == len(report.nodes) and report.loss[0] > report.rounding:
-        verdict = "no error reaches any node"
+    elif silent and report.loss[0] > report.rounding:
+        verdict = "no error reaches some nodes"
     return "\n".join([*lines, f"Verdict: {verdict}."])

@@ -145,8 +145,10 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
             found = _match(entry, named)
             if not found:
                 told = f"value_nodes entry {shown(entry)} matches no module of"
-                near = _near_misses(entry, named)
-                raise PlacementError(f"{told} {type(model).__name__}. Near misses: {near}.")
+                near = f"Near misses: {_near_misses(entry, named)}."
+                if isinstance(entry, str) and entry.rpartition(".")[0] in named:
+                    near += " A node of a function that is called there has no module to name."
+                raise PlacementError(f"{told} {type(model).__name__}. {near}")
             label = entry if isinstance(entry, str) else getattr(entry, "__name__", "?")
             placement.entries.append((label, found))
         placement.outputs.update(found)

@@ -132,7 +132,10 @@ ARGUMENTS = [
     ({"beta": "centered"}, "beta='centered': expected the loss's factor in F"),
     ({"beta": (1.0, 0.0)}, r"beta=\(1.0, 0.0\): expected"),
     ({"gama": 0.1}, r"no argument gama=. Did you mean gamma=\?"),
-    ({"steps": 8}, r"no argument steps=.*It takes (algorithm, )?T, gamma"),
+    ({"steps": 8}, r"no argument steps=. Did you mean T=\? It takes (algorithm, )?T, gamma"),
+    ({"t": 8}, r"no argument t=. Did you mean T=\?"),
+    ({"x_lr": 0.1}, r"no argument x_lr=. Did you mean gamma=\?"),
+    ({"compile": "yes"}, "compile='yes': expected True, False or a dict"),
     *(
         ({name: 0.1}, f"no argument {name}=. It belongs to the wrapped optimizer: give it to that")
         for name in ("lr", "weight_decay", "betas", "eps", "nesterov", "rho", "fused")
@@ -151,7 +154,7 @@ ARGUMENTS = [
     ({"algorithm": "ipc", "beta": (1.0, -1.0)}, "beta=.*: ipc moves the weights.*'pc'"),
     ({"algorithm": "iepc", "beta": (1.0, -1.0)}, "beta=.*: iepc moves the.*'pc'"),
     ({"algorithm": "iepc", "momentum": "conjugate"}, "iepc stays near its start .* use 'ipc'"),
-    ({"algorithm": "pc", "beta": (1.0, -1.0), "T": 1}, "T=1 leaves the values no step"),
+    ({"algorithm": "pc", "beta": (1.0, -1.0), "T": 1}, "T=1 leaves the values of pc no step"),
     ({"algorithm": "pc", "beta": (1.0, -1.0), "reset": "never"}, "use reset='batch'"),
     ({"algorithm": "zil", "beta": -1.0}, "zil is exact for plain"),
     ({"algorithm": "zil", "beta": (1.0, -1.0)}, "zil is exact for plain"),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_pc import describe
-from lightning_pc.errors import ConfigError, PlacementError
+from lightning_pc.errors import ClosureError, ConfigError, PlacementError
 from lightning_pc.optim import EPC, IPC, PC, ZIL, PredictiveCoding
 from tests.compare import far, twin
 from tests.engine.modules import CNN, LSTM, MLP, Dropped, Residual, Thrice
@@ -528,6 +528,20 @@ def test_a_weight_inside_an_autograd_function_is_seen():
     model, (x, y) = Fused().double(), vectors(4)
     assert names(model, x.double()) == ["tanh"]
     zil(model, x.double(), y)
+
+
+def test_describe_of_what_a_module_cannot_be_called_with():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    with pytest.raises(ClosureError, match=r"Sequential with the batch.*lambda: loss_fn"):
+        describe(net, (torch.randn(2, 4), torch.zeros(2)))
+
+
+def test_a_function_that_is_named():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    with pytest.raises(PlacementError, match="node of a function that is called there has no"):
+        describe(net, torch.randn(2, 4), value_nodes=["0.gelu"])
+    with pytest.raises(PlacementError, match=r"Near misses: '0', '1', '2'\.$"):
+        describe(net, torch.randn(2, 4), value_nodes=["nowhere.gelu"])
 
 
 def test_describe_prints_a_table(capsys):

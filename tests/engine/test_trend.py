@@ -154,7 +154,7 @@ def test_what_a_guess_has():
 @pytest.mark.parametrize(
     ("algorithm", "cure"),
     [
-        ("pc", "use algorithm='auto'. Else try another learning rate."),
+        ("pc", "PredictiveCoding(optimizer, model). Else try another learning rate."),
         ("zil", "at best. A guess among all classes has 2.48. Try another learning rate."),
     ],
 )
@@ -197,7 +197,7 @@ def train(kind, batches=150, rate=1e-3, later=None, **settings):
 def test_weights_that_explain_noise(kind, rate):
     told, explained = train(kind, rate=rate)
     assert len(told) == 1
-    assert "weights grow to explain it: use algorithm='auto'" in told[0]
+    assert "weights grow to explain it: use auto, which is PCStrategy()" in told[0]
     assert explained.endswith("Verdict: weights explain noise.")
 
 
@@ -344,7 +344,7 @@ def test_a_unit_that_is_off_is_reached_all_the_same():
     with pytest.warns(UserWarning, match="energy zero"):
         optimizer.step(lambda: F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))))
     assert "No error reached: '1'" in explain(optimizer)
-    assert explain(optimizer).endswith("Verdict: no error reaches any node.")
+    assert explain(optimizer).endswith("Verdict: no error reaches some nodes.")
 
 
 def test_a_loss_that_is_nothing_asks_for_no_error():
