@@ -260,6 +260,7 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
     """Refuses what cannot take a predictive coding step of ``model``."""
     name, of = type(optimizer).__name__, type(model).__name__
     require(Optimizer, optimizer, f"Expected a torch optimizer of the parameters of {of}")
+    met = "none was returned" if name == "_MockOptimizer" else name  # Lightning's, for None
     held = [p for group in optimizer.param_groups for p in group["params"]]
     others = [tuple(p.shape) for p in held if not isinstance(p, nn.Parameter)]
     no_closure = misfit(optimizer.step, None)
@@ -272,7 +273,7 @@ def refuse_optimizer(optimizer: Any, model: nn.Module) -> None:
         f"{name}.step takes no closure: define step(self, closure=None).": no_closure,
         f"{name} holds a tensor of shape {others[:1] and others[0]} that is no "
         "nn.Parameter: predictive coding trains the parameters of a module.": others,
-        f"The optimizer ({name}) holds no parameter of {of}, which would learn nothing: make it "
+        f"The optimizer ({met}) holds no parameter of {of}, which would learn nothing: make it "
         "from model.parameters(), after anything that replaces them.": (
             set(held).isdisjoint(model.parameters())
         ),

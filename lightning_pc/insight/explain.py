@@ -218,14 +218,14 @@ def explain(report: Any) -> str:
     """What inference did, by a report or what has one: F, stability, depth, learning, a verdict."""
     report = getattr(report, "report", report)
     if report is None:
-        return "There has been no batch yet, or the last one had no loss and was skipped."
+        return "There has been no batch yet, or the last one diverged, or it had no loss."
     told = (
         "explain(report): expected a StepReport, a PCStrategy or an optimizer of lightning_pc.optim"
     )
     require(StepReport, report, told)
     first, last = report.free_energy[[0, -1]].tolist()
     same = len(set(report.pulls)) == 1  # else F itself has changed: weights that vary, two betas
-    share = f" ({(first - last) / first:.1%} of it)" if same and last < first > 0 else ""
+    share = f" ({(first - last) / first:.1%} of it)" if same and 0 <= last < first else ""
     lines = [f"F went from {first:.4g} to {last:.4g} in {report.steps} evaluations{share}."]
     if report.pulls[0] * report.pulls[-1] < 0:
         lines = [f"Of two phases with their own F each, in {report.steps} evaluations."]

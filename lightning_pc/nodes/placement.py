@@ -146,7 +146,9 @@ def resolve(value_nodes: ValueNodes, model: nn.Module) -> Placement:
             if not found:
                 told = f"value_nodes entry {shown(entry)} matches no module of"
                 near = f"Near misses: {_near_misses(entry, named)}."
-                if isinstance(entry, str) and entry.rpartition(".")[0] in named:
+                if isinstance(entry, str) and entry.partition("#")[0] in named:
+                    near += " A module's name stands for all of its calls."
+                elif isinstance(entry, str) and entry.rpartition(".")[0] in named:
                     near += " A node of a function that is called there has no module to name."
                 raise PlacementError(f"{told} {type(model).__name__}. {near}")
             label = entry if isinstance(entry, str) else getattr(entry, "__name__", "?")

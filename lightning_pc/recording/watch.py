@@ -189,9 +189,10 @@ class Watch(Modules):
         if all(self.entry(tensor) is None for tensor in tensors):
             return
         raise ClosureError(
-            f"'{self.where()}' differentiates while its forward is recorded. A closure given to a "
-            "predictive coding optimizer returns the loss and does not call .backward(). Under "
-            "Lightning's Trainer, configure_optimizers gives a plain optimizer and "
+            f"A backward() or torch.autograd.grad ran in {self.where()}, which differentiates "
+            "while the forward is recorded. A closure given to a predictive coding optimizer "
+            "returns the loss and does not call .backward(). Lightning's Trainer does that itself: "
+            "there configure_optimizers gives a plain optimizer, and "
             "Trainer(strategy=PCStrategy(...)) does the rest. Gradients inside of a training step "
             "(torch.autograd.grad: penalties, adversarial inputs) cannot be taken: make such "
             "inputs before it, e.g. in on_after_batch_transfer."

@@ -770,7 +770,12 @@ class ConfiguredCompiled(Module):
 TRAINER_PROBLEMS: dict[str, tuple[Any, Any, dict[str, Any], str]] = {
     "manual": (Manual, ALGORITHMS, {}, "Manual uses manual optimization"),
     "two optimizers": (Two, ALGORITHMS, {}, "multiple optimizers"),
-    "no optimizer": (NoOptimizer, ALGORITHMS, {}, "holds no parameter of NoOptimizer"),
+    "no optimizer": (
+        NoOptimizer,
+        ALGORITHMS,
+        {},
+        r"none was returned\) holds no parameter of NoOptimizer",
+    ),
     "another's": (AnothersOptimizer, ALGORITHMS, {}, "SGD. holds no parameter"),
     "LBFGS": (Memorizes, ALGORITHMS, {}, "LBFGS"),
     "a wrapper": (Wraps, ALGORITHMS, {}, "PC would do predictive coding twice"),

@@ -540,6 +540,8 @@ def test_a_function_that_is_named():
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     with pytest.raises(PlacementError, match="node of a function that is called there has no"):
         describe(net, torch.randn(2, 4), value_nodes=["0.gelu"])
+    with pytest.raises(PlacementError, match="A module's name stands for all of its calls"):
+        describe(net, torch.randn(2, 4), value_nodes=["1#2"])
     with pytest.raises(PlacementError, match=r"Near misses: '0', '1', '2'\.$"):
         describe(net, torch.randn(2, 4), value_nodes=["nowhere.gelu"])
 
