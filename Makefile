@@ -1,9 +1,10 @@
 # Two commands do all the set-up: `make demo` and `make test` make .venv where it is missing.
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow test-lowest lint docs clean
 
 demo: $(VENV)/installed
 	$(RUN) -m recipes.digits.demo
@@ -13,6 +14,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n logical -m slow
+
+test-lowest:
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -29,11 +33,11 @@ docs/gallery/.package: $(shell find lightning_pc -name "*.py") docs/conf.py
 	mkdir docs/gallery
 	touch $@
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q -c constraints.txt torch==2.13.0
-	$(RUN) -m pip install -q -c constraints.txt -e ".[dev]"
+	$(RUN) -m pip install -q -c $(CONSTRAINTS) torch
+	$(RUN) -m pip install -q -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build docs/gallery
+	rm -rf $(VENV) .venv-lowest docs/_build docs/gallery

@@ -5,6 +5,10 @@ from __future__ import annotations
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 import lightning_pc  # noqa: F401  (registers pc_auto, ipc, pc, zil, epc and iepc)
+from lightning_pc.errors import from_extra
+
+with from_extra("recipes", "jsonargparse"):
+    import jsonargparse  # noqa: F401  (LightningCLI would ask for it alone)
 
 
 def main(args: ArgsType = None) -> LightningCLI:

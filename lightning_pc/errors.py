@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 FLOAT16 = (
     "{} does not train in float16 without a gradient scaler: prediction errors fall below its "
@@ -62,6 +63,18 @@ def require(kind: type, given: object, expected: str) -> None:
     """Refuses what is not of a kind, in the words ``expected``."""
     if not isinstance(given, kind):
         raise ConfigError(f"{expected}, got {type(given).__name__}.")
+
+
+@contextmanager
+def from_extra(extra: str, *packages: str) -> Iterator[None]:
+    """Where one of ``packages`` is missing inside, the error names the extra that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in packages:
+            raise
+        message = f"No module named {error.name!r}: pip install 'lightning_pc[{extra}]'."
+        raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def misfit(function: Callable[..., object], *arguments: object) -> str:

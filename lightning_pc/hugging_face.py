@@ -8,14 +8,11 @@ from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any
 
-from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer
 
-from lightning_pc.errors import ClosureError, ConfigError, refuse
+from lightning_pc.errors import ClosureError, ConfigError, from_extra, refuse
 from lightning_pc.hosts import met
 from lightning_pc.inference.schedules import SCHEDULES
 from lightning_pc.insight.report import StepReport
@@ -23,6 +20,11 @@ from lightning_pc.learner import Learner
 from lightning_pc.optim import refuse_optimizer, with_state, without_state
 from lightning_pc.ranks import ALONE
 from lightning_pc.settings import Settings
+
+with from_extra("transformers", "accelerate", "transformers"):
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils import find_batch_size
+    from transformers import Trainer
 
 
 class PCMixin:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lightning_pc.errors import require
+from lightning_pc.errors import from_extra, require
 from lightning_pc.insight.report import StepReport
 from lightning_pc.metrics import AdaptiveCalibrationError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+@from_extra("plots", "matplotlib")
 def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     """Draws energy against inference step, a line per node, on a logarithmic scale.
 
@@ -35,6 +36,7 @@ def plot_energy(report: StepReport, ax: Axes | None = None) -> Axes:
     return _beside(ax, len(lines))
 
 
+@from_extra("plots", "matplotlib")
 def plot_history(
     history: Sequence[tuple[int, Mapping[str, Tensor]]], ax: Axes | None = None
 ) -> Axes:
@@ -51,6 +53,7 @@ def plot_history(
     return _beside(ax, len(lines))
 
 
+@from_extra("plots", "matplotlib")
 def plot_reliability(metric: AdaptiveCalibrationError, ax: Axes | None = None) -> Axes:
     """Draws the share that is right against confidence, a point per bin of equal mass.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -103,13 +103,13 @@ class ConvNet(nn.Sequential):
     def __init__(
         self,
         kernels: Sequence[int],
-        pooled: Collection[int],
+        pooled: Sequence[int],
         hidden: Sequence[int],
         size: int = 32,
         channels: int = 3,
         classes: int = 10,
         activation: type[nn.Module] = nn.GELU,
-        strided: Collection[int] = (),
+        strided: Sequence[int] = (),
         bias: bool = True,
     ) -> None:
         layers: list[nn.Module] = []
