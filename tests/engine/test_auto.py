@@ -258,7 +258,7 @@ def test_where_beta_cannot_be_automatic(kind, settings):
         ({"gamma_decay": 0.5}, "gamma_decay=0.5: auto chooses"),
         ({"precisions": 2.0}, "precisions=2.0: auto chooses"),
         ({"gamma": 0.1, "precisions": 2.0}, "gamma=0.1, precisions=2.0: auto"),
-        ({"T": 1}, "T=1 leaves the values no step"),
+        ({"T": 1}, "T=1 leaves the values of auto no step"),
         ({"reset": "never"}, "auto would go on learning"),
         ({"inference": torch.optim.SGD}, "by which auto learns: leave it out, or use 'pc'"),
     ],
